@@ -1,0 +1,1 @@
+"""Measurements of the optimizers' programs; see README.md for the commands."""

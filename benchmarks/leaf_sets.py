@@ -1,0 +1,88 @@
+"""Shapes of the parameters of known networks, read off their architectures.
+
+Leaves are numbered in the order of the layers, float32, in the layouts of Flax: kernels are
+(height, width, in, out) or (in, out).
+"""
+
+from collections.abc import Iterable, Iterator
+
+import jax
+import jax.numpy as jnp
+
+Shape = tuple[int, ...]
+Leaves = dict[str, jax.ShapeDtypeStruct]
+
+
+def leaves(shapes: Iterable[Shape]) -> Leaves:
+    """A tree of float32 leaves; the names keep their order."""
+    return {
+        f"leaf{i:04d}": jax.ShapeDtypeStruct(shape, jnp.float32) for i, shape in enumerate(shapes)
+    }
+
+
+def resnet50() -> Iterator[Shape]:
+    """He et al. (2016) for ImageNet: 53 convolutions with batch norms, and a head."""
+
+    def normalized(height: int, width: int, inputs: int, outputs: int) -> list[Shape]:
+        return [(height, width, inputs, outputs), (outputs,), (outputs,)]
+
+    yield from normalized(7, 7, 3, 64)
+    inputs = 64
+    for blocks, width in ((3, 64), (4, 128), (6, 256), (3, 512)):
+        for block in range(blocks):
+            yield from normalized(1, 1, inputs, width)
+            yield from normalized(3, 3, width, width)
+            yield from normalized(1, 1, width, 4 * width)
+            if block == 0:
+                yield from normalized(1, 1, inputs, 4 * width)
+            inputs = 4 * width
+    yield from dense(2048, 1000)
+
+
+def vit_b16() -> Iterator[Shape]:
+    """Dosovitskiy et al. (2021), ViT-B/16 for ImageNet at 224 x 224."""
+    width, patches = 768, 14 * 14
+    yield from ((1, 1, width), (16, 16, 3, width), (width,))  # class token, patch embedding
+    yield (1, patches + 1, width)
+    for _ in range(12):
+        yield from layer_norm(width)
+        for _ in ("query", "key", "value", "output"):
+            yield from dense(width, width)
+        yield from layer_norm(width)
+        yield from dense(width, 4 * width)
+        yield from dense(4 * width, width)
+    yield from layer_norm(width)
+    yield from dense(width, 1000)
+
+
+def gpt2() -> Iterator[Shape]:
+    """Radford et al. (2019), the smallest: 124 million, the output tied to the embedding."""
+    width = 768
+    yield from ((50257, width), (1024, width))
+    for _ in range(12):
+        yield from layer_norm(width)
+        yield from dense(width, 3 * width)
+        yield from dense(width, width)
+        yield from layer_norm(width)
+        yield from dense(width, 4 * width)
+        yield from dense(4 * width, width)
+    yield from layer_norm(width)
+
+
+def dense(inputs: int, outputs: int) -> list[Shape]:
+    """Kernel and bias."""
+    return [(inputs, outputs), (outputs,)]
+
+
+def layer_norm(width: int) -> list[Shape]:
+    """Scale and bias."""
+    return [(width,), (width,)]
+
+
+LEAF_SETS: dict[str, Leaves] = {
+    "ResNet-50": leaves(resnet50()),
+    "ViT-B/16": leaves(vit_b16()),
+    "GPT-2 124M": leaves(gpt2()),
+    "one of 4096 × 4096": leaves([(4096, 4096)]),
+    "1000 of 64 KB": leaves([(128, 128)] * 1000),
+}

@@ -1,0 +1,149 @@
+"""Compiles optimizers' steps for an H200, chain and fused, and tabulates the programs.
+
+`python -m benchmarks.plan` writes `results/plan-h200.json` and, from it, `results/plan-h200.md`. A
+run replaces the rows that it measures and keeps the others, each with its own date and versions.
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import optax
+
+import optax_ext
+from benchmarks.aot import compile_step
+from benchmarks.leaf_sets import LEAF_SETS, leaves
+from pallas_kernels import explain, fuse
+
+RESULTS = Path(__file__).parent / "results"
+
+OPTIMIZERS: dict[str, optax.GradientTransformation] = {
+    "adamw": optax.adamw(1e-3),
+    "clip + adamw": optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3)),
+    "lamb": optax.lamb(1e-3),
+    "fame": optax_ext.fame(1e-3),
+    "vradam": optax_ext.vradam(1e-3),
+    "invadam": optax_ext.invadam(1e-3),
+    "dualadam": optax_ext.dualadam(1e-3),
+    "caadam": optax_ext.caadam(1e-3),
+    "novak": optax_ext.novak(1e-3),
+    "novak, trust ratio": optax_ext.novak(1e-3, trust_ratio=True),
+}
+
+BACKEND = {"chain": "xla", "fused": "triton"}
+ROUNDS = 2
+
+HEADER = """\
+# What a step is on an H200
+
+Compiled for an NVIDIA H200 on a machine without a GPU; nothing here was run, so nothing is said
+about time on the GPU. Parameters and state are float32 and donated.
+
+- kernels: all launches of a step; of the fused ones in parentheses those made by Pallas, the others
+  are XLA's, for scalars.
+- bytes: read and written per parameter, operands and results of all kernels counted once. "Skipped"
+  is the part of it that the fused step neither reads nor writes where nothing changes: the slow
+  weights, in all steps but every fifth. "Floor" is every array that the step depends on read once
+  and every one that changes written once.
+- temporary: memory beside arguments and results, relative to the parameters.
+- compile: seconds of CPU time in user mode, ptxas included, for tracing, lowering and compiling;
+  the smaller of two runs, chain and fused by turns in one process.
+"""
+
+
+def measure(name: str, params: Any) -> dict[str, Any]:
+    """Chain and fused step of one optimizer on one set of leaves."""
+    tx = OPTIMIZERS[name]
+    state = jax.eval_shape(tx.init, params)
+    count = sum(math.prod(x.shape) for x in params.values())
+    report = explain(tx, params)
+    row: dict[str, Any] = {
+        "floor": report.floor_per_parameter,
+        "skipped": sum(phase.predicated for phase in report.phases) / count,
+    }
+    seconds: dict[str, list[float]] = {way: [] for way in BACKEND}
+    for _ in range(ROUNDS):
+        for way, backend in BACKEND.items():
+            program = compile_step(fuse(tx, backend=backend).step, params, state)
+            seconds[way].append(round(program.cpu_seconds, 2))
+            row[way] = {
+                "kernels": len(program.kernels),
+                "pallas": len(program.of_kind("pallas")),
+                "bytes": program.bytes / count,
+                "temporary": program.temporary / (4 * count),
+                "compile": seconds[way],
+            }
+    return row
+
+
+def table(rows: Iterable[dict[str, Any]]) -> str:
+    """Rows of one set of leaves, in Markdown."""
+    lines = [
+        "| optimizer | kernels | bytes | skipped | floor | temporary | compile | measured |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        chain, fused = row["chain"], row["fused"]
+        fast, slow = min(fused["compile"]), min(chain["compile"])
+        lines.append(
+            f"| {row['optimizer']}"
+            f" | {chain['kernels']} → {fused['kernels']} ({fused['pallas']})"
+            f" | {chain['bytes']:.1f} → {fused['bytes']:.1f}"
+            f" | {row['skipped']:.1f} | {row['floor']:.1f}"
+            f" | {chain['temporary']:.2%} → {fused['temporary']:.2%}"
+            f" | {slow:.1f} → {fast:.1f}, {fast / slow:.1f} ×"
+            f" | {row['date']}, {row['versions']} |"
+        )
+    return "\n".join(lines)
+
+
+def write(rows: dict[str, dict[str, Any]]) -> None:
+    """Both files, from all rows that there are."""
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "plan-h200.json").write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
+    parts = [HEADER]
+    for leaf_set, params in LEAF_SETS.items():
+        known = [rows[key] for name in OPTIMIZERS if (key := f"{leaf_set} / {name}") in rows]
+        if known:
+            count = sum(math.prod(x.shape) for x in params.values())
+            title = f"## {leaf_set}: {len(params)} leaves, {count / 1e6:.1f} million parameters"
+            parts.append(f"{title}\n\nChain → fused.\n\n{table(known)}\n")
+    (RESULTS / "plan-h200.md").write_text("\n".join(parts))
+
+
+def main() -> None:
+    """Measures what the command line selects; everything by default."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sets", nargs="+", choices=LEAF_SETS, default=list(LEAF_SETS))
+    parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS))
+    options = parser.parse_args()
+
+    file = RESULTS / "plan-h200.json"
+    rows = json.loads(file.read_text()) if file.exists() else {}
+    stamp = {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "versions": ", ".join(f"{p} {importlib.metadata.version(p)}" for p in ("jax", "optax")),
+    }
+    warm_up = leaves([(64, 64)])
+    for backend in BACKEND.values():  # the compiler's own start is nobody's cost
+        step = fuse(OPTIMIZERS["lamb"], backend=backend).step
+        compile_step(step, warm_up, jax.eval_shape(OPTIMIZERS["lamb"].init, warm_up))
+    for leaf_set in options.sets:
+        for name in options.optimizers:
+            row = measure(name, LEAF_SETS[leaf_set])
+            rows[f"{leaf_set} / {name}"] = {"optimizer": name, **row, **stamp}
+            write(rows)
+            print(leaf_set, table([rows[f"{leaf_set} / {name}"]]).splitlines()[-1], flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,255 @@
+"""The network, and training it many times side by side: one run for each seed and rate."""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax import lax
+from jax.typing import ArrayLike
+from numpy.typing import NDArray
+
+from _data import Dataset, Split
+
+BATCH_SIZE = 64
+# Evaluations are this many steps apart or a multiple of it: NOVAK's lookahead syncs at multiples of
+# 5, so that it is always seen at rest. Long trainings have no more of them than a figure can show.
+STEPS_PER_EVALUATION = 5
+MOST_EVALUATIONS = 200
+# Of which the shortest counts.
+TIMINGS = 40
+
+# Makes an optimizer for a learning rate, which is a tracer here.
+Factory = Callable[[Any], optax.GradientTransformation]
+
+
+def convolve(images, kernel, strides, padding, **_):
+    """A convolution as one matrix product: XLA's own is ten times slower in a scan on CPU."""
+    images = jnp.pad(images, ((0, 0), *padding, (0, 0)))
+    (height, width), outputs = kernel.shape[:2], kernel.shape[-1]
+    rows, columns = images.shape[1] - height + 1, images.shape[2] - width + 1
+    patches = [
+        images[:, i : i + rows : strides[0], j : j + columns : strides[1]]
+        for i in range(height)
+        for j in range(width)
+    ]
+    return jnp.concatenate(patches, axis=-1) @ kernel.reshape(-1, outputs)
+
+
+class ConvNet(nnx.Module):
+    """Four convolutions, a mean over space and a dense layer: no normalization, no skips."""
+
+    def __init__(self, channels: int, classes: int, *, rngs: nnx.Rngs):
+        conv = partial(
+            nnx.Conv,
+            kernel_size=(3, 3),
+            padding=1,
+            kernel_init=nnx.initializers.he_normal(),
+            conv_general_dilated=convolve,
+            rngs=rngs,
+        )
+        self.conv1 = conv(channels, 16)
+        self.conv2 = conv(16, 16)
+        self.conv3 = conv(16, 16)
+        self.conv4 = conv(16, 32)
+        self.head = nnx.Linear(32, classes, rngs=rngs)
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        halve = partial(nnx.max_pool, window_shape=(2, 2), strides=(2, 2), padding="SAME")
+        x = halve(nnx.relu(self.conv1(images)))
+        x = nnx.relu(self.conv2(x))
+        x = halve(nnx.relu(self.conv3(x)))
+        x = nnx.relu(self.conv4(x))
+        return self.head(x.mean(axis=(1, 2)))
+
+
+class Plan(NamedTuple):
+    """How much each contender trains.
+
+    Attributes:
+      epochs: passes over the training images in a run.
+      trials: learning rates tried.
+      seeds: runs at the best rate.
+    """
+
+    epochs: int
+    trials: int
+    seeds: int
+
+
+class Curves(NamedTuple):
+    """What runs side by side went through; the first axis of an array is the run's.
+
+    Attributes:
+      steps: number of updates at each evaluation.
+      validation: accuracy at each evaluation.
+      test: accuracy at the end.
+    """
+
+    steps: NDArray[np.int64]
+    validation: NDArray[np.float64]
+    test: NDArray[np.float64]
+
+    @property
+    def late_validation(self) -> NDArray[np.float64]:
+        """Validation accuracy over the second half of training; a single one is coarse."""
+        return self.validation[:, self.validation.shape[1] // 2 :].mean(axis=1)
+
+    def steps_to(self, accuracy: float) -> list[int | None]:
+        """The first evaluation of each run with this validation accuracy; `None` without one."""
+        reached = self.validation >= accuracy
+        return [int(self.steps[run.argmax()]) if run.any() else None for run in reached]
+
+
+def make_network(data: Dataset) -> tuple[nnx.GraphDef, nnx.State]:
+    """The network's structure and the shapes of its parameters."""
+    channels = data.train.images.shape[-1]
+    return nnx.split(nnx.eval_shape(lambda: ConvNet(channels, data.classes, rngs=nnx.Rngs(0))))
+
+
+def train(
+    factory: Factory,
+    rates: Sequence[float],
+    seeds: Sequence[int],
+    *,
+    data: Dataset,
+    epochs: int,
+    on_progress: Callable[[float], object],
+) -> Curves:
+    """Trains one run for each pair of a rate and a seed, all in step.
+
+    A seed decides the initial weights and the batches, for every optimizer alike. `on_progress` is
+    told each share of the work that is done.
+    """
+    go_on, params, states = prepare(factory, rates, seeds, data)
+    batches = np.stack([draw_batches(seed, len(data.train.labels), epochs) for seed in seeds], 1)
+    network, _ = make_network(data)
+    validation = []
+    for interval in batches:
+        params, states = go_on(params, states, batches=interval)
+        validation.append(accuracy(network, params, data.validation))
+        on_progress(1 / len(batches))
+    return Curves(
+        steps=batches.shape[2] * np.arange(1, len(batches) + 1),
+        validation=np.stack(validation, axis=1),
+        test=np.asarray(accuracy(network, params, data.test)),
+    )
+
+
+def time_steps(
+    contenders: Mapping[str, tuple[Factory, float]],
+    runs: int,
+    *,
+    data: Dataset,
+    on_progress: Callable[[float], object],
+) -> dict[str, float]:
+    """Seconds of a step for each factory and rate, one run's share of runs side by side.
+
+    It is the shortest of several times: whatever else the machine does only makes them longer. The
+    contenders take turns, so that a busy spell falls on all of them.
+    """
+    prepared = {
+        name: prepare(factory, [rate] * runs, range(runs), data)
+        for name, (factory, rate) in contenders.items()
+    }
+    batches = np.stack([draw_batches(0, len(data.train.labels), epochs=1)[0]] * runs)
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(TIMINGS):
+        for name, (go_on, params, states) in prepared.items():
+            begin = time.perf_counter()
+            jax.block_until_ready(go_on(params, states, batches=batches))
+            seconds[name].append(time.perf_counter() - begin)
+        on_progress(1 / TIMINGS)
+    return {name: min(times) / batches.shape[1] / runs for name, times in seconds.items()}
+
+
+def prepare(
+    factory: Factory, rates: Sequence[float], seeds: Sequence[int], data: Dataset
+) -> tuple[Callable[..., Any], optax.Params, optax.OptState]:
+    """What takes the runs some batches further, and what they start from."""
+    network, _ = make_network(data)
+    traced_rates = jnp.asarray(rates, jnp.float32)
+    params = initialize(data.train.images.shape[-1], data.classes, jnp.asarray(seeds))
+    states = jax.vmap(lambda rate, params: factory(rate).init(params))(traced_rates, params)
+    go_on = partial(advance, network, factory, rates=traced_rates, data=data.train)
+    return go_on, params, states
+
+
+def draw_batches(seed: int, images: int, epochs: int) -> NDArray[np.int64]:
+    """Indices of images, of shape (evaluations, steps between them, images in a batch)."""
+    size = min(BATCH_SIZE, images)
+    per_epoch = images // size
+    steps = epochs * per_epoch
+    interval = STEPS_PER_EVALUATION * math.ceil(steps / STEPS_PER_EVALUATION / MOST_EVALUATIONS)
+    evaluations = max(1, round(steps / interval))
+
+    random = np.random.default_rng(seed)
+    shuffled = [
+        random.permutation(images)[: per_epoch * size]
+        for _ in range(math.ceil(evaluations * interval / per_epoch))
+    ]
+    used = np.concatenate(shuffled)[: evaluations * interval * size]
+    return used.reshape(evaluations, interval, size)
+
+
+@partial(jax.jit, static_argnames=("channels", "classes"))
+def initialize(channels: int, classes: int, seeds: jax.Array) -> nnx.State:
+    """Fresh parameters for each seed, stacked."""
+
+    def initialize_one(seed):
+        # JAX's default generator takes seven times as long to compile.
+        key = jax.random.key(seed, impl="rbg")
+        return nnx.state(ConvNet(channels, classes, rngs=nnx.Rngs(key)))
+
+    return lax.map(initialize_one, seeds)
+
+
+@partial(jax.jit, static_argnames=("network", "factory"))
+def advance(
+    network: nnx.GraphDef,
+    factory: Factory,
+    params: optax.Params,
+    states: optax.OptState,
+    *,
+    rates: jax.Array,
+    batches: ArrayLike,
+    data: Split,
+) -> tuple[optax.Params, optax.OptState]:
+    """Takes every run on by as many steps as it has batches."""
+
+    def loss(params, batch):
+        logits = nnx.merge(network, params)(data.images[batch])
+        labels = data.labels[batch]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    def advance_one(params, state, rate, batches):
+        optimizer = factory(rate)
+
+        def step(run, batch):
+            params, state = run
+            updates, state = optimizer.update(jax.grad(loss)(params, batch), state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        return lax.scan(step, (params, state), batches)[0]
+
+    return jax.vmap(advance_one)(params, states, rates, batches)
+
+
+@partial(jax.jit, static_argnames="network")
+def accuracy(network: nnx.GraphDef, params: optax.Params, data: Split) -> jax.Array:
+    """The share of images that each run classifies rightly."""
+
+    def accuracy_one(params):
+        def is_right(example: Split) -> jax.Array:
+            logits = nnx.merge(network, params)(example.images[None])
+            return logits.argmax() == example.labels
+
+        return lax.map(is_right, data, batch_size=BATCH_SIZE).mean()
+
+    return jax.vmap(accuracy_one)(params)

@@ -1,0 +1,198 @@
+"""Six methods beside AdamW, SGD and two controls, on real images.
+
+    python examples/compare.py
+    python examples/compare.py --methods fame,novak,adamw --seeds 10 --epochs 50
+    python examples/compare.py --data mine.npz --out results/
+
+Every optimizer trains the same small convolutional network without skip connections, from the same
+initial weights on the same batches. Each first tries the same number of learning rates, on two
+seeds apart; the one with the best validation accuracy then runs on all seeds.
+"""
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optax
+
+from _data import DataError, Dataset, load
+from _plot import save_figure
+from _report import Result, print_header, print_table, progress_bar, save_json
+from _training import Curves, Factory, Plan, make_network, time_steps, train
+from optax_ext import caadam, connection_table, dualadam, fame, invadam, novak, vradam
+
+
+def adam_with_warm_up(learning_rate: Any) -> optax.GradientTransformation:
+    """Adam whose rate grows like DualAdam's share of Adam: linearly for 1/switch_rate steps."""
+    return optax.adam(optax.linear_schedule(0.01 * learning_rate, learning_rate, 99))
+
+
+@dataclass(frozen=True)
+class Contender:
+    """An optimizer to compare, with its default arguments.
+
+    Attributes:
+      label: its name in the table and the figure.
+      factory: makes the optimizer for a learning rate.
+      middle: the middle one of the rates to try; `None`: CaAdam's rate times its mean scale.
+      controls: the method that it is a control of, and comes along with.
+    """
+
+    label: str
+    factory: Factory
+    middle: float | None
+    controls: str | None = None
+
+
+CONTENDERS = {
+    "adamw": Contender("AdamW", optax.adamw, 5e-3),
+    "sgd": Contender("SGD, momentum .9", lambda rate: optax.sgd(rate, momentum=0.9), 3e-2),
+    "fame": Contender("FAME", fame, 5e-3),
+    "vradam": Contender("VRAdam", vradam, 5e-3),
+    "invadam": Contender("InvAdam", invadam, 1.0),
+    "dualadam": Contender("DualAdam", dualadam, 5e-3),
+    "warm_up": Contender("Adam, linear warm-up", adam_with_warm_up, 5e-3, controls="dualadam"),
+    "novak": Contender("NOVAK", novak, 1e-2),
+    "caadam": Contender("CaAdam", caadam, 5e-3),
+    "mean_scale": Contender("Adam, mean scale", optax.adam, None, controls="caadam"),
+}
+METHODS = [name for name, contender in CONTENDERS.items() if contender.controls is None]
+
+# Rates to try are this many times apart.
+GRID_RATIO = 3.0
+# The results' seeds are 0, 1, …: no rate is chosen for its luck on one of them.
+SEARCH_SEEDS = (1000, 1001)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = make_parser()
+    arguments = parser.parse_args(argv)
+    try:
+        data = load(arguments.data)
+        figure = prepare_output(arguments.out)
+    except (DataError, OSError) as error:
+        parser.error(str(error))
+    contenders = {
+        name: contender
+        for name, contender in CONTENDERS.items()
+        if (contender.controls or name) in arguments.methods
+    }
+
+    plan = Plan(arguments.epochs, arguments.trials, arguments.seeds)
+
+    print_header(data, plan)
+    results = compare(contenders, data, plan)
+    print_table(results, data)
+    save_json(results, data, plan, figure.with_suffix(".json"))
+    save_figure(results, data, figure)
+    print(f"Wrote {figure} and {figure.with_suffix('.json').name}.")
+
+
+def compare(contenders: Mapping[str, Contender], data: Dataset, plan: Plan) -> dict[str, Result]:
+    """Searches a rate for each contender, then trains at it from every seed."""
+    _, params = make_network(data)
+    mean_scale = connection_table(params, scaling="additive").mean_scale
+    results: dict[str, Result] = {}
+    searches = sum(contender.middle is not None for contender in contenders.values())
+    with progress_bar(len(contenders) + len(SEARCH_SEEDS) * searches + 1) as on_progress:
+        for name, contender in contenders.items():
+            run = partial(
+                train,
+                contender.factory,
+                data=data,
+                epochs=plan.epochs,
+                on_progress=partial(on_progress, contender.label),
+            )
+            if contender.middle is None:
+                rate, scores = mean_scale * results["caadam"].rate, {}
+            else:
+                rate, scores = search(run, contender.middle, plan.trials)
+            curves = run([rate] * plan.seeds, range(plan.seeds))
+            results[name] = Result(contender.label, contender.controls, rate, scores, curves)
+
+        seconds = time_steps(
+            {name: (contenders[name].factory, result.rate) for name, result in results.items()},
+            plan.seeds,
+            data=data,
+            on_progress=partial(on_progress, "time per step"),
+        )
+    return {name: results[name]._replace(seconds_per_step=seconds[name]) for name in results}
+
+
+def search(
+    run: Callable[[Sequence[float], Sequence[int]], Curves], middle: float, trials: int
+) -> tuple[float, dict[float, float]]:
+    """The best of a logarithmic grid of rates, and the score of each."""
+    rates = [middle * GRID_RATIO ** (i - (trials - 1) / 2) for i in range(trials)]
+    late = [run(rates, [seed] * trials).late_validation for seed in SEARCH_SEEDS]
+    scores = dict(zip(rates, np.mean(late, axis=0).tolist(), strict=True))
+    return max(rates, key=scores.__getitem__), scores
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data",
+        type=Path,
+        metavar="FILE.npz",
+        help="images x of shape (N, H, W) or (N, H, W, C) and integer labels y of shape (N,);"
+        " bytes are divided by 255, anything else is standardized (default: the bundled digits)",
+    )
+    parser.add_argument(
+        "--methods",
+        type=method_names,
+        default=METHODS,
+        metavar="NAME,…",
+        help=f"what to compare, of {', '.join(METHODS)}; controls come along (default: all)",
+    )
+    for name, default, what in (
+        ("--seeds", 5, "runs of each method at its best rate"),
+        ("--trials", 5, "learning rates that each method tries"),
+        ("--epochs", 20, "passes over the training images in each run"),
+    ):
+        parser.add_argument(
+            name, type=positive, default=default, metavar="N", help=f"{what} (default: {default})"
+        )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("compare.png"),
+        metavar="PATH",
+        help="the figure, or a directory for it; the table goes beside it as .json"
+        " (default: compare.png)",
+    )
+    return parser
+
+
+def method_names(text: str) -> list[str]:
+    names = text.split(",")
+    unknown = [name for name in names if name not in METHODS]
+    if unknown:
+        raise argparse.ArgumentTypeError(
+            f"unknown method {unknown[0]!r}, choose from {', '.join(METHODS)}"
+        )
+    return names
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number above 0, got {text!r}")
+    return int(text)
+
+
+def prepare_output(path: Path) -> Path:
+    """The figure's path, in a directory that is made now and not after minutes of training."""
+    if path.suffix != ".png" or path.is_dir():
+        path = path / "compare.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""Five recent optimizers for Optax, and the pieces that they are chains of."""
+
+from optax_ext.methods.caadam import caadam
+from optax_ext.methods.dualadam import dualadam, invadam
+from optax_ext.methods.fame import fame
+from optax_ext.methods.novak import novak
+from optax_ext.methods.vradam import vradam
+from optax_ext.transforms.autoscaling import autoscale
+from optax_ext.transforms.bias_correction import correct_bias
+from optax_ext.transforms.connections import connection_table, scale_by_connections
+from optax_ext.transforms.joins import (
+    Join,
+    blend,
+    linear_inverse_share,
+    product,
+    ratio,
+    ratio_once_tractable,
+    scale_by_moments,
+)
+from optax_ext.transforms.lookahead import lookahead
+from optax_ext.transforms.moments import (
+    ema,
+    ema_of_squares,
+    max_ema_of_squares,
+    triple_ema,
+    triple_ema_of_squares,
+)
+from optax_ext.transforms.nesterov import nesterov_ema, scheduled_nesterov_ema
+from optax_ext.transforms.rectification import rectify
+from optax_ext.transforms.trust_ratio import scale_by_trust_ratio
+from optax_ext.transforms.velocity import velocity_regularized
+
+__all__ = [
+    "Join",
+    "autoscale",
+    "blend",
+    "caadam",
+    "connection_table",
+    "correct_bias",
+    "dualadam",
+    "ema",
+    "ema_of_squares",
+    "fame",
+    "invadam",
+    "linear_inverse_share",
+    "lookahead",
+    "max_ema_of_squares",
+    "nesterov_ema",
+    "novak",
+    "product",
+    "ratio",
+    "ratio_once_tractable",
+    "rectify",
+    "scale_by_connections",
+    "scale_by_moments",
+    "scale_by_trust_ratio",
+    "scheduled_nesterov_ema",
+    "triple_ema",
+    "triple_ema_of_squares",
+    "velocity_regularized",
+    "vradam",
+]

@@ -1,0 +1,140 @@
+"""Arithmetic that every piece shares: precision, `None` leaves, per-tensor scalars.
+
+Two conventions hold throughout. Work is done in at least float32, whatever the leaf's dtype, and
+rounded once, to the dtype of the update that leaves a piece or of the state that stays in it. A
+`None` leaf in the updates is an absent gradient: it stays `None` and its state stays as it was.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike, DTypeLike
+from optax._src.base import NO_PARAMS_MSG  # Optax's own words; it does not re-export them
+
+
+def _is_none(x: Any) -> bool:
+    return x is None
+
+
+def tree_map(f: Callable[..., Any], updates: optax.Updates, *rest: Any) -> Any:
+    """Maps `f` over the leaves of `updates`, leaving `None` leaves alone."""
+    return jax.tree.map(
+        lambda u, *others: None if u is None else f(u, *others), updates, *rest, is_leaf=_is_none
+    )
+
+
+def flatten(tree: Any) -> tuple[list[Any], Any]:
+    """Leaves, `None` leaves among them, and structure: the order of every per-tensor vector."""
+    return jax.tree.flatten(tree, is_leaf=_is_none)
+
+
+def compute_dtype(dtype: DTypeLike) -> jnp.dtype:
+    """The dtype that leaves of `dtype` are computed in: at least float32."""
+    narrow = not jnp.issubdtype(dtype, jnp.inexact) or jnp.finfo(dtype).bits < 32
+    return jnp.dtype(jnp.float32 if narrow else dtype)
+
+
+def real_dtype(dtype: DTypeLike) -> jnp.dtype:
+    """The dtype of the modulus of a number of the given dtype."""
+    return jnp.finfo(compute_dtype(dtype)).dtype
+
+
+def scalar_dtype(tree: Any) -> jnp.dtype:
+    """The dtype of scalars that act on all of `tree`: real, as precise as its best leaf."""
+    dtypes = [real_dtype(jnp.result_type(leaf)) for leaf in jax.tree.leaves(tree)]
+    return max(dtypes, key=lambda dtype: jnp.finfo(dtype).bits, default=jnp.dtype(jnp.float32))
+
+
+def upcast(tree: Any) -> Any:
+    """Every leaf in the dtype that it is computed in."""
+    return tree_map(lambda x: x.astype(compute_dtype(x.dtype)), tree)
+
+
+def rounded(x: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """`x` in its storage dtype, which may not lose its phase."""
+    if jnp.iscomplexobj(x) and not jnp.issubdtype(dtype, jnp.complexfloating):
+        raise ValueError(
+            "mu_dtype and slow_dtype must be None or complex for complex parameters, got"
+            f" {jnp.dtype(dtype).name}"
+        )
+    return x.astype(dtype)
+
+
+def real_zeros_like(params: optax.Params, dtype: DTypeLike | None) -> optax.Updates:
+    """Zeros for a second moment: real also for complex parameters."""
+
+    def zeros(p):
+        own = jnp.finfo(jnp.result_type(p)).dtype
+        return jnp.zeros_like(p, dtype=own if dtype is None else dtype)
+
+    return jax.tree.map(zeros, params)
+
+
+def store(new: Any, old: Any) -> Any:
+    """`new` in the dtypes of `old`, and `old` itself where `new` is `None`."""
+    return jax.tree.map(
+        lambda o, n: o if n is None else rounded(n, o.dtype), old, new, is_leaf=_is_none
+    )
+
+
+def cast_like(tree: Any, like: optax.Updates) -> Any:
+    """Every leaf rounded to the dtype of its counterpart."""
+    return tree_map(lambda u, x: x.astype(u.dtype), like, tree)
+
+
+def cast(scalar: ArrayLike, like: jax.Array) -> Any:
+    """The scalar in the real precision of `like`, so that it never promotes it.
+
+    Python numbers are weakly typed already and pass through, unrounded until they meet an array.
+    """
+    if isinstance(scalar, jax.Array):
+        return scalar.astype(real_dtype(like.dtype))
+    return scalar
+
+
+def times(scalar: ArrayLike, x: jax.Array) -> jax.Array:
+    """`scalar * x` in compute precision, rounded to the dtype of `x`."""
+    wide = x.astype(compute_dtype(x.dtype))
+    return (cast(scalar, wide) * wide).astype(x.dtype)
+
+
+def abs_sq(x: jax.Array) -> jax.Array:
+    """`|x|^2`, real also for complex `x`."""
+    return (x * x.conj()).real if jnp.iscomplexobj(x) else x * x
+
+
+def norm(x: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """Euclidean norm of one tensor, accumulated in `dtype`."""
+    return jnp.sqrt(jnp.sum(abs_sq(upcast(x)), dtype=dtype))
+
+
+def global_norm(tree: Any, dtype: DTypeLike) -> jax.Array:
+    """Euclidean norm of all tensors together, accumulated in `dtype`."""
+    squares = [jnp.sum(abs_sq(upcast(x)), dtype=dtype) for x in jax.tree.leaves(tree)]
+    return jnp.sqrt(sum(squares, start=jnp.zeros((), dtype)))
+
+
+def scale_each(scales: jax.Array, updates: optax.Updates) -> optax.Updates:
+    """Multiplies the i-th leaf by `scales[i]`, in the order of `flatten`."""
+    leaves, structure = flatten(updates)
+    scaled = [None if u is None else times(scales[i], u) for i, u in enumerate(leaves)]
+    return jax.tree.unflatten(structure, scaled)
+
+
+def require(params: optax.Params | None) -> None:
+    """Refuses an update without parameters, in Optax's own words."""
+    if params is None:
+        raise ValueError(NO_PARAMS_MSG)
+
+
+def first_count() -> jax.Array:
+    """The number of updates done, at `init`."""
+    return jnp.zeros((), jnp.int32)
+
+
+def next_count(count: jax.Array) -> jax.Array:
+    """The number of updates done, one later; it stops at the largest integer."""
+    return jnp.asarray(optax.safe_increment(count))

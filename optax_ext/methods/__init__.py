@@ -1,0 +1,1 @@
+"""The methods: equations, provenance and a chain of pieces, one method a file."""

@@ -1,0 +1,73 @@
+r"""Autoscaling: a rate that falls with the logarithm of the gradient's norm."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from optax_ext import _checks
+from optax_ext._numerics import first_count, global_norm, next_count, scalar_dtype, times, tree_map
+from optax_ext.transforms.bias_correction import total_weight
+from optax_ext.transforms.moments import average
+
+
+class AutoscaleState(NamedTuple):
+    """State of `autoscale`.
+
+    Attributes:
+      count: number of updates done.
+      norm_ema: uncorrected average of the global norm of the gradient.
+      autoscale: factor on the last update, in (0, 1]; 1 before the first.
+      inner_state: state of the scaled transformation.
+    """
+
+    count: jax.Array
+    norm_ema: jax.Array
+    autoscale: jax.Array
+    inner_state: optax.OptState
+
+
+def autoscale(
+    inner: optax.GradientTransformation, *, decay: ArrayLike
+) -> optax.GradientTransformationExtraArgs:
+    r"""Scales the update of `inner` by the logarithm of the average norm of its gradient.
+
+    .. math:: u \leftarrow \frac{u}{1 + \max(0, \log n_t)}, \qquad
+      n_t = \mathrm{EMA}(\lVert g \rVert)_t / (1 - b^t)
+
+    The norm is that of all tensors together. After NOVAK, whose :math:`1/(1 + \log n_t)` is
+    singular at :math:`n_t = 1/e` and negative below: the maximum with 0 is ours.
+
+    Args:
+      inner: transformation to scale.
+      decay: b, decay of the average norm, in [0, 1).
+
+    Raises:
+      ValueError: `decay` is out of its range.
+
+    >>> import jax.numpy as jnp
+    >>> tx = autoscale(optax.sgd(1.0), decay=0.99)
+    >>> update, _ = tx.update(jnp.array([jnp.e]), tx.init(jnp.zeros(1)))
+    >>> print(f"{-update[0] / jnp.e:.3f}")
+    0.500
+    """
+    _checks.decay_rate(decay=decay)
+    inner = optax.with_extra_args_support(inner)
+
+    def init(params: optax.Params) -> AutoscaleState:
+        dtype = scalar_dtype(params)
+        zero, one = jnp.zeros((), dtype), jnp.ones((), dtype)
+        return AutoscaleState(first_count(), zero, one, inner.init(params))
+
+    def update(updates, state, params=None, **extra_args):
+        count = next_count(state.count)
+        dtype = state.norm_ema.dtype
+        norm_ema = average(global_norm(updates, dtype), state.norm_ema, decay).astype(dtype)
+        scale = 1 / (1 + jnp.maximum(0, jnp.log(norm_ema / total_weight(decay, count, dtype))))
+        step, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
+        scaled = tree_map(lambda u: times(scale, u), step)
+        return scaled, AutoscaleState(count, norm_ema, scale, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init, update)

@@ -1,0 +1,73 @@
+r"""Bias correction: what an exponential moving average started at zero still lacks.
+
+After :math:`t` steps the weights of an average with decay :math:`b` add up to :math:`1 - b^t`.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike, DTypeLike
+
+from optax_ext import _checks
+from optax_ext._numerics import cast, first_count, next_count, scalar_dtype, times, tree_map
+
+
+def total_weight(decay: ArrayLike, count: jax.Array, dtype: DTypeLike) -> jax.Array:
+    r"""The sum :math:`1 - b^t` of an average's weights after `count` steps.
+
+    Written as :math:`-\mathrm{expm1}(t \log b)`: the plain form loses five of float32's seven
+    digits for b = 0.999 and small t.
+    """
+    log_decay = jnp.log1p(jnp.asarray(decay - 1, dtype))
+    return -jnp.expm1(count.astype(dtype) * log_decay)
+
+
+def debias(average: optax.Updates, decay: ArrayLike, count: jax.Array) -> optax.Updates:
+    """Divides an average of decay `decay` by its total weight after `count` steps."""
+    unbias = 1 / total_weight(decay, count, scalar_dtype(average))
+    return tree_map(lambda m: cast(unbias, m) * m, average)
+
+
+class CorrectBiasState(NamedTuple):
+    """State of `correct_bias`: the number of updates done."""
+
+    count: jax.Array
+
+
+def correct_bias(*, b1: ArrayLike, b2: ArrayLike) -> optax.GradientTransformationExtraArgs:
+    r"""Corrects the bias of both moments at once, after they were joined as a quotient.
+
+    .. math:: u \leftarrow \frac{\sqrt{1 - b_2^t}}{1 - b_1^t}\, u
+
+    Keras' Adam divides uncorrected moments, with eps beside the uncorrected root, and corrects
+    afterwards; the usual form corrects each moment first.
+
+    Args:
+      b1: decay of the first moment, in [0, 1).
+      b2: decay of the second moment, in [0, 1).
+
+    Raises:
+      ValueError: a decay is out of its range.
+
+    >>> import jax.numpy as jnp
+    >>> tx = correct_bias(b1=0.9, b2=0.99)
+    >>> update, _ = tx.update(jnp.array([1.0]), tx.init(jnp.zeros(1)))
+    >>> print(f"{update[0]:.3f}")
+    1.000
+    """
+    _checks.decay_rate(b1=b1, b2=b2)
+
+    def init(params: optax.Params) -> CorrectBiasState:
+        del params
+        return CorrectBiasState(first_count())
+
+    def update(updates, state, params=None, **extra_args):
+        del params, extra_args
+        count = next_count(state.count)
+        dtype = scalar_dtype(updates)
+        scale = jnp.sqrt(total_weight(b2, count, dtype)) / total_weight(b1, count, dtype)
+        return tree_map(lambda u: times(scale, u), updates), CorrectBiasState(count)
+
+    return optax.GradientTransformationExtraArgs(init, update)

@@ -1,0 +1,241 @@
+r"""The fork of an adaptive method: two moments of one gradient, joined elementwise.
+
+A quotient of the moments is Adam, a product InvAdam, a blend of both DualAdam. A join is a pure
+elementwise function of the two estimates, and of scalars that it may keep in its state.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from optax_ext import _checks
+from optax_ext._numerics import cast, first_count, next_count, scalar_dtype, tree_map, upcast
+from optax_ext.transforms.rectification import is_tractable, sma_length
+
+
+class Join(NamedTuple):
+    """How two moments become one update.
+
+    Attributes:
+      init: parameters to state.
+      advance: the state of the last step to that of this one.
+      combine: first moment, second moment (arrays of one tensor) and state to the update.
+    """
+
+    init: Callable[[optax.Params], Any]
+    advance: Callable[[Any], Any]
+    combine: Callable[[jax.Array, jax.Array, Any], jax.Array]
+
+
+class ScaleByMomentsState(NamedTuple):
+    """State of `scale_by_moments`: those of its three parts."""
+
+    first: optax.OptState
+    second: optax.OptState
+    join: Any
+
+
+def scale_by_moments(
+    first: optax.GradientTransformation, second: optax.GradientTransformation, join: Join
+) -> optax.GradientTransformationExtraArgs:
+    r"""Feeds the gradient to two estimators and joins what they return.
+
+    .. math:: u = \mathrm{join}(\hat m, \hat v)
+
+    Estimates and join are computed in at least float32 and the update is rounded once, to the
+    dtype of the gradient.
+
+    Args:
+      first: estimator of the first moment, such as `ema`; any transformation of the gradient.
+      second: estimator of the second moment, such as `ema_of_squares`.
+      join: `ratio`, `product`, `blend` or `ratio_once_tractable`.
+
+    >>> import jax.numpy as jnp, optax_ext
+    >>> adam = scale_by_moments(
+    ...     optax_ext.ema(decay=0.9), optax_ext.ema_of_squares(decay=0.999), ratio(eps=1e-8)
+    ... )
+    >>> update, _ = adam.update(jnp.array([0.1, -20.0]), adam.init(jnp.zeros(2)))
+    >>> print(update.round(3))
+    [ 1. -1.]
+    """
+    first, second = map(optax.with_extra_args_support, (first, second))
+
+    def init(params: optax.Params) -> ScaleByMomentsState:
+        return ScaleByMomentsState(first.init(params), second.init(params), join.init(params))
+
+    def update(updates, state, params=None, **extra_args):
+        gradient = upcast(updates)
+        mu, first_state = first.update(gradient, state.first, params, **extra_args)
+        nu, second_state = second.update(gradient, state.second, params, **extra_args)
+        join_state = join.advance(state.join)
+        joined = tree_map(
+            lambda g, m, v: join.combine(m, v, join_state).astype(g.dtype), updates, mu, nu
+        )
+        return joined, ScaleByMomentsState(first_state, second_state, join_state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def ratio(*, eps: ArrayLike) -> Join:
+    r"""Adam's join, :math:`\hat m / (\sqrt{\hat v} + \epsilon)`.
+
+    Args:
+      eps: :math:`\epsilon`, in [0, inf), in units of the gradient.
+    """
+    _checks.non_negative(eps=eps)
+    return _stateless(lambda m, v: m / _root(v, eps))
+
+
+def product(*, eps: ArrayLike, scale_free: bool = False) -> Join:
+    r"""InvAdam's join, :math:`\hat m\, (\sqrt{\hat v} + \epsilon)`.
+
+    It grows with the square of the gradient's scale: gradients past 1e19 overflow float32, and a
+    loss scale changes the method. `scale_free` divides the root by its root mean square over the
+    tensor, after which the product scales like the gradient.
+
+    Args:
+      eps: :math:`\epsilon`, in [0, inf), in units of the gradient (of nothing if `scale_free`).
+      scale_free: whether to normalize the root over each tensor.
+    """
+    _checks.non_negative(eps=eps)
+    _checks.flag(scale_free=scale_free)
+    return _stateless(lambda m, v: m * _root(v, eps, scale_free))
+
+
+class BlendState(NamedTuple):
+    """State of `blend`.
+
+    Attributes:
+      count: number of updates done.
+      inverse_share: weight of the product in the last update; 1 before the first.
+    """
+
+    count: jax.Array
+    inverse_share: jax.Array
+
+
+def blend(inverse_share: optax.Schedule, *, eps: ArrayLike, scale_free: bool = False) -> Join:
+    r"""DualAdam's join, from the product to the ratio.
+
+    .. math:: (1 - r_t)\, \frac{\hat m}{\sqrt{\hat v} + \epsilon}
+      + r_t\, \hat m\, (\sqrt{\hat v} + \epsilon)
+
+    At :math:`r_t = 0` it is the ratio, even where the product overflows.
+
+    Args:
+      inverse_share: schedule of :math:`r`, called with the number of updates already done, as all
+        of Optax's schedules are: 0 at the first step. `linear_inverse_share` is the authors'.
+      eps: as in `ratio` and in `product`.
+      scale_free: as in `product`.
+    """
+    _checks.schedule(inverse_share=inverse_share)
+    _checks.non_negative(eps=eps)
+    _checks.flag(scale_free=scale_free)
+
+    def init(params: optax.Params) -> BlendState:
+        return BlendState(first_count(), jnp.ones((), scalar_dtype(params)))
+
+    def advance(state: BlendState) -> BlendState:
+        share = jnp.asarray(inverse_share(state.count), state.inverse_share.dtype)
+        return BlendState(next_count(state.count), share)
+
+    def combine(m, v, state):
+        # Blending the factors, not the updates, gives XLA one product to fuse instead of three.
+        share = cast(state.inverse_share, v)
+        adam, inverse = 1 / _root(v, eps), _root(v, eps, scale_free)
+        return m * jnp.where(share == 0, adam, (1 - share) * adam + share * inverse)
+
+    return Join(init, advance, combine)
+
+
+def linear_inverse_share(switch_rate: float | jax.Array) -> optax.Schedule:
+    r"""DualAdam's schedule: :math:`r_t = 1 - t s`, t from 1, while that is at least s, then 0.
+
+    The authors decide on the host, in double precision, when the blend ends: for s = 0.05 its last
+    step is t = 18, since there 1 - 19 s falls just short of s. For a Python number that step is
+    computed here once, the same way, and compared as an integer, so the switch is exact in every
+    dtype. A traced s has no such moment: there :math:`r_t = \max(0, 1 - t s)`.
+
+    Args:
+      switch_rate: s, in [0, 1]; 0 never switches, 1 never blends.
+
+    Raises:
+      ValueError: `switch_rate` is out of its range.
+
+    >>> share = linear_inverse_share(0.25)
+    >>> print([float(share(count)) for count in range(5)])
+    [0.75, 0.5, 0.25, 0.0, 0.0]
+    """
+    _checks.fraction(switch_rate=switch_rate)
+
+    def fallen(count) -> jax.Array:
+        return 1 - (jnp.asarray(count, float) + 1) * switch_rate
+
+    if isinstance(switch_rate, jax.Array):
+        return lambda count: jnp.maximum(0, fallen(count))
+    s = float(switch_rate)
+    if s == 0:
+        return lambda count: jnp.ones_like(count, dtype=float)
+    last = min(int(1 / s) + 1, jnp.iinfo(jnp.int32).max)
+    while max(0.0, 1 - last * s) < s and last > 0:
+        last -= 1
+    return lambda count: jnp.where(jnp.asarray(count) < last, fallen(count), 0)
+
+
+class TractabilityState(NamedTuple):
+    r"""State of `ratio_once_tractable`.
+
+    Attributes:
+      count: number of updates done.
+      sma_length: :math:`\rho_t` of the last update; 0 before the first.
+    """
+
+    count: jax.Array
+    sma_length: jax.Array
+
+
+def ratio_once_tractable(*, b2: ArrayLike, eps: ArrayLike) -> Join:
+    r"""RAdam's join: :math:`\hat m` alone until the second moment can be trusted, then the ratio.
+
+    The switch is that of `rectify`, :math:`\rho_t \ge 5`; the factor :math:`r_t` is not in here.
+
+    Args:
+      b2: decay of the second moment, in (2/3, 1).
+      eps: as in `ratio`.
+    """
+    _checks.tractable_decay_rate(b2=b2)
+    _checks.non_negative(eps=eps)
+
+    def init(params: optax.Params) -> TractabilityState:
+        return TractabilityState(first_count(), jnp.zeros((), scalar_dtype(params)))
+
+    def advance(state: TractabilityState) -> TractabilityState:
+        count = next_count(state.count)
+        dtype = state.sma_length.dtype
+        return TractabilityState(count, sma_length(b2, count, dtype).astype(dtype))
+
+    def combine(m, v, state):
+        return jnp.where(is_tractable(state.sma_length), m / _root(v, eps), m)
+
+    return Join(init, advance, combine)
+
+
+def _root(v: jax.Array, eps: ArrayLike, scale_free: bool = False) -> jax.Array:
+    r""":math:`\sqrt{v} + \epsilon`, the root over its root mean square if `scale_free`."""
+    root = jnp.sqrt(v)
+    if scale_free:
+        mean_square = jnp.sum(v) / max(v.size, 1)
+        root = jnp.where(mean_square > 0, root * jax.lax.rsqrt(mean_square), 0)
+    return root + cast(eps, v)
+
+
+def _stateless(combine: Callable[[jax.Array, jax.Array], jax.Array]) -> Join:
+    return Join(
+        lambda params: optax.EmptyState(),
+        lambda state: state,
+        lambda m, v, state: combine(m, v),
+    )

@@ -1,0 +1,149 @@
+r"""Nesterov forms of the first moment: the average, looked at one step ahead.
+
+All of them keep the plain average :math:`m = b\,m + (1 - b)\,g` and return a weighted sum of it
+and of the newest gradient,
+
+.. math:: \hat m = c_m m + c_g g ,
+
+and differ only in the two weights: one function each below.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike, DTypeLike
+
+from optax_ext import _checks
+from optax_ext._numerics import cast, first_count, scalar_dtype, tree_map
+from optax_ext.transforms.bias_correction import total_weight
+from optax_ext.transforms.moments import EmaState, average, estimator
+
+Weights = tuple[ArrayLike, ArrayLike]
+
+
+def nadam(b: ArrayLike, t: jax.Array, dtype: DTypeLike) -> Weights:
+    r""":math:`\hat m = b\, m/(1 - b^{t+1}) + (1 - b)\, g/(1 - b^t)` (Dozat 2016, constant b)."""
+    return b / total_weight(b, t + 1, dtype), (1 - b) / total_weight(b, t, dtype)
+
+
+def classical(b: ArrayLike, t: jax.Array, dtype: DTypeLike) -> Weights:
+    r""":math:`\hat m = (b\, m + (1 - b)\, g) / (1 - b^{t+1})`: one more step, same gradient."""
+    ahead = total_weight(b, t + 1, dtype)
+    return b / ahead, (1 - b) / ahead
+
+
+def hybrid(b: ArrayLike, t: jax.Array, dtype: DTypeLike) -> Weights:
+    r"""The mean of `nadam` and of the plain :math:`m / (1 - b^t)`."""
+    of_average, of_gradient = nadam(b, t, dtype)
+    return (of_average + 1 / total_weight(b, t, dtype)) / 2, of_gradient / 2
+
+
+_VARIANTS: dict[str, Callable[[ArrayLike, jax.Array, DTypeLike], Weights]] = {
+    "nadam": nadam,
+    "classical": classical,
+    "hybrid": hybrid,
+}
+
+
+def nesterov_ema(
+    *, decay: ArrayLike, variant: str, dtype: DTypeLike | None = None
+) -> optax.GradientTransformationExtraArgs:
+    r"""First moment: a Nesterov form of the exponential moving average, bias-corrected.
+
+    Args:
+      decay: :math:`b`, in [0, 1).
+      variant: "nadam", "classical" or "hybrid": see the functions of these names.
+      dtype: storage of `mu`; `None` is the parameters' own.
+
+    Raises:
+      ValueError: an argument is out of its range.
+
+    >>> import jax.numpy as jnp
+    >>> tx = nesterov_ema(decay=0.9, variant="classical")
+    >>> estimate, _ = tx.update(jnp.array([2.0]), tx.init(jnp.zeros(1)))
+    >>> print(f"{estimate[0]:.3f}")
+    2.000
+    """
+    _checks.decay_rate(decay=decay)
+    _checks.one_of(tuple(_VARIANTS), variant=variant)
+    _checks.storage_dtype(dtype=dtype)
+
+    def init(params: optax.Params) -> EmaState:
+        return EmaState(first_count(), optax.tree.zeros_like(params, dtype=dtype))
+
+    def advance(g, state, count):
+        mu = average(g, state.mu, decay)
+        weights = _VARIANTS[variant](decay, count, scalar_dtype(g))
+        return _weighted(weights, mu, g), EmaState(count, mu)
+
+    return estimator(init, advance)
+
+
+class ScheduledNesterovState(NamedTuple):
+    """State of `scheduled_nesterov_ema`.
+
+    Attributes:
+      count: number of updates done.
+      mu: the uncorrected average, one leaf per parameter.
+      momentum_product: :math:`P_t`, the product of the scheduled momenta so far.
+    """
+
+    count: jax.Array
+    mu: optax.Updates
+    momentum_product: jax.Array
+
+
+def scheduled_momentum(b: ArrayLike, t: jax.Array, dtype: DTypeLike) -> jax.Array:
+    r""":math:`\mu_t = b\,(1 - \tfrac12\, 0.96^{0.004 t})`: from b/2 up to b (Dozat 2016)."""
+    return jnp.asarray(b, dtype) * (1 - 0.5 * 0.96 ** (0.004 * t.astype(dtype)))
+
+
+def scheduled_nesterov_ema(
+    *, decay: ArrayLike, dtype: DTypeLike | None = None
+) -> optax.GradientTransformationExtraArgs:
+    r"""First moment: `nadam` with a momentum that warms up.
+
+    .. math:: \hat m = \mu_{t+1}\, \frac{m}{1 - P_{t+1}} + (1 - \mu_t)\, \frac{g}{1 - P_t},
+      \qquad P_t = \prod_{i \le t} \mu_i
+
+    with the :math:`\mu_t` of `scheduled_momentum`. As in PyTorch's NAdam the average itself keeps
+    the constant decay.
+
+    Args:
+      decay: :math:`b`, in [0, 1).
+      dtype: storage of `mu`; `None` is the parameters' own.
+
+    Raises:
+      ValueError: an argument is out of its range.
+
+    >>> import jax.numpy as jnp
+    >>> tx = scheduled_nesterov_ema(decay=0.9)
+    >>> _, state = tx.update(jnp.array([2.0]), tx.init(jnp.zeros(1)))
+    >>> print(f"{state.momentum_product:.3f}")
+    0.450
+    """
+    _checks.decay_rate(decay=decay)
+    _checks.storage_dtype(dtype=dtype)
+
+    def init(params: optax.Params) -> ScheduledNesterovState:
+        zeros = optax.tree.zeros_like(params, dtype=dtype)
+        return ScheduledNesterovState(first_count(), zeros, jnp.ones((), scalar_dtype(params)))
+
+    def advance(g, state, count):
+        mu = average(g, state.mu, decay)
+        dtype = state.momentum_product.dtype
+        now = scheduled_momentum(decay, count, dtype)
+        ahead = scheduled_momentum(decay, count + 1, dtype)
+        product = now * state.momentum_product
+        weights = ahead / (1 - ahead * product), (1 - now) / (1 - product)
+        return _weighted(weights, mu, g), ScheduledNesterovState(count, mu, product)
+
+    return estimator(init, advance)
+
+
+def _weighted(weights: Weights, mu: optax.Updates, g: optax.Updates) -> optax.Updates:
+    of_average, of_gradient = weights
+    return tree_map(lambda g, m: cast(of_average, g) * m + cast(of_gradient, g) * g, g, mu)

@@ -1,0 +1,156 @@
+r"""Velocity regularization: a rate that falls as the momentum grows.
+
+VRAdam (2505.13196) damps fast motion the way a relativistic kinetic energy would: the rate of a
+whole step is divided by one plus a penalty on its velocity.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike, DTypeLike
+
+from optax_ext import _checks
+from optax_ext._numerics import (
+    abs_sq,
+    first_count,
+    flatten,
+    next_count,
+    scalar_dtype,
+    scale_each,
+    times,
+    tree_map,
+    upcast,
+)
+from optax_ext.transforms.bias_correction import total_weight
+
+
+class VelocityRegularizedState(NamedTuple):
+    """State of `velocity_regularized`.
+
+    Attributes:
+      count: number of updates done.
+      gate: factor on the last update, in [1/(1 + lr_cutoff), 1]; 1 before the first. A scalar, or
+        for `norm_scope="tensor"` a vector in the order of `jax.tree.leaves(params)`.
+      inner_state: state of the regularized transformation.
+    """
+
+    count: jax.Array
+    gate: jax.Array
+    inner_state: optax.OptState
+
+
+def velocity_regularized(
+    inner: optax.GradientTransformation,
+    *,
+    beta3: ArrayLike,
+    lr_cutoff: ArrayLike,
+    power: ArrayLike = 2.0,
+    norm_of: str = "velocity",
+    norm_scope: str = "global",
+    norm_reduction: str = "sum",
+    b1: ArrayLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Scales the whole update of `inner`, decay included, by a gate that its velocity closes.
+
+    .. math:: u \leftarrow \frac{u}{1 + \min(\beta_3 \sum_i |x_i|^p, c)}
+
+    The velocity is the first moment that `inner` keeps: the field `mu` of its state, as stored and
+    without bias correction. Any inner transformation with such a field will do, Optax's `adamw`
+    and `lion` too.
+
+    The sum runs over coordinates, so the right :math:`\beta_3` depends on the size of the model
+    and on the scale of the loss; the mean does not depend on the size. With gradients clipped to
+    a global norm of 1 and :math:`\beta_3 = 1` the gate never closes below 1/2.
+
+    Args:
+      inner: transformation to regularize, with its learning rate.
+      beta3: :math:`\beta_3`, in [0, inf); 0 leaves `inner` as it is.
+      lr_cutoff: :math:`c`, largest penalty, in [0, inf).
+      power: :math:`p`, in (0, inf).
+      norm_of: what x is: "velocity", "corrected_velocity" (divided by :math:`1 - b_1^t`) or
+        "gradient".
+      norm_scope: "global" measures all tensors together, "tensor" gives each a gate of its own.
+      norm_reduction: "sum" or "mean" over the coordinates in scope.
+      b1: decay of the velocity; needed for "corrected_velocity" only.
+
+    Raises:
+      ValueError: an argument is out of its range, or (at `init`) `inner` keeps no velocity.
+
+    >>> import jax.numpy as jnp
+    >>> tx = velocity_regularized(optax.adamw(0.1), beta3=1.0, lr_cutoff=10.0)
+    >>> params = jnp.array([1.0, 2.0])
+    >>> updates, state = tx.update(jnp.array([30.0, 40.0]), tx.init(params), params)
+    >>> print(f"{state.gate:.4f}", updates.round(4))  # ||u||^2 = 25, cut off at 10
+    0.0909 [-0.0091 -0.0091]
+    """
+    _checks.non_negative(beta3=beta3, lr_cutoff=lr_cutoff)
+    _checks.positive(power=power)
+    _checks.one_of(("velocity", "corrected_velocity", "gradient"), norm_of=norm_of)
+    _checks.one_of(("global", "tensor"), norm_scope=norm_scope)
+    _checks.one_of(("sum", "mean"), norm_reduction=norm_reduction)
+    if norm_of == "corrected_velocity":
+        _checks.decay_rate(b1=b1)
+    inner = optax.with_extra_args_support(inner)
+
+    def init(params: optax.Params) -> VelocityRegularizedState:
+        inner_state = inner.init(params)
+        tensors = len(flatten(params)[0])
+        if norm_of != "gradient":
+            trees = _velocities(inner_state)
+            if norm_scope == "tensor" and [len(flatten(tree)[0]) for tree in trees] != [tensors]:
+                raise ValueError(
+                    "norm_scope must be 'global' where inner keeps the velocities of its"
+                    " parameters apart, or of some only, got 'tensor'"
+                )
+        gate = jnp.ones((tensors,) if norm_scope == "tensor" else (), scalar_dtype(params))
+        return VelocityRegularizedState(first_count(), gate, inner_state)
+
+    def update(updates, state, params=None, **extra_args):
+        count = next_count(state.count)
+        dtype = state.gate.dtype
+        step, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
+        moving = updates if norm_of == "gradient" else _velocities(inner_state)
+        sizes = penalty(moving, power, norm_scope, norm_reduction, dtype)
+        sizes = jnp.minimum(sizes, jnp.finfo(dtype).max)  # for beta3 = 0 has no use for inf
+        if norm_of == "corrected_velocity" and b1 is not None:
+            sizes = sizes / total_weight(b1, count, dtype) ** power
+        gate = (1 / (1 + jnp.minimum(beta3 * sizes, lr_cutoff))).astype(dtype)
+        if norm_scope == "tensor":
+            gated = scale_each(gate, step)
+        else:
+            gated = tree_map(lambda u: times(gate, u), step)
+        return gated, VelocityRegularizedState(count, gate, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def penalty(tree: Any, power: ArrayLike, scope: str, reduction: str, dtype: DTypeLike) -> jax.Array:
+    r""":math:`\sum_i |x_i|^p`, or its mean, over all tensors or over each (a vector)."""
+
+    def powers(x):
+        if isinstance(power, (int, float)) and power == 2:
+            return abs_sq(upcast(x))
+        return jnp.abs(upcast(x)) ** power
+
+    leaves, _ = flatten(tree)
+    zero = jnp.zeros((), dtype)
+    sums = [zero if x is None else jnp.sum(powers(x), dtype=dtype) for x in leaves]
+    sizes = [0 if x is None else x.size for x in leaves]
+    if scope == "global":
+        total, size = sum(sums, start=zero), sum(sizes)
+        return total / max(size, 1) if reduction == "mean" else total
+    if reduction == "mean":
+        sums = [total / max(size, 1) for total, size in zip(sums, sizes, strict=True)]
+    return jnp.stack(sums) if sums else jnp.zeros((0,), dtype)
+
+
+def _velocities(inner_state: optax.OptState) -> list[Any]:
+    """The fields `mu` of named states; parameters may be called that too, and are not meant."""
+    found = optax.tree.get_all_with_path(
+        inner_state, "mu", lambda path, _: isinstance(path[-1], optax.tree_utils.NamedTupleKey)
+    )
+    if not found:
+        raise ValueError("inner must keep a velocity: its state has no field named 'mu'")
+    return [tree for _, tree in found]

@@ -1,0 +1,60 @@
+"""Flax's two optimizer holders, with their whole update in one fused step."""
+
+from typing import Any
+
+from flax import nnx
+from flax.training import train_state
+
+from pallas_kernels.fuse import FusedTransformation
+
+
+class FusedOptimizer(nnx.Optimizer):
+    """`nnx.Optimizer` for a transformation made by `fuse`.
+
+    `update` writes parameters and state in place and returns nothing: updates, which the base
+    class returns, are what a fused step does without.
+
+    >>> import jax.numpy as jnp, optax
+    >>> from pallas_kernels import fuse
+    >>> model = nnx.Linear(8, 8, rngs=nnx.Rngs(0))
+    >>> optimizer = FusedOptimizer(model, fuse(optax.adamw(1e-3)), wrt=nnx.Param)
+    >>> gradients = nnx.grad(lambda m: jnp.sum(m(jnp.ones((1, 8))) ** 2))(model)
+    >>> optimizer.update(model, gradients)
+    >>> print(optimizer.step[...])
+    1
+    """
+
+    tx: FusedTransformation
+
+    def update(self, model, grads, /, **kwargs: Any) -> None:
+        """Moves the model's parameters; `kwargs` go to the transformation."""
+        params, gradients = (
+            nnx.as_pure(nnx.state(tree, self.wrt, graph=self.graph)) for tree in (model, grads)
+        )
+        state = nnx.as_pure(self.opt_state)
+        params, state = self.tx.step(params, state, gradients, **nnx.as_pure(kwargs))
+        nnx.update(model, params)
+        nnx.update(self.opt_state, nnx.state(state, graph=self.graph))
+        self.step[...] += 1
+
+
+class FusedTrainState(train_state.TrainState):
+    """Linen's `TrainState` for a transformation made by `fuse`.
+
+    >>> import jax, jax.numpy as jnp, optax
+    >>> from pallas_kernels import fuse
+    >>> state = FusedTrainState.create(
+    ...     apply_fn=None, params={"w": jnp.ones((8, 8))}, tx=fuse(optax.sgd(0.5))
+    ... )
+    >>> state = state.apply_gradients(grads={"w": jnp.ones((8, 8))})
+    >>> print(state.step, state.params["w"][0, 0])
+    1 0.5
+    """
+
+    def apply_gradients(self, *, grads: Any, **kwargs: Any) -> "FusedTrainState":
+        """The state one step later, with `kwargs` replaced in it."""
+        if "_overwrite_with_gradient" in grads:  # leaves of float8 training, which no step moves
+            return super().apply_gradients(grads=grads, **kwargs)
+        tx: Any = self.tx
+        params, opt_state = tx.step(self.params, self.opt_state, grads)
+        return self.replace(step=self.step + 1, params=params, opt_state=opt_state, **kwargs)

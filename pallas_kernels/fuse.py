@@ -1,0 +1,264 @@
+"""`fuse`: any Optax chain as a few multi-leaf launches, executed from the chain's own code."""
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jax.custom_batching import custom_vmap
+
+from pallas_kernels import mosaic, triton
+from pallas_kernels.grouping import launches
+from pallas_kernels.plan import Plan, plan
+from pallas_kernels.trace import Graph, Kind, Node, Traced, trace
+
+# Who launches, and whether in Pallas' interpreter. Triton until JAX drops it; "xla" is the chain.
+LAUNCHERS: Mapping[str, tuple[Any, bool]] = {
+    "auto": (triton, False),
+    "triton": (triton, False),
+    "mosaic": (mosaic, False),
+    "interpret": (triton, True),
+    "interpret-mosaic": (mosaic, True),
+}
+BACKENDS = (*LAUNCHERS, "xla")
+
+
+class FusedTransformation(optax.GradientTransformationExtraArgs):
+    """An Optax transformation with a `step` beside `init` and `update`.
+
+    Attributes:
+      chain: the transformation that is fused.
+      step: `step(params, state, grads, **extra_args) -> (params, state)`, update and application
+        in one.
+    """
+
+    chain: optax.GradientTransformation
+    step: Callable[..., tuple[optax.Params, optax.OptState]]
+
+
+def fuse(
+    tx: optax.GradientTransformation, *, backend: str = "auto", strict: bool = False
+) -> FusedTransformation:
+    r"""Runs an optimizer's step over all leaves in a handful of Pallas launches.
+
+    The step is traced, cut at its reductions, and what is elementwise between them becomes one
+    launch over many leaves; scalars are computed by XLA between launches. State is the chain's
+    own, so a run may change between chain and fused at any step, and so may a checkpoint.
+
+    On NVIDIA GPUs the kernels run; elsewhere, and under `vmap` and differentiation, the chain
+    does. What is not elementwise (matrix products, statistics of single rows, random bits) is left
+    to XLA, leaf by leaf; `explain` tells which and why.
+
+    `step` moves the fewest bytes: it writes parameters and state in place. Donate both to the
+    `jit` around it, or XLA copies them first. `update` is for loops that must have updates; these
+    cost a write and a read of their own.
+
+    Args:
+      tx: the optimizer, learning rate and all.
+      backend: "auto"; "triton" or "mosaic", for these kernels whatever the platform;
+        "interpret" or "interpret-mosaic", for them in Pallas' interpreter (tests); "xla", for the
+        chain.
+      strict: whether to raise where "auto" leaves something to XLA.
+
+    Raises:
+      ValueError: `backend` is unknown; or, from `step` and `update` if `strict`, a leaf can't be
+        fused: its path and the reason.
+
+    >>> import jax, jax.numpy as jnp, optax
+    >>> tx = fuse(optax.adamw(1e-3))
+    >>> params = {"w": jnp.ones((128, 128))}
+    >>> state = tx.init(params)
+    >>> step = jax.jit(tx.step, donate_argnums=(0, 1))
+    >>> params, state = step(params, state, {"w": jnp.full((128, 128), 0.1)})
+    >>> print(f"{params['w'][0, 0]:.4f}")
+    0.9990
+    """
+    if backend not in BACKENDS:
+        raise ValueError(
+            f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}"
+        )
+    tx = optax.with_extra_args_support(tx)
+
+    chain_step = whole_step(tx)
+
+    def chain_update(state, updates, params, extra_args):
+        updates, state = tx.update(updates, state, params, **extra_args)
+        return state, updates
+
+    def step(params, state, grads, **extra_args):
+        arguments = (params, state, grads, extra_args)
+        return _execute(chain_step, arguments, backend=backend, strict=strict, written=2)
+
+    def update(updates, state, params=None, **extra_args):
+        arguments = (state, updates, params, extra_args)
+        state, updates = _execute(
+            chain_update, arguments, backend=backend, strict=strict, written=1
+        )
+        return updates, state
+
+    fused = FusedTransformation(tx.init, update)
+    fused.chain, fused.step = tx, step
+    return fused
+
+
+def whole_step(tx: optax.GradientTransformation) -> Callable[..., Any]:
+    """Update and application in one function, for `trace_step`."""
+    tx = optax.with_extra_args_support(tx)
+
+    def chain_step(params, state, grads, extra_args):
+        updates, state = tx.update(grads, state, params, **extra_args)
+        return optax.apply_updates(params, updates), state
+
+    return chain_step
+
+
+def _execute(function, arguments, *, backend, strict, written):
+    """`function(*arguments)`, fused; the first `written` results take those arguments' memory."""
+    if backend == "xla":
+        return function(*arguments)
+    traced, in_place, values = trace_step(function, arguments, written)
+    launcher, interpret = LAUNCHERS[backend]
+    planned = plan(traced.graph, in_place, launcher.supports)
+    if strict and (left := left_to_xla(traced.graph, planned)):
+        raise ValueError(f"strict=True, but {'; '.join(left)}")
+
+    structure = jax.tree.structure(traced.result)
+
+    @custom_vmap
+    def by_kernels(*flat):
+        results = run(traced.graph, planned, flat, launcher, interpret=interpret)
+        return jax.tree.unflatten(structure, results)
+
+    @by_kernels.def_vmap
+    def batched(axis_size, in_batched, *flat):
+        axes = tuple(0 if batched else None for batched in in_batched)
+        results = jax.vmap(traced.by_xla, in_axes=axes, axis_size=axis_size)(*flat)
+        return results, jax.tree.map(lambda _: True, results)
+
+    differentiable = jax.custom_jvp(by_kernels)
+
+    @differentiable.defjvp
+    def differentiated(primals, tangents):
+        return jax.jvp(traced.by_xla, primals, tangents)
+
+    flat = (*traced.constants, *values)
+    if backend == "auto":
+        results = lax.platform_dependent(*flat, cuda=differentiable, default=traced.by_xla)
+    else:
+        results = differentiable(*flat)
+    typed = map(_as_weak_as, jax.tree.leaves(results), traced.closed.out_avals)
+    return jax.tree.unflatten(structure, typed)
+
+
+def trace_step(function, arguments, written) -> tuple[Traced, dict[int, int], list[Any]]:
+    """The step, which results may take whose memory, and the arguments that are arrays."""
+    with_paths, structure = jax.tree_util.tree_flatten_with_path(arguments)
+    is_array = [hasattr(x, "dtype") and hasattr(x, "shape") for _, x in with_paths]
+    values = [x for (_, x), array in zip(with_paths, is_array, strict=True) if array]
+    names = [
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for (path, _), array in zip(with_paths, is_array, strict=True)
+        if array
+    ]
+
+    def step(*given):
+        rest = iter(given)
+        leaves = [
+            next(rest) if array else x for (_, x), array in zip(with_paths, is_array, strict=True)
+        ]
+        return function(*jax.tree.unflatten(structure, leaves))
+
+    traced = trace(step, values, names)
+    count = len(jax.tree.leaves(arguments[:written]))
+    if len(jax.tree.leaves(traced.result[:written])) != count or not all(is_array[:count]):
+        return traced, {}, values
+    first = len(traced.constants)
+    return traced, {i: first + i for i in range(count)}, values
+
+
+def left_to_xla(graph: Graph, planned: Plan) -> list[str]:
+    """A line for each leaf that XLA computes, or computes an array for: its name, and why."""
+    names: dict[Node, str] = {}
+    for node in graph.inputs:
+        if node.on_leaf:
+            names.setdefault(graph.component(node), graph.names[node])
+    reasons = {c: reason for c, reason in planned.reasons.items() if c in names}
+    for program in (*itertools.chain(*planned.reductions), *planned.updates):
+        for node in program.inputs:
+            if node.kind is Kind.OUTSIDE and graph.component(node) in names:
+                reasons.setdefault(graph.component(node), f"{_origin(node)} is not elementwise")
+    return [f"{names[component]}: {reason}" for component, reason in reasons.items()]
+
+
+def _origin(node: Node) -> str:
+    """The operation that made an array from something else, such as random bits from a key."""
+    while sources := [a for a in node.args if a.size > 1 and a.kind is not Kind.SPLAT]:
+        node = sources[0]
+    return "an input" if node.primitive is None else node.primitive.name
+
+
+def run(
+    graph: Graph, planned: Plan, arguments: Sequence[jax.Array], launcher: Any, *, interpret: bool
+) -> list[jax.Array]:
+    """The step's results, by launches, and by XLA for what is between them."""
+    values: dict[Node, Any] = dict(zip(graph.inputs, arguments, strict=False))
+    written: dict[Node, jax.Array] = {}
+
+    def value(node: Node) -> Any:
+        pending = [node]  # a stack of our own: a global norm is a sum as deep as there are leaves
+        while pending:
+            missing = [a for a in pending[-1].args if a not in values]
+            if missing and pending[-1] not in values:
+                pending += missing
+            else:
+                top = pending.pop()
+                if top not in values:
+                    values[top] = _by_xla(top, values)
+        return values[node]
+
+    flat = functools.cache(lambda node: value(node).reshape(-1))
+    calls: dict[Any, Callable[..., Any]] = {}
+    for level in planned.reductions:
+        for programs in launches(level):
+            found = launcher.reduce(programs, flat, value, calls, interpret=interpret)
+            for node, x in _results(programs, found):
+                values[node] = x.astype(node.dtype).reshape(node.shape)
+    for programs in launches(planned.updates):
+        found = launcher.update(programs, flat, value, calls, interpret=interpret)
+        for node, x in _results(programs, found):
+            written[node] = x.reshape(node.shape)
+    for effect in graph.effects:
+        _bind(effect, [value(a) for a in effect.args])
+    return [written[node] if node in written else value(node) for node in graph.outputs]
+
+
+def _as_weak_as(x: jax.Array, result: Any) -> jax.Array:
+    """A weakly typed number of the state stays one, or `jit` would compile a second time."""
+    if not getattr(result, "weak_type", False):
+        return x
+    return lax.convert_element_type_p.bind(x, new_dtype=x.dtype, weak_type=True, sharding=None)
+
+
+def _by_xla(node: Node, values: Mapping[Node, Any]) -> Any:
+    if node.kind is Kind.LITERAL:
+        return jnp.asarray(node.params["value"], node.dtype)
+    if node.kind is Kind.INPUT:
+        return node.params["value"]
+    if node.kind is Kind.SPLAT:
+        return jnp.broadcast_to(values[node.args[0]], node.shape)
+    result = _bind(node, [values[a] for a in node.args])
+    return result[node.output] if isinstance(result, list | tuple) else result
+
+
+def _bind(node: Node, operands: Sequence[Any]) -> Any:
+    assert node.primitive is not None
+    return node.primitive.bind(*operands, **node.primitive.get_bind_params(node.params))
+
+
+def _results(programs, found) -> Iterator[tuple[Node, jax.Array]]:
+    for program, arrays in zip(programs, found, strict=True):
+        yield from zip(program.results, arrays, strict=True)

@@ -1,0 +1,46 @@
+"""Which leaves share a launch: few launches, and as many of them alike as can be.
+
+Code for a launch grows with its leaves, and compiling it grows faster. But launches of the same
+structure are compiled once, and the layers of a network repeat: so equal leaves are dealt out to
+equal launches, and what remains over goes into launches of its own.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from pallas_kernels.plan import Program
+
+LEAVES_PER_LAUNCH = 33
+# Launches beyond the fewest that are worth having fewer different ones.
+MORE_LAUNCHES = 1
+
+
+def launches(programs: Sequence[Program]) -> list[list[Program]]:
+    """The programs of each launch."""
+    alike: dict[Any, list[Program]] = {}
+    for program in programs:
+        alike.setdefault((program.size, program.form()), []).append(program)
+    groups = list(alike.values())
+    fewest = -(-len(programs) // LEAVES_PER_LAUNCH)
+
+    def different_leaves(equal: int) -> int:
+        return sum(len(group) // equal + len(group) % equal for group in groups)
+
+    for equal in sorted(range(1, fewest + 1), key=different_leaves):
+        dealt = [*_deal(groups, equal)]
+        if len(dealt) <= fewest + MORE_LAUNCHES:
+            return dealt
+    return []
+
+
+def _deal(groups: Sequence[Sequence[Program]], equal: int) -> Iterator[list[Program]]:
+    """`equal` times the same launches, and the rest."""
+    shares: list[list[Program]] = [[] for _ in range(equal + 1)]
+    for group in groups:
+        each = len(group) // equal
+        for i in range(equal):
+            shares[i] += group[i * each : (i + 1) * each]
+        shares[-1] += group[equal * each :]
+    for share in shares:
+        for start in range(0, len(share), LEAVES_PER_LAUNCH):
+            yield share[start : start + LEAVES_PER_LAUNCH]

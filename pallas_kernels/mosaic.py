@@ -1,0 +1,361 @@
+"""Launches on Pallas' Mosaic GPU backend: many leaves in one grid, without masks.
+
+Mosaic accesses vectors of whole warpgroups or single elements, all of them or none. So a leaf is
+cut into blocks that exist to their ends: wide ones, then some of 128 elements, then single
+elements. A block finds its leaf by comparing its place with the constant bounds of the spans.
+Leaves with programs of one form share the computation; only access is per leaf.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.launch import COMBINE, REDUCE, Group, Layout, is_fusible
+from pallas_kernels.plan import Predicate, Program, evaluate, identity_of
+from pallas_kernels.trace import Node
+
+_LANES = 128  # threads of a warpgroup
+_VECTOR = 4  # elements that a thread of a wide block accesses at once
+WIDTHS = (_LANES * _VECTOR, _LANES, 1)
+# Partial statistics that one step of the finish reads: few steps, each with many loads in flight.
+_FINISH = 16 * _LANES
+
+_MISSING = "cbrt ceil expm1 floor log1p nextafter pow reduce_precision rem tan"
+_BEFORE_0_11 = jax.__version_info__ < (0, 11)
+_STORE = getattr(plgpu, "store", None)
+_INTERPRETER = getattr(plgpu, "InterpretGPUParams", None)
+
+
+def supports(primitive: str) -> bool:
+    """Whether a kernel can compute the primitive."""
+    return is_fusible(primitive) and primitive not in _MISSING.split()
+
+
+def update(
+    programs: Sequence[Program],
+    array: Callable[[Node], jax.Array],
+    scalar: Callable[[Node], Any],
+    calls: dict[Any, Callable[..., Any]],
+    *,
+    interpret: bool,
+) -> list[list[jax.Array]]:
+    """Runs programs that write leaves, in one launch; flat results in the order of the programs.
+
+    Arguments are those of Triton's `update`; no launch is reused.
+    """
+    del calls
+    layout = Layout(programs, scalar, WIDTHS)
+    operands, offsets = layout.operands(array)
+    in_place: dict[int, int] = {}  # from results to the operands whose memory they take
+    fresh: dict[int, jax.ShapeDtypeStruct] = {}
+    first_result = []
+    for program, offset in zip(layout.programs, offsets, strict=True):
+        first_result.append(len(in_place) + len(fresh))
+        for place, root in enumerate(program.roots, start=first_result[-1]):
+            if root.in_place is None:
+                fresh[place] = jax.ShapeDtypeStruct((program.size,), root.dtype)
+            else:
+                in_place[place] = offset + root.in_place
+
+    def kernel(table, *refs):
+        sources = refs[: len(operands)]
+        targets = {place: sources[i] for place, i in in_place.items()}
+        targets |= dict(zip(fresh, refs[len(operands) :], strict=True))
+
+        def finish(block, scalars, values):
+            roots = layout.forms[block.group.form][0].roots
+            values = [v.astype(r.dtype) for v, r in zip(values, roots, strict=True)]
+
+            def store(leaf, at):
+                for k, (root, value) in enumerate(zip(roots, values, strict=True)):
+                    write = partial(_store, targets[first_result[leaf] + k], at, value)
+                    if root.needed is None:
+                        write()
+                    else:
+                        pl.when(_holds(root.needed, scalars))(write)
+
+            block.on_leaf(store)
+
+        _run_block(layout, table, sources, offsets, finish)
+
+    table = jnp.asarray(_table(layout), jnp.int32)
+    launch = _launch(kernel, layout.starts[-1], list(fresh.values()), interpret)
+
+    def run(state):
+        written, new = state
+        arrays = [written.get(i, x) for i, x in enumerate(operands)]
+        for place, x in zip(fresh, launch(table, *arrays), strict=True):
+            new[place][...] = x
+
+    # `jax.new_ref` would be shorter, but its effect can't pass the `custom_jvp` around a step.
+    written, results = pl.run_state(run)(
+        (
+            {i: operands[i] for i in in_place.values()},
+            {place: jnp.zeros(x.shape, x.dtype) for place, x in fresh.items()},
+        )
+    )
+    results |= {place: written[i] for place, i in in_place.items()}
+    return layout.by_program(programs, [results[place] for place in sorted(results)])
+
+
+def reduce(
+    programs: Sequence[Program],
+    array: Callable[[Node], jax.Array],
+    scalar: Callable[[Node], Any],
+    calls: dict[Any, Callable[..., Any]],
+    *,
+    interpret: bool,
+) -> list[list[jax.Array]]:
+    """Runs programs that compute statistics: one launch for partial ones, one to finish them."""
+    del calls
+    layout = Layout(programs, scalar, WIDTHS)
+    operands, offsets = layout.operands(array)
+    blocks, columns = layout.starts[-1], max(len(p.roots) for p in programs)
+
+    def kernel(table, *refs):
+        sources, partials = refs[: len(operands)], refs[-1]
+
+        def finish(block, scalars, values):
+            del scalars
+            roots = layout.forms[block.group.form][0].roots
+            mine = block.me + block.look_up(table, _SHIFT)
+            for k, (root, value) in enumerate(zip(roots, values, strict=True)):
+                value = value.astype(jnp.float32)
+                partials[k * blocks + mine] = (
+                    REDUCE[root.reduction](value) if value.shape else value
+                )
+
+        _run_block(layout, table, sources, offsets, finish)
+
+    # The finish reads whole vectors, past the last statistic too.
+    shape = jax.ShapeDtypeStruct((columns * blocks + _FINISH,), jnp.float32)
+    (partials,) = _launch(kernel, blocks, [shape], interpret)(
+        jnp.asarray(_table(layout), jnp.int32), *operands
+    )
+    return _finish(layout, programs, partials, interpret)
+
+
+def _finish(layout, programs, partials, interpret) -> list[list[jax.Array]]:
+    """The statistics from the blocks' partial ones: one block of a second launch for each."""
+    kinds = sorted({root.reduction for p in layout.programs for root in p.roots})
+    counts = _blocks_of_leaves(layout)
+    rows = []
+    for leaf, program in enumerate(layout.programs):
+        for k, root in enumerate(program.roots):
+            first = k * layout.starts[-1] + sum(counts[:leaf])
+            rows += [first, counts[leaf], kinds.index(root.reduction)]
+
+    def kernel(table, partials_ref, results):
+        me = lax.axis_index("block")
+        first, count, kind = (table[me * 3 + i] for i in range(3))
+
+        def finish(kind):
+            neutral = _strided(jnp.full((_FINISH,), identity_of(kind), jnp.float32))
+            lane = _strided(lax.iota(jnp.int32, _FINISH))
+
+            def step(i, total):
+                x = _load(partials_ref, first + i * _FINISH, _FINISH, vector=1)
+                return COMBINE[kind](total, jnp.where(lane < count - i * _FINISH, x, neutral))
+
+            total = lax.fori_loop(0, (count + _FINISH - 1) // _FINISH, step, neutral)
+            results[me] = REDUCE[kind](total)
+
+        lax.switch(kind, [partial(finish, kind) for kind in kinds])
+
+    shape = jax.ShapeDtypeStruct((len(rows) // 3,), jnp.float32)
+    (results,) = _launch(kernel, len(rows) // 3, [shape], interpret)(
+        jnp.asarray(rows, jnp.int32), partials
+    )
+    return layout.by_program(programs, results)
+
+
+def _launch(kernel, blocks: int, out_type, interpret: bool) -> Callable[..., Any]:
+    if interpret and _INTERPRETER is None:
+        raise NotImplementedError(f"jax {jax.__version__} can't interpret Mosaic GPU kernels")
+    return pl.kernel(
+        kernel,
+        out_type=out_type,
+        mesh=plgpu.Mesh(grid=(blocks,), grid_names=("block",)),
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+        interpret=_INTERPRETER() if interpret and _INTERPRETER else False,
+    )
+
+
+# What a block looks up for its span: which of the form's leaves it lies in, and the way from its
+# place in the grid to that of its partial statistics, where each leaf's lie side by side.
+_WHICH, _SHIFT, _COLUMNS = range(3)
+
+
+def _table(layout: Layout) -> list[int]:
+    counts = _blocks_of_leaves(layout)
+    done = [0] * len(counts)
+    table = []
+    spans = ((group, span) for group in layout.groups for span in group.spans)
+    for (group, span), start in zip(spans, layout.starts, strict=False):
+        shift = sum(counts[: span.leaf]) + done[span.leaf] - start
+        table += [span.leaf - layout.first[group.form], shift]
+        done[span.leaf] += span.blocks
+    return table
+
+
+def _blocks_of_leaves(layout: Layout) -> list[int]:
+    counts = [0] * len(layout.programs)
+    for group in layout.groups:
+        for span in group.spans:
+            counts[span.leaf] += span.blocks
+    return counts
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A block of the grid, in code that is the same for all blocks of its group.
+
+    Attributes:
+      me: its place in the grid.
+      group: what it belongs to.
+      first_span: the group's first one, among all of the grid.
+      starts: the first block of each of the group's spans.
+      span: which of these spans it lies in.
+    """
+
+    me: jax.Array
+    group: Group
+    first_span: int
+    starts: Sequence[int]
+    span: jax.Array
+
+    def look_up(self, table, column: int) -> jax.Array:
+        """An entry of the table, for the block's span."""
+        return table[(self.first_span + self.span) * _COLUMNS + column]
+
+    def on_leaf(self, access: Callable[[int, jax.Array], Any]) -> Any:
+        """`access(leaf, at)` for the leaf the block lies in and its first element there."""
+
+        def in_span(span, start):
+            return access(span.leaf, span.first + (self.me - start) * self.group.width)
+
+        branches = [
+            partial(in_span, *each) for each in zip(self.group.spans, self.starts, strict=True)
+        ]
+        return lax.switch(self.span, branches)
+
+
+def _run_block(layout: Layout, table, sources, offsets, finish) -> None:
+    """Loads what this block needs, computes, and calls `finish` with the values."""
+    me = lax.axis_index("block")
+    bounds = [0]
+    for group in layout.groups:
+        bounds.append(bounds[-1] + len(group.spans))
+
+    def run_group(number):
+        group = layout.groups[number]
+        starts = layout.starts[bounds[number] : bounds[number + 1]]
+        block = _Block(me, group, bounds[number], starts, _count_passed(me, starts))
+        slots = layout.slots[group.form]
+        which = block.look_up(table, _WHICH) if any(slot.per_leaf for slot in slots) else 0
+        scalars = [slot.read(sources, which) for slot in slots]
+        program = layout.forms[group.form][0]
+
+        def load(leaf, at):
+            refs = sources[offsets[leaf] : offsets[leaf] + len(program.inputs)]
+            return _kept_apart(
+                [
+                    _load_if(needed, scalars, ref, at, group.width)
+                    for ref, needed in zip(refs, program.loads, strict=True)
+                ]
+            )
+
+        shape = () if group.width == 1 else (group.width,)
+        finish(block, scalars, evaluate(program, block.on_leaf(load), scalars, shape, _REWRITTEN))
+
+    starts_of_groups = [layout.starts[bound] for bound in bounds[:-1]]
+    # One flat switch: lowering a cond takes its first branch twice, a nested one twice each level.
+    lax.switch(
+        _count_passed(me, starts_of_groups),
+        [partial(run_group, number) for number in range(len(layout.groups))],
+    )
+
+
+def _count_passed(me, starts: Sequence[int]) -> jax.Array:
+    """Which range the block lies in, given where ranges start."""
+    return sum((jnp.where(me >= start, 1, 0) for start in starts[1:]), jnp.int32(0))
+
+
+def _load_if(needed: Predicate | None, scalars, ref, at, width: int) -> jax.Array:
+    """The block's part of an array; zeros, and no access, where it is not needed."""
+    vector = width // _LANES
+
+    def zeros():
+        return _strided(jnp.zeros((width,) if vector else (), ref.dtype), vector)
+
+    load = partial(_load, ref, at, width, vector)
+    return load() if needed is None else lax.cond(_holds(needed, scalars), load, zeros)
+
+
+def _load(ref, at, width: int, vector: int) -> jax.Array:
+    if width == 1:
+        return ref[at]
+    whole = {"idx": ()} if _BEFORE_0_11 else {}
+    layout = plgpu.Layout.WG_STRIDED((width,), vec_size=vector)
+    return plgpu.load(ref.at[pl.ds(at, width)], **whole, layout=layout, optimized=False)
+
+
+def _kept_apart(blocks: list[jax.Array]) -> list[jax.Array]:
+    """The blocks of one leaf, loaded in code of its own.
+
+    Else LLVM merges the loads of all leaves into one from a pointer whose alignment it no longer
+    knows, and accesses vectors element by element.
+    """
+    # The barrier takes whole registers: no booleans, and no single elements of 16 bits.
+    whole = [i for i, x in enumerate(blocks) if x.size > _LANES and x.dtype != bool]
+    passed = lax.optimization_barrier([blocks[i] for i in whole])
+    apart = dict(zip(whole, passed, strict=True))
+    return [apart.get(i, x) for i, x in enumerate(blocks)]
+
+
+def _store(ref, at, value: jax.Array) -> None:
+    if not value.shape:
+        ref[at] = value
+    elif _STORE is None:
+        ref[pl.ds(at, value.size)] = value
+    else:
+        _STORE(ref.at[pl.ds(at, value.size)], value, optimized=False)
+
+
+def _strided(x: jax.Array, vector: int = 1) -> jax.Array:
+    """In the registers of the threads that `_load` would bring it to."""
+    if not x.shape:
+        return x
+    return plgpu.layout_cast(x, plgpu.Layout.WG_STRIDED(x.shape, vec_size=vector))
+
+
+def _holds(needed: Predicate, scalars) -> jax.Array:
+    (_, place), value = needed
+    return scalars[place] if value else jnp.logical_not(scalars[place])
+
+
+def _sqrt(x: jax.Array, **_: Any) -> jax.Array:
+    return jnp.where((x == 0) | (x == jnp.inf), x, x * lax.rsqrt(x))
+
+
+def _integer_pow(x: jax.Array, *, y: int) -> jax.Array:
+    """By squaring, as XLA does."""
+    power, result = x, None
+    for bit in reversed(f"{abs(y):b}"):
+        if bit == "1":
+            result = power if result is None else result * power
+        power = power * power
+    result = jnp.ones_like(x) if result is None else result
+    return 1 / result if y < 0 else result
+
+
+_REWRITTEN: dict[str, Callable[..., Any]] = {"add_any": lax.add, "integer_pow": _integer_pow}
+if _BEFORE_0_11:
+    _REWRITTEN["sqrt"] = _sqrt

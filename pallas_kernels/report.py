@@ -1,0 +1,149 @@
+"""`explain`: what `fuse` makes of an optimizer on given parameters, as a table or as data."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import optax
+
+from pallas_kernels import triton
+from pallas_kernels.fuse import left_to_xla, trace_step, whole_step
+from pallas_kernels.grouping import launches
+from pallas_kernels.plan import Program, plan
+from pallas_kernels.trace import Graph, Kind, Node
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Launches that do not wait for each other.
+
+    Attributes:
+      work: "statistics" or "update".
+      programs: number of leaves in it.
+      forms: number of different kernel bodies among them.
+      launches: number of kernels.
+      bytes: read and written, all launches together.
+      predicated: bytes of those that some steps skip, such as lookahead's slow weights.
+    """
+
+    work: str
+    programs: int
+    forms: int
+    launches: int
+    bytes: int
+    predicated: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a fused step does.
+
+    Attributes:
+      parameters: number of them.
+      phases: in order of execution.
+      floor: bytes that any step must move: every array it depends on read once, every one that
+        changes written once. A statistic that must be known first costs another pass, not in here.
+      left_to_xla: a line for each component that is not fused, with the reason.
+    """
+
+    parameters: int
+    phases: tuple[Phase, ...]
+    floor: int
+    left_to_xla: tuple[str, ...]
+
+    @property
+    def launches(self) -> int:
+        """Number of Pallas kernels in a step; XLA adds a few for scalars."""
+        return sum(phase.launches for phase in self.phases)
+
+    @property
+    def bytes_per_parameter(self) -> float:
+        """Bytes that the launches read and write, per parameter."""
+        return sum(phase.bytes for phase in self.phases) / max(self.parameters, 1)
+
+    @property
+    def floor_per_parameter(self) -> float:
+        """`floor`, per parameter."""
+        return self.floor / max(self.parameters, 1)
+
+    def __str__(self) -> str:
+        """A line per phase, the sum, and what is left to XLA."""
+        lines = ["phase       leaves  bodies  launches  bytes/parameter  skipped in some steps"]
+        for phase in self.phases:
+            per, skipped = (x / max(self.parameters, 1) for x in (phase.bytes, phase.predicated))
+            lines.append(
+                f"{phase.work:<10}  {phase.programs:>6}  {phase.forms:>6}  {phase.launches:>8}"
+                f"  {per:>15.2f}  {skipped:>21.2f}"
+            )
+        lines.append(
+            f"{self.launches} launches, {self.bytes_per_parameter:.2f} bytes/parameter,"
+            f" floor {self.floor_per_parameter:.2f}"
+        )
+        return "\n".join([*lines, *(f"left to XLA: {line}" for line in self.left_to_xla)])
+
+
+def explain(tx: optax.GradientTransformation, params: Any) -> Report:
+    """Plans the fused step of `tx` without running it.
+
+    Args:
+      tx: an optimizer, fused or not.
+      params: the parameters, or their shapes; gradients are taken to be of the same dtypes.
+
+    >>> import jax.numpy as jnp, optax
+    >>> print(explain(optax.adamw(1e-3), {"w": jnp.ones((64, 64)), "b": jnp.ones(64)}))
+    phase       leaves  bodies  launches  bytes/parameter  skipped in some steps
+    update           2       1         1            28.00                   0.00
+    1 launches, 28.00 bytes/parameter, floor 28.00
+    """
+    tx = getattr(tx, "chain", tx)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    state = jax.eval_shape(tx.init, shapes)
+    traced, in_place, _ = trace_step(whole_step(tx), (shapes, state, shapes, {}), written=2)
+    planned = plan(traced.graph, in_place, triton.supports)
+    phases = [_phase("statistics", programs) for programs in planned.reductions]
+    phases.append(_phase("update", planned.updates))
+    return Report(
+        parameters=sum(x.size for x in jax.tree.leaves(shapes)),
+        phases=tuple(phase for phase in phases if phase.programs),
+        floor=_floor(traced.graph),
+        left_to_xla=tuple(left_to_xla(traced.graph, planned)),
+    )
+
+
+def _phase(work: str, programs: Sequence[Program]) -> Phase:
+    always = predicated = 0
+    for program in programs:
+        for node, when in zip(program.inputs, program.loads, strict=True):
+            always += _bytes(node)
+            predicated += _bytes(node) * (when is not None)
+        for node, root in zip(program.results, program.roots, strict=True):
+            if root.reduction is None:
+                always += _bytes(node)
+                predicated += _bytes(node) * (root.needed is not None)
+    return Phase(
+        work=work,
+        programs=len(programs),
+        forms=len({program.form() for program in programs}),
+        launches=len(launches(programs)),
+        bytes=always,
+        predicated=predicated,
+    )
+
+
+def _floor(graph: Graph) -> int:
+    """All arguments that results depend on, once, and all results that are no argument, once."""
+    seen: set[Node] = set()
+    pending = [node for node in graph.outputs if node.kind is not Kind.INPUT]
+    results = set(pending)
+    while pending:
+        node = pending.pop()
+        if node not in seen:
+            seen.add(node)
+            pending.extend(node.args)
+    read = [node for node in seen if node.kind is Kind.INPUT]
+    return sum(map(_bytes, read)) + sum(map(_bytes, results))
+
+
+def _bytes(node: Node) -> int:
+    return node.size * node.dtype.itemsize

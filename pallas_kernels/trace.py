@@ -1,0 +1,392 @@
+"""A step becomes a graph of values, classified by what a kernel could do with them.
+
+Tracing runs the step on the shapes of its arguments and reads the jaxpr: calls are inlined,
+branches with arrays become selects, and every value is one `Node`. Nothing here knows a backend, or
+an optimizer.
+"""
+
+import enum
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.core import Tracer
+from jax.extend.core import Jaxpr, Literal, Primitive, jaxpr_as_fun
+
+
+class Kind(enum.Enum):
+    """What a value is to a fused launch."""
+
+    INPUT = enum.auto()  # an argument of the step, or a constant of it
+    LITERAL = enum.auto()  # a Python number
+    BLOCK = enum.auto()  # elementwise on arrays: what kernels compute
+    REDUCED = enum.auto()  # a statistic over all of an array: what kernels sum up
+    SPLAT = enum.auto()  # a scalar in the shape of an array
+    OUTSIDE = enum.auto()  # everything else: XLA computes it between launches
+
+
+@dataclass(eq=False, slots=True)
+class Node:
+    """One value of the step.
+
+    Attributes:
+      kind: what it is to a launch.
+      primitive: the operation it is the result of, if any.
+      params: the operation's parameters; for a literal its value.
+      args: the operation's operands.
+      shape, dtype: those of the value.
+      level: how many reductions lie, one after another, between the arguments and it.
+      index: order of creation; for an input also its place among the arguments.
+      output: which of the operation's results it is.
+    """
+
+    kind: Kind
+    primitive: Primitive | None
+    params: dict[str, Any]
+    args: tuple["Node", ...]
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    level: int
+    index: int
+    output: int = 0
+
+    @property
+    def operation(self) -> str:
+        """Name of the primitive; empty if there is none."""
+        return "" if self.primitive is None else self.primitive.name
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def on_leaf(self) -> bool:
+        """Whether a launch reads it block by block."""
+        return self.size > 1 and self.kind in (Kind.INPUT, Kind.BLOCK, Kind.OUTSIDE)
+
+
+@dataclass
+class Graph:
+    """All values of one step, each once.
+
+    Attributes:
+      inputs: the arguments' nodes, in order.
+      outputs: the results' nodes, in order.
+      names: of arguments, for messages.
+      foreign: values of leaves that something outside of a kernel reads, and what does.
+      effects: operations without a result, such as prints.
+    """
+
+    inputs: list[Node] = field(default_factory=list)
+    outputs: list[Node] = field(default_factory=list)
+    names: dict[Node, str] = field(default_factory=dict)
+    foreign: list[tuple[Node, str]] = field(default_factory=list)
+    effects: list[Node] = field(default_factory=list)
+    _table: dict[Any, Node] = field(default_factory=dict)
+    _parent: dict[Node, Node] = field(default_factory=dict)
+
+    def component(self, node: Node) -> Node:
+        """The representative of all values that are elementwise connected with `node`."""
+        while node in self._parent:
+            node = self._parent[node]
+        return node
+
+    def _unite(self, a: Node, b: Node) -> None:
+        a, b = self.component(a), self.component(b)
+        if a is not b:
+            older, newer = sorted((a, b), key=lambda n: n.index)
+            self._parent[newer] = older
+
+    def node(self, kind, primitive, params, args, shape, dtype, output=0) -> Node:
+        """The value, made at its first mention."""
+        key = (kind, primitive, _hashable(params), args, tuple(shape), str(dtype), output)
+        if key not in self._table:
+            level = max((a.level for a in args), default=0) + (kind is Kind.REDUCED)
+            made = Node(kind, primitive, params, args, tuple(shape), dtype, level, len(self._table))
+            made.output = output
+            self._table[key] = made
+            if kind is Kind.BLOCK:
+                for arg in args:
+                    if arg.on_leaf:
+                        self._unite(made, arg)
+        return self._table[key]
+
+    def literal(self, value: Any) -> Node:
+        """A number that is known while tracing."""
+        value = np.asarray(value)
+        return self.node(Kind.LITERAL, None, {"value": value.item()}, (), (), value.dtype)
+
+    def input(self, aval: Any, name: str) -> Node:
+        """The next argument."""
+        made = Node(Kind.INPUT, None, {}, (), tuple(aval.shape), aval.dtype, 0, len(self._table))
+        self._table[("input", len(self.inputs))] = made
+        self.inputs.append(made)
+        self.names[made] = name
+        return made
+
+    def apply(self, primitive, params, args: Sequence[Node], avals: Sequence[Any]) -> list[Node]:
+        """The results of one operation."""
+        args, aval = tuple(args), avals[0]
+        size = math.prod(aval.shape)
+        if primitive is lax.optimization_barrier_p:
+            return list(args)
+        on_leaf = [a for a in args if a.on_leaf]
+        if not on_leaf:
+            return self._apply_to_scalars(primitive, params, args, avals)
+        if primitive.name in SAME_ORDER and size == args[0].size:
+            return [self.node(Kind.BLOCK, primitive, params, args, aval.shape, aval.dtype)]
+        if primitive.name in ELEMENTWISE:
+            return [self.node(Kind.BLOCK, primitive, params, args, aval.shape, aval.dtype)]
+        if primitive.name in REDUCTIONS and size == 1 and args[0].size > 1:
+            if _is_exact_in_float32(args[0].dtype):
+                return [self._reduce(primitive, params, args[0], aval)]
+            return self._outside(primitive, params, args, avals)
+        if primitive is lax.dot_general_p and _is_inner_product(params, args, size):
+            product = self._bind(lax.mul, *args)
+            total = jax.make_jaxpr(jnp.sum)(jax.ShapeDtypeStruct(product.shape, product.dtype))
+            (summed,) = self.run(total.jaxpr, [], [product])
+            return [self._cast(summed, aval)]
+        for arg in on_leaf:
+            self.foreign.append((arg, primitive.name))
+        return self._outside(primitive, params, args, avals)
+
+    def _apply_to_scalars(self, primitive, params, args, avals) -> list[Node]:
+        aval = avals[0]
+        splat = any(a.kind is Kind.SPLAT for a in args)
+        if not splat:
+            if primitive is lax.broadcast_in_dim_p and math.prod(aval.shape) > 1:
+                return [self._splat(args[0], aval)]
+            return self._outside(primitive, params, args, avals)
+        if primitive.name in SAME_ORDER and math.prod(aval.shape) == args[0].size:
+            return [self._splat(args[0].args[0], aval)]
+        if primitive.name in ELEMENTWISE:  # on one number instead of a leaf of equal ones
+            bare = tuple(a.args[0] if a.kind is Kind.SPLAT else a for a in args)
+            (scalar,) = self._outside(
+                primitive, params, bare, [jax.ShapeDtypeStruct((), aval.dtype)]
+            )
+            return [self._splat(scalar, aval)]
+        return self._outside(primitive, params, args, avals)
+
+    def _splat(self, scalar: Node, aval: Any) -> Node:
+        if scalar.shape:
+            scalar = self._bind(lambda x: x.reshape(()), scalar)
+        return self.node(Kind.SPLAT, None, {}, (scalar,), aval.shape, aval.dtype)
+
+    def _outside(self, primitive, params, args, avals) -> list[Node]:
+        return [
+            self.node(Kind.OUTSIDE, primitive, params, args, aval.shape, aval.dtype, output)
+            for output, aval in enumerate(avals)
+        ]
+
+    def _reduce(self, primitive, params, x: Node, aval, depth: int = 2) -> Node:
+        """A statistic; where a scalar of the same level selects inside, one of each choice.
+
+        `optax.safe_norm` (trust ratios) takes the norm of a select on another norm: two passes one
+        after the other, unless the select is moved outside.
+        """
+        predicate = self._scalar_predicate(x, set()) if x.level > 0 and depth else None
+        if predicate is not None:
+            choices = [self._choose(x, predicate, i, {}) for i in (0, 1)]
+            if max(choice.level for choice in choices) < x.level:
+                reduced = [self._reduce(primitive, params, c, aval, depth - 1) for c in choices]
+                scalar = predicate.args[0] if predicate.kind is Kind.SPLAT else predicate
+                return self._bind(lax.select_n, scalar, *reduced)
+        if not x.on_leaf:
+            (result,) = self._outside(primitive, params, (x,), [aval])
+            return result
+        return self.node(Kind.REDUCED, primitive, params, (x,), aval.shape, aval.dtype)
+
+    def _scalar_predicate(self, x: Node, seen: set[Node]) -> Node | None:
+        if x in seen or x.kind is not Kind.BLOCK:
+            return None
+        seen.add(x)
+        if x.primitive is lax.select_n_p and len(x.args) == 3:
+            which = x.args[0]
+            if not which.on_leaf and which.level == x.level:
+                return which
+        found = (self._scalar_predicate(a, seen) for a in x.args)
+        return next((p for p in found if p is not None), None)
+
+    def _choose(self, x: Node, predicate: Node, i: int, memo: dict[Node, Node]) -> Node:
+        """`x` as it is where `predicate` has the value `i`."""
+        if x.kind is not Kind.BLOCK:
+            return x
+        if x not in memo:
+            if x.primitive is lax.select_n_p and x.args[0] is predicate:
+                memo[x] = self._choose(x.args[1 + i], predicate, i, memo)
+            else:
+                args = [self._choose(a, predicate, i, memo) for a in x.args]
+                (memo[x],) = self.apply(x.primitive, x.params, args, [x])
+        return memo[x]
+
+    def _bind(self, function: Callable[..., Any], *args: Node) -> Node:
+        """A function of `jax.lax` on nodes: its parameters differ between versions of JAX."""
+        shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in args]
+        (result,) = self.run(jax.make_jaxpr(function)(*shapes).jaxpr, [], list(args))
+        return result
+
+    def _cast(self, x: Node, aval: Any) -> Node:
+        return x if x.dtype == aval.dtype else self._bind(lambda y: y.astype(aval.dtype), x)
+
+    def run(self, jaxpr: Jaxpr, consts: Sequence[Node], args: Sequence[Node]) -> list[Node]:
+        """The results of a whole jaxpr."""
+        values = dict(zip(jaxpr.constvars, consts, strict=True))
+        values.update(zip(jaxpr.invars, args, strict=True))
+
+        def read(atom: Any) -> Node:
+            if isinstance(atom, Literal):
+                aval: Any = atom.aval
+                return self.literal(np.asarray(atom.val, aval.dtype))
+            return values[atom]
+
+        for eqn in jaxpr.eqns:
+            operands = [read(atom) for atom in eqn.invars]
+            avals: list[Any] = [v.aval for v in eqn.outvars]
+            inner = _CALLS.get(eqn.primitive.name)
+            if inner is not None:
+                results = self._call(eqn.params[inner], operands)
+            elif not eqn.outvars:
+                args, nothing = tuple(operands), np.dtype(bool)
+                self.effects.append(
+                    Node(Kind.OUTSIDE, eqn.primitive, eqn.params, args, (), nothing, 0, -1)
+                )
+                continue
+            elif eqn.primitive is lax.cond_p and (
+                any(a.on_leaf for a in operands) or any(math.prod(a.shape) > 1 for a in avals)
+            ):
+                results = self._branch(eqn.params["branches"], operands[0], operands[1:])
+            else:
+                results = self.apply(eqn.primitive, eqn.params, operands, avals)
+            values.update(zip(eqn.outvars, results, strict=True))
+        return [read(atom) for atom in jaxpr.outvars]
+
+    def _call(self, jaxpr: Any, args: Sequence[Node]) -> list[Node]:
+        """An inner function, closed over constants or not: JAX 0.12 no longer tells them apart."""
+        constants = [self.constant(c) for c in getattr(jaxpr, "consts", ())]
+        return self.run(getattr(jaxpr, "jaxpr", jaxpr), constants, args)
+
+    def constant(self, value: Any) -> Node:
+        """An array that an inner function closes over: known while tracing."""
+        if np.ndim(value) == 0 and not isinstance(value, Tracer):
+            return self.literal(np.asarray(value))
+        made = self.input(jax.typeof(value), "a constant")
+        made.params["value"] = value
+        return made
+
+    def _branch(self, branches, index: Node, args: Sequence[Node]) -> list[Node]:
+        """All branches, and selects among their results."""
+        chosen = self._call(branches[0], args)
+        for i, branch in enumerate(branches[1:], start=1):
+            reached = self._bind(lambda n, i=i: n >= i, index)
+            later = self._call(branch, args)
+            chosen = [
+                a if a is b else self._bind(lambda p, x, y: lax.select_n(p, x, y), reached, a, b)
+                for a, b in zip(chosen, later, strict=True)
+            ]
+        return chosen
+
+
+@dataclass
+class Traced:
+    """A step as a graph and as the jaxpr that it was read from.
+
+    Attributes:
+      graph: the values; its inputs are the constants, then the arguments.
+      closed: the step as XLA would run it, closed over its constants.
+      result: shapes of the step's result, as a tree.
+    """
+
+    graph: Graph
+    closed: Any
+    result: Any
+
+    @property
+    def constants(self) -> list[Any]:
+        """Arrays that the step closes over, tracers perhaps."""
+        return list(self.closed.consts)
+
+    def by_xla(self, *flat: jax.Array) -> Any:
+        """The step itself, from constants and arguments."""
+        count = len(self.constants)
+        outputs = jaxpr_as_fun(self.closed.replace(consts=list(flat[:count])))(*flat[count:])
+        return jax.tree.unflatten(jax.tree.structure(self.result), outputs)
+
+
+def trace(step: Callable[..., Any], values: Sequence[Any], names: Sequence[str]) -> Traced:
+    """Reads `step(*values)`.
+
+    Args:
+      step: a function of arrays.
+      values: arrays, or their shapes.
+      names: of the values, for messages.
+    """
+    shapes = [
+        jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=getattr(x, "weak_type", False))
+        for x in values
+    ]
+    closed, result = jax.make_jaxpr(step, return_shape=True)(*shapes)
+    graph = Graph()
+    constants = [graph.input(jax.typeof(c), "a constant") for c in closed.consts]
+    arguments = [graph.input(x, name) for x, name in zip(shapes, names, strict=True)]
+    graph.outputs = graph.run(closed.jaxpr, constants, arguments)
+    return Traced(graph, closed, result)
+
+
+REDUCTIONS = {
+    "reduce_sum": "sum",
+    "reduce_max": "max",
+    "reduce_min": "min",
+    "reduce_or": "max",
+    "reduce_and": "min",
+}
+
+_ELEMENTWISE = """
+    abs add add_any and atan2 cbrt ceil clamp convert_element_type copy cos div eq erf exp exp2
+    expm1 floor ge gt integer_pow is_finite le log log1p log2 logistic lt max min mul ne neg
+    nextafter not or pow reduce_precision rem round rsqrt select_n sign sin sqrt square
+    stop_gradient sub tan tanh
+    xor"""
+ELEMENTWISE = frozenset(_ELEMENTWISE.split())
+
+# Operations that keep the elements in their order in memory.
+SAME_ORDER = frozenset(("reshape", "squeeze", "expand_dims", "broadcast_in_dim"))
+
+_CALLS = {
+    "jit": "jaxpr",
+    "pjit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "core_call": "call_jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+    "checkpoint": "jaxpr",
+    "remat2": "jaxpr",
+}
+
+
+def _is_exact_in_float32(dtype: Any) -> bool:
+    """Whether partial statistics may be float32: float64, and counts of more than 2^24, may not."""
+    narrow = jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize <= 4
+    return narrow or jnp.issubdtype(dtype, jnp.bool_)
+
+
+def _is_inner_product(params, args, size) -> bool:
+    (left, right), (batch, _) = params["dimension_numbers"]
+    same = tuple(left) == tuple(right) and args[0].shape == args[1].shape
+    return size == 1 and same and not batch and args[0].on_leaf and args[1].on_leaf
+
+
+def _hashable(params: dict[str, Any]) -> Any:
+    """Equal for equal parameters; shardings don't matter inside one device's step."""
+    items: Iterable[tuple[str, Any]] = sorted(params.items())
+    key = tuple((k, v) for k, v in items if k not in ("sharding", "out_sharding"))
+    try:
+        hash(key)
+    except TypeError:
+        return id(params)
+    return key
