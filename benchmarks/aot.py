@@ -4,6 +4,7 @@ The compiler needs a description of the GPU (`h200.txtpb`), XLA's CUDA plugin an
 the `aot` extra installs them.
 """
 
+import contextlib
 import functools
 import math
 import os
@@ -19,6 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import (
     AbstractDevice,
     AbstractMesh,
@@ -81,9 +83,10 @@ def compile_step(step: Step, params: Any, state: Any) -> Program:
       state: shapes of the optimizer's state.
     """
     jax.clear_caches()  # a step must pay for what an earlier one has traced
-    start, cpu_start = time.perf_counter(), _cpu_seconds()
-    compiled = _lower(step, params, state).compile()
-    cpu_seconds, seconds = _cpu_seconds() - cpu_start, time.perf_counter() - start
+    with _compiled_anew():
+        start, cpu_start = time.perf_counter(), _cpu_seconds()
+        compiled = _lower(step, params, state).compile()
+        cpu_seconds, seconds = _cpu_seconds() - cpu_start, time.perf_counter() - start
     text, memory = compiled.as_text(), compiled.memory_analysis()
     assert text is not None
     assert memory is not None
@@ -92,10 +95,23 @@ def compile_step(step: Step, params: Any, state: Any) -> Program:
 
 def ptx(step: Step, params: Any, state: Any) -> str:
     """The assembly of the step's kernels; arguments as those of `compile_step`."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _compiled_anew():
         options: dict[str, str | bool] = {"xla_dump_to": folder, "xla_dump_emitter_re": "ptx"}
         _lower(step, params, state).compile(compiler_options=options)
         return "\n".join(path.read_text() for path in sorted(Path(folder).glob("*.ptx")))
+
+
+@contextlib.contextmanager
+def _compiled_anew() -> Iterator[None]:
+    """Without JAX's cache on disk, which would neither take time nor write assembly."""
+    enabled = jax.config.values["jax_enable_compilation_cache"]
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # else the first compilation of the process has decided
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", enabled)
+        compilation_cache.reset_cache()
 
 
 def _lower(step: Step, params: Any, state: Any) -> jax.stages.Lowered:

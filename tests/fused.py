@@ -64,11 +64,11 @@ class Race:
 
     @cached_property
     def fused(self) -> Step:
-        return jax.jit(partial(fused_step(self.tx), **self.extra))
+        return self._compiled(fused_step(self.tx))
 
     @cached_property
     def chain(self) -> Step:
-        return jax.jit(partial(chain_step(self.tx), **self.extra))
+        return self._compiled(chain_step(self.tx))
 
     @cached_property
     def params(self) -> Any:
@@ -87,11 +87,23 @@ class Race:
     @cached_property
     def tolerance(self) -> float:
         """Only what is added up may be added up in another order."""
+        return SUMMED if self._adds_up else ELEMENTWISE
+
+    @cached_property
+    def _adds_up(self) -> bool:
         update = partial(optax.with_extra_args_support(self.tx).update, **self.extra)
         tx = optax.GradientTransformationExtraArgs(self.tx.init, update)
         report = pallas_kernels.explain(tx, self.params)
-        added_up = report.left_to_xla or any(p.work == "statistics" for p in report.phases)
-        return SUMMED if added_up else ELEMENTWISE
+        return bool(report.left_to_xla) or any(p.work == "statistics" for p in report.phases)
+
+    def _compiled(self, step: Step) -> Step:
+        """As written, where that decides the last bit.
+
+        XLA's simplifier turns quotients into products, with a rounding of its own, wherever it sees
+        both sides: in a chain, and not across the border of a kernel.
+        """
+        options = {} if self._adds_up else {"xla_disable_hlo_passes": "algsimp"}
+        return jax.jit(partial(step, **self.extra), compiler_options=options)
 
 
 def stream(tree: Any, steps: int) -> list[Any]:

@@ -36,8 +36,13 @@ PATHS = [
 
 
 def slow_unless(fast, rows):
+    """Rows for tests of one race each: a worker runs all of its tests, and compiles it once."""
     return [
-        pytest.param(row, id=str(row), marks=[] if row in fast else [pytest.mark.slow])
+        pytest.param(
+            row,
+            id=str(row),
+            marks=[pytest.mark.xdist_group(str(row)), *([] if row in fast else [pytest.mark.slow])],
+        )
         for row in rows
     ]
 
