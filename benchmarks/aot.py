@@ -146,6 +146,8 @@ _INSTRUCTION = re.compile(
 )
 _ARRAY = re.compile(r"\b(pred|bf16|[fsuc]\d+)\[([\d,]*)\]")
 
+_PALLAS = re.compile('custom_call_target="(__gpu\\$xla.gpu.triton|mosaic_gpu)')
+
 # Operations that launch nothing.
 _BOOKKEEPING = frozenset(["bitcast", "constant", "get-tuple-element", "parameter", "tuple"])
 # Operations that hide kernels in a computation of their own, where they would not be counted.
@@ -164,7 +166,7 @@ def read_kernels(program: str) -> Iterator[Kernel]:
         if operation in _BOOKKEEPING or operation.endswith("-done"):
             continue
         operands = re.findall(r"%([^\s,]+)", match["operands"])
-        pallas = operation == "custom-call" and "xla.gpu.triton" in match.string
+        pallas = operation == "custom-call" and _PALLAS.search(match.string) is not None
         moved = _bytes(type_) + sum(_bytes(types[operand]) for operand in operands)
         yield Kernel("pallas" if pallas else operation, moved)
 

@@ -39,7 +39,7 @@ OPTIMIZERS: dict[str, optax.GradientTransformation] = {
     "novak, trust ratio": optax_ext.novak(1e-3, trust_ratio=True),
 }
 
-BACKEND = {"chain": "xla", "fused": "triton"}
+BACKENDS = {"chain": "xla", "triton": "triton", "mosaic": "mosaic"}
 ROUNDS = 2
 
 HEADER = """\
@@ -48,20 +48,22 @@ HEADER = """\
 Compiled for an NVIDIA H200 on a machine without a GPU; nothing here was run, so nothing is said
 about time on the GPU. Parameters and state are float32 and donated.
 
-- kernels: all launches of a step; of the fused ones in parentheses those made by Pallas, the others
-  are XLA's, for scalars.
+Three ways in each cell: the chain by XLA → the fused step by Triton's kernels / by Mosaic's.
+
+- kernels: all launches of a step; in parentheses those made by Pallas, the others are XLA's, for
+  scalars.
 - bytes: read and written per parameter, operands and results of all kernels counted once. "Skipped"
   is the part of it that the fused step neither reads nor writes where nothing changes: the slow
   weights, in all steps but every fifth. "Floor" is every array that the step depends on read once
-  and every one that changes written once.
+  and every one that changes written once; a norm that must be known first takes more.
 - temporary: memory beside arguments and results, relative to the parameters.
 - compile: seconds of CPU time in user mode, ptxas included, for tracing, lowering and compiling;
-  the smaller of two runs, chain and fused by turns in one process.
+  the smaller of two runs, the three ways by turns in one process.
 """
 
 
 def measure(name: str, params: Any) -> dict[str, Any]:
-    """Chain and fused step of one optimizer on one set of leaves."""
+    """One optimizer's step on one set of leaves, in all three ways."""
     tx = OPTIMIZERS[name]
     state = jax.eval_shape(tx.init, params)
     count = sum(math.prod(x.shape) for x in params.values())
@@ -70,9 +72,9 @@ def measure(name: str, params: Any) -> dict[str, Any]:
         "floor": report.floor_per_parameter,
         "skipped": sum(phase.predicated for phase in report.phases) / count,
     }
-    seconds: dict[str, list[float]] = {way: [] for way in BACKEND}
+    seconds: dict[str, list[float]] = {way: [] for way in BACKENDS}
     for _ in range(ROUNDS):
-        for way, backend in BACKEND.items():
+        for way, backend in BACKENDS.items():
             program = compile_step(fuse(tx, backend=backend).step, params, state)
             seconds[way].append(round(program.cpu_seconds, 2))
             row[way] = {
@@ -91,17 +93,42 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
         "| optimizer | kernels | bytes | skipped | floor | temporary | compile | measured |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for row in rows:
-        chain, fused = row["chain"], row["fused"]
-        fast, slow = min(fused["compile"]), min(chain["compile"])
+    return "\n".join([*lines, *map(line, rows)])
+
+
+def line(row: dict[str, Any]) -> str:
+    """One optimizer's row of the table."""
+    chain, *fused = (row[way] for way in BACKENDS)
+    slow = min(chain["compile"])
+
+    def cell(before: str, after: str) -> str:
+        return f"{before.format(**chain)} → {' / '.join(after.format(**x) for x in fused)}"
+
+    times = (f"{min(x['compile']):.1f} ({min(x['compile']) / slow:.1f} ×)" for x in fused)
+    return (
+        f"| {row['optimizer']}"
+        f" | {cell('{kernels}', '{kernels} ({pallas})')}"
+        f" | {cell('{bytes:.1f}', '{bytes:.1f}')}"
+        f" | {row['skipped']:.1f} | {row['floor']:.1f}"
+        f" | {cell('{temporary:.2%}', '{temporary:.2%}')}"
+        f" | {slow:.1f} → {' / '.join(times)}"
+        f" | {row['date']}, {row['versions']} |"
+    )
+
+
+def summary(rows: dict[str, dict[str, Any]]) -> str:
+    """The table of the README: ResNet-50, the chain → Triton's kernels."""
+    lines = [
+        "| optimizer | kernels | bytes/parameter | of these only at a sync | compile |",
+        "|---|---|---|---|---|",
+    ]
+    for name in OPTIMIZERS:
+        row = rows[f"ResNet-50 / {name}"]
+        chain, fused = row["chain"], row["triton"]
         lines.append(
-            f"| {row['optimizer']}"
-            f" | {chain['kernels']} → {fused['kernels']} ({fused['pallas']})"
-            f" | {chain['bytes']:.1f} → {fused['bytes']:.1f}"
-            f" | {row['skipped']:.1f} | {row['floor']:.1f}"
-            f" | {chain['temporary']:.2%} → {fused['temporary']:.2%}"
-            f" | {slow:.1f} → {fast:.1f}, {fast / slow:.1f} ×"
-            f" | {row['date']}, {row['versions']} |"
+            f"| {name} | {chain['kernels']} → {fused['kernels']}"
+            f" | {chain['bytes']:.1f} → {fused['bytes']:.1f} | {row['skipped']:.0f}"
+            f" | {min(fused['compile']) / min(chain['compile']):.1f} × |"
         )
     return "\n".join(lines)
 
@@ -116,7 +143,7 @@ def write(rows: dict[str, dict[str, Any]]) -> None:
         if known:
             count = sum(math.prod(x.shape) for x in params.values())
             title = f"## {leaf_set}: {len(params)} leaves, {count / 1e6:.1f} million parameters"
-            parts.append(f"{title}\n\nChain → fused.\n\n{table(known)}\n")
+            parts.append(f"{title}\n\n{table(known)}\n")
     (RESULTS / "plan-h200.md").write_text("\n".join(parts))
 
 
@@ -134,7 +161,7 @@ def main() -> None:
         "versions": ", ".join(f"{p} {importlib.metadata.version(p)}" for p in ("jax", "optax")),
     }
     warm_up = leaves([(64, 64)])
-    for backend in BACKEND.values():  # the compiler's own start is nobody's cost
+    for backend in BACKENDS.values():  # the compiler's own start is nobody's cost
         step = fuse(OPTIMIZERS["lamb"], backend=backend).step
         compile_step(step, warm_up, jax.eval_shape(OPTIMIZERS["lamb"].init, warm_up))
     for leaf_set in options.sets:
@@ -142,7 +169,7 @@ def main() -> None:
             row = measure(name, LEAF_SETS[leaf_set])
             rows[f"{leaf_set} / {name}"] = {"optimizer": name, **row, **stamp}
             write(rows)
-            print(leaf_set, table([rows[f"{leaf_set} / {name}"]]).splitlines()[-1], flush=True)
+            print(leaf_set, line(rows[f"{leaf_set} / {name}"]), flush=True)
 
 
 if __name__ == "__main__":

@@ -65,6 +65,10 @@ def print_header(data: Dataset, plan: Plan) -> None:
         "Software": ", ".join(f"{name} {version}" for name, version in VERSIONS.items()),
         "Hardware": f"{jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores",
     }
+    if plan.fused:
+        platform = jax.default_backend()
+        here = "runs kernels" if platform == "gpu" else "runs the chains themselves"
+        rows["Fused"] = f"by pallas_kernels.fuse, which on this {platform} {here}; runs take turns"
     for name, text in rows.items():
         print(textwrap.fill(f"{name + ':':<10}{text}", 80, subsequent_indent=" " * 10))
     print()
@@ -118,8 +122,8 @@ def _notes(results: Mapping[str, Result], data: Dataset) -> str:
     seeds = len(next(iter(results.values())).curves.test)
     notes = [
         f"Mean ± standard deviation over {seeds} seeds; steps until {TARGET:.0%} of the validation"
-        f" images are right (–: not in every run); fastest time of one run's step while"
-        " all runs go side by side.",
+        f" images are right (–: not in every run); fastest time of a step of all runs, divided by"
+        " their number.",
         f"One test image is {100 / len(data.test.labels):.2f} points: differences of that order,"
         " or within a deviation or two, are no ranking. A small network and a short training can't"
         " show what the methods claim for large models, for generalization or for stability, and"

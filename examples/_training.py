@@ -16,6 +16,7 @@ from jax.typing import ArrayLike
 from numpy.typing import NDArray
 
 from _data import Dataset, Split
+from pallas_kernels import FusedTransformation
 
 BATCH_SIZE = 64
 # Evaluations are this many steps apart or a multiple of it: NOVAK's lookahead syncs at multiples of
@@ -76,11 +77,13 @@ class Plan(NamedTuple):
       epochs: passes over the training images in a run.
       trials: learning rates tried.
       seeds: runs at the best rate.
+      fused: whether optimizers run as kernels, where there are kernels.
     """
 
     epochs: int
     trials: int
     seeds: int
+    fused: bool
 
 
 class Curves(NamedTuple):
@@ -233,12 +236,27 @@ def advance(
 
         def step(run, batch):
             params, state = run
-            updates, state = optimizer.update(jax.grad(loss)(params, batch), state, params)
-            return (optax.apply_updates(params, updates), state), None
+            return move(optimizer, params, state, jax.grad(loss)(params, batch)), None
 
         return lax.scan(step, (params, state), batches)[0]
 
-    return jax.vmap(advance_one)(params, states, rates, batches)
+    runs = params, states, rates, jnp.asarray(batches)
+    if isinstance(factory(1.0), FusedTransformation):  # under `vmap` it would run its chain
+        return lax.map(lambda run: advance_one(*run), runs)
+    return jax.vmap(advance_one)(*runs)
+
+
+def move(
+    optimizer: optax.GradientTransformation,
+    params: optax.Params,
+    state: optax.OptState,
+    gradients: optax.Updates,
+) -> tuple[optax.Params, optax.OptState]:
+    """One step of the optimizer."""
+    if isinstance(optimizer, FusedTransformation):
+        return optimizer.step(params, state, gradients)
+    updates, state = optimizer.update(gradients, state, params)
+    return optax.apply_updates(params, updates), state
 
 
 @partial(jax.jit, static_argnames="network")

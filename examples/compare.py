@@ -3,6 +3,7 @@
     python examples/compare.py
     python examples/compare.py --methods fame,novak,adamw --seeds 10 --epochs 50
     python examples/compare.py --data mine.npz --out results/
+    python examples/compare.py --fused
 
 Every optimizer trains the same small convolutional network without skip connections, from the same
 initial weights on the same batches. Each first tries the same number of learning rates, on two
@@ -11,7 +12,7 @@ seeds apart; the one with the best validation accuracy then runs on all seeds.
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from _plot import save_figure
 from _report import Result, print_header, print_table, progress_bar, save_json
 from _training import Curves, Factory, Plan, make_network, time_steps, train
 from optax_ext import caadam, connection_table, dualadam, fame, invadam, novak, vradam
+from pallas_kernels import fuse
 
 
 def adam_with_warm_up(learning_rate: Any) -> optax.GradientTransformation:
@@ -46,6 +48,10 @@ class Contender:
     factory: Factory
     middle: float | None
     controls: str | None = None
+
+    def fused(self) -> "Contender":
+        """The same, its whole step made into kernels."""
+        return replace(self, factory=lambda rate: fuse(self.factory(rate)))
 
 
 CONTENDERS = {
@@ -77,12 +83,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (DataError, OSError) as error:
         parser.error(str(error))
     contenders = {
-        name: contender
+        name: contender.fused() if arguments.fused else contender
         for name, contender in CONTENDERS.items()
         if (contender.controls or name) in arguments.methods
     }
 
-    plan = Plan(arguments.epochs, arguments.trials, arguments.seeds)
+    plan = Plan(arguments.epochs, arguments.trials, arguments.seeds, arguments.fused)
 
     print_header(data, plan)
     results = compare(contenders, data, plan)
@@ -159,6 +165,11 @@ def make_parser() -> argparse.ArgumentParser:
         parser.add_argument(
             name, type=positive, default=default, metavar="N", help=f"{what} (default: {default})"
         )
+    parser.add_argument(
+        "--fused",
+        action="store_true",
+        help="run each step as kernels of an NVIDIA GPU; elsewhere it stays the chain",
+    )
     parser.add_argument(
         "--out",
         type=Path,

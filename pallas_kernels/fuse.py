@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,20 +11,10 @@ import optax
 from jax import lax
 from jax.custom_batching import custom_vmap
 
-from pallas_kernels import mosaic, triton
+from pallas_kernels import launch
 from pallas_kernels.grouping import launches
 from pallas_kernels.plan import Plan, plan
 from pallas_kernels.trace import Graph, Kind, Node, Traced, trace
-
-# Who launches, and whether in Pallas' interpreter. Triton until JAX drops it; "xla" is the chain.
-LAUNCHERS: Mapping[str, tuple[Any, bool]] = {
-    "auto": (triton, False),
-    "triton": (triton, False),
-    "mosaic": (mosaic, False),
-    "interpret": (triton, True),
-    "interpret-mosaic": (mosaic, True),
-}
-BACKENDS = (*LAUNCHERS, "xla")
 
 
 class FusedTransformation(optax.GradientTransformationExtraArgs):
@@ -53,6 +43,10 @@ def fuse(
     does. What is not elementwise (matrix products, statistics of single rows, random bits) is left
     to XLA, leaf by leaf; `explain` tells which and why.
 
+    Derivatives are the chain's, with one limit: forward mode follows every array of the state, also
+    where only a rate varies, and the root of a second moment that is exactly 0 makes it NaN there.
+    Reverse mode and `backend="xla"` have no such limit.
+
     `step` moves the fewest bytes: it writes parameters and state in place. Donate both to the
     `jit` around it, or XLA copies them first. `update` is for loops that must have updates; these
     cost a write and a read of their own.
@@ -77,10 +71,7 @@ def fuse(
     >>> print(f"{params['w'][0, 0]:.4f}")
     0.9990
     """
-    if backend not in BACKENDS:
-        raise ValueError(
-            f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}"
-        )
+    launch.check(backend, or_chain=True)
     tx = optax.with_extra_args_support(tx)
 
     chain_step = whole_step(tx)
@@ -118,11 +109,10 @@ def whole_step(tx: optax.GradientTransformation) -> Callable[..., Any]:
 
 def _execute(function, arguments, *, backend, strict, written):
     """`function(*arguments)`, fused; the first `written` results take those arguments' memory."""
-    if backend == "xla":
+    if backend == launch.CHAIN:
         return function(*arguments)
     traced, in_place, values = trace_step(function, arguments, written)
-    launcher, interpret = LAUNCHERS[backend]
-    planned = plan(traced.graph, in_place, launcher.supports)
+    planned = plan(traced.graph, in_place, launch.BACKENDS[backend].supports)
     if strict and (left := left_to_xla(traced.graph, planned)):
         raise ValueError(f"strict=True, but {'; '.join(left)}")
 
@@ -130,7 +120,7 @@ def _execute(function, arguments, *, backend, strict, written):
 
     @custom_vmap
     def by_kernels(*flat):
-        results = run(traced.graph, planned, flat, launcher, interpret=interpret)
+        results = run(traced.graph, planned, flat, backend)
         return jax.tree.unflatten(structure, results)
 
     @by_kernels.def_vmap
@@ -187,7 +177,7 @@ def left_to_xla(graph: Graph, planned: Plan) -> list[str]:
         if node.on_leaf:
             names.setdefault(graph.component(node), graph.names[node])
     reasons = {c: reason for c, reason in planned.reasons.items() if c in names}
-    for program in (*itertools.chain(*planned.reductions), *planned.updates):
+    for program in itertools.chain(*planned.phases):
         for node in program.inputs:
             if node.kind is Kind.OUTSIDE and graph.component(node) in names:
                 reasons.setdefault(graph.component(node), f"{_origin(node)} is not elementwise")
@@ -202,11 +192,10 @@ def _origin(node: Node) -> str:
 
 
 def run(
-    graph: Graph, planned: Plan, arguments: Sequence[jax.Array], launcher: Any, *, interpret: bool
+    graph: Graph, planned: Plan, arguments: Sequence[jax.Array], backend: str
 ) -> list[jax.Array]:
     """The step's results, by launches, and by XLA for what is between them."""
     values: dict[Node, Any] = dict(zip(graph.inputs, arguments, strict=False))
-    written: dict[Node, jax.Array] = {}
 
     def value(node: Node) -> Any:
         pending = [node]  # a stack of our own: a global norm is a sum as deep as there are leaves
@@ -222,18 +211,12 @@ def run(
 
     flat = functools.cache(lambda node: value(node).reshape(-1))
     calls: dict[Any, Callable[..., Any]] = {}
-    for level in planned.reductions:
-        for programs in launches(level):
-            found = launcher.reduce(programs, flat, value, calls, interpret=interpret)
-            for node, x in _results(programs, found):
-                values[node] = x.astype(node.dtype).reshape(node.shape)
-    for programs in launches(planned.updates):
-        found = launcher.update(programs, flat, value, calls, interpret=interpret)
-        for node, x in _results(programs, found):
-            written[node] = x.reshape(node.shape)
+    for phase in planned.phases:
+        found = launch.BACKENDS[backend].run(launches(phase), flat, value, calls)
+        values |= {node: x.astype(node.dtype).reshape(node.shape) for node, x in found.items()}
     for effect in graph.effects:
         _bind(effect, [value(a) for a in effect.args])
-    return [written[node] if node in written else value(node) for node in graph.outputs]
+    return [value(node) for node in graph.outputs]
 
 
 def _as_weak_as(x: jax.Array, result: Any) -> jax.Array:
@@ -257,8 +240,3 @@ def _by_xla(node: Node, values: Mapping[Node, Any]) -> Any:
 def _bind(node: Node, operands: Sequence[Any]) -> Any:
     assert node.primitive is not None
     return node.primitive.bind(*operands, **node.primitive.get_bind_params(node.params))
-
-
-def _results(programs, found) -> Iterator[tuple[Node, jax.Array]]:
-    for program, arrays in zip(programs, found, strict=True):
-        yield from zip(program.results, arrays, strict=True)

@@ -1,149 +1,41 @@
-"""What a launch over many leaves needs on every backend: a place in the grid, and its scalars.
+"""Who launches: the only place that knows the backends."""
 
-Each leaf is cut into spans of equally wide blocks. Leaves with programs of one form lie side by
-side, so that one kernel body of a width serves them all.
-"""
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
 
-import itertools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
-
-import jax
-import jax.numpy as jnp
-
-from pallas_kernels.plan import Program
-from pallas_kernels.trace import ELEMENTWISE, SAME_ORDER, Node
+from pallas_kernels import mosaic, triton
 
 
-def is_fusible(primitive: str) -> bool:
-    """Whether a kernel can run the primitive, if its backend knows it."""
-    return primitive in ELEMENTWISE or primitive in SAME_ORDER
-
-
-@dataclass(frozen=True)
-class Span:
-    """Blocks of one width, one after another in a leaf and in the grid.
+class Backend(NamedTuple):
+    """What runs programs.
 
     Attributes:
-      leaf: place of its program in the layout.
-      first: element that its first block begins with.
-      blocks: number of them.
+      run: all launches of a phase, see `triton.run`.
+      supports: whether its kernels can compute a primitive.
     """
 
-    leaf: int
-    first: int
-    blocks: int
+    run: Callable[..., Any]
+    supports: Callable[[str], bool]
 
 
-@dataclass(frozen=True)
-class Group:
-    """Spans of one width in leaves of one form: the blocks that run the same code."""
+_TRITON = Backend(partial(triton.run, interpret=False), triton.supports)
+_MOSAIC = Backend(partial(mosaic.run, interpret=False), mosaic.supports)
 
-    form: int
-    width: int
-    spans: tuple[Span, ...]
-
-
-@dataclass(frozen=True)
-class Slot:
-    """Where a scalar of a form lies: its pack, its place there, whether leaves have their own."""
-
-    pack: int
-    start: int
-    per_leaf: bool
-    dtype: Any
-
-    def read(self, packs: Sequence[Any], which: Any) -> Any:
-        """The scalar for the form's leaf `which`."""
-        value = packs[self.pack][self.start + which if self.per_leaf else self.start]
-        return value != 0 if self.dtype == bool else value.astype(self.dtype)
+BACKENDS: Mapping[str, Backend] = {
+    "auto": _TRITON,  # until JAX drops it, or Mosaic's kernels are measured to be faster
+    "triton": _TRITON,
+    "mosaic": _MOSAIC,
+    "interpret": Backend(partial(triton.run, interpret=True), triton.supports),
+    "interpret-mosaic": Backend(partial(mosaic.run, interpret=True), mosaic.supports),
+}
+# The one that has no kernels.
+CHAIN = "xla"
 
 
-class Layout:
-    """How the leaves of one launch lie in its grid and among its operands.
-
-    Attributes:
-      forms: programs that one kernel body can serve.
-      programs: all of them, form by form.
-      first: for each form, the place of its first program; then the number of programs.
-      groups: the grid, in order.
-      starts: for each span of the grid its first block; then the number of blocks.
-      packs: all scalars, in one float and one integer vector.
-      slots: for each form, where its scalars lie.
-    """
-
-    def __init__(
-        self,
-        programs: Sequence[Program],
-        scalar: Callable[[Node], Any],
-        widths: Sequence[int],
-    ):
-        """Lays programs out in blocks of falling `widths`; the last may reach past a leaf's end."""
-        forms: dict[Any, list[Program]] = {}
-        for program in programs:
-            forms.setdefault(program.form(), []).append(program)
-        self.forms = list(forms.values())
-        self.programs = [p for form in self.forms for p in form]
-        self.first = [0, *itertools.accumulate(len(form) for form in self.forms)]
-        self.groups = list(self._groups(widths))
-        self.starts = [0, *itertools.accumulate(s.blocks for g in self.groups for s in g.spans)]
-        self.packs, self.slots = self._pack(scalar)
-
-    def structure(self) -> Any:
-        """Equal for launches that one kernel can serve."""
-        sizes = tuple(p.size for p in self.programs)
-        forms = tuple((form[0].form(), len(form)) for form in self.forms)
-        return sizes, forms, tuple(map(tuple, self.slots))
-
-    def _groups(self, widths) -> Iterator[Group]:
-        for form in range(len(self.forms)):
-            spans: dict[int, list[Span]] = {width: [] for width in widths}
-            for leaf in range(self.first[form], self.first[form + 1]):
-                size, at = self.programs[leaf].size, 0
-                for width in widths:
-                    whole, rest = divmod(size - at, width)
-                    blocks = whole + (rest > 0 and width == widths[-1])
-                    if blocks:
-                        spans[width].append(Span(leaf, at, blocks))
-                    at += whole * width
-            yield from (Group(form, width, tuple(s)) for width, s in spans.items() if s)
-
-    def _pack(self, scalar) -> tuple[list[Any], list[list[Slot]]]:
-        floats: list[Any] = []
-        integers: list[Any] = []
-        slots = []
-        for form in self.forms:
-            slots.append([])
-            for place, node in enumerate(form[0].scalars):
-                floating = jnp.issubdtype(node.dtype, jnp.floating)
-                values = [p.scalars[place] for p in form]
-                shared = all(v is node for v in values)
-                pack = floats if floating else integers
-                slots[-1].append(Slot(0 if floating else 1, len(pack), not shared, node.dtype))
-                pack += [scalar(v) for v in (values[:1] if shared else values)]
-        packs = [
-            jnp.stack([jnp.asarray(x, dtype).reshape(()) for x in pack or [0]])
-            for pack, dtype in ((floats, jnp.float32), (integers, jnp.int32))
-        ]
-        return packs, slots
-
-    def operands(self, array: Callable[[Node], jax.Array]) -> tuple[list[jax.Array], list[int]]:
-        """The packs, then each leaf's inputs; and where those of each leaf begin."""
-        operands, offsets = list(self.packs), []
-        for program in self.programs:
-            offsets.append(len(operands))
-            operands += [array(node) for node in program.inputs]
-        return operands, offsets
-
-    def by_program(
-        self, programs: Sequence[Program], results: Sequence[jax.Array]
-    ) -> list[list[jax.Array]]:
-        """Results, one for each root in the layout's order, in the order of `programs`."""
-        rest = iter(results)
-        found = {id(p): list(itertools.islice(rest, len(p.roots))) for p in self.programs}
-        return [found[id(program)] for program in programs]
-
-
-REDUCE: dict[str, Callable[..., Any]] = {"sum": jnp.sum, "max": jnp.max, "min": jnp.min}
-COMBINE: dict[str, Callable[..., Any]] = {"sum": jnp.add, "max": jnp.maximum, "min": jnp.minimum}
+def check(backend: str, *, or_chain: bool) -> None:
+    """Refuses a name that stands for no backend."""
+    known = [*BACKENDS, *([CHAIN] if or_chain else [])]
+    if backend not in known:
+        names = ", ".join(map(repr, known))
+        raise ValueError(f"backend must be one of {names}, got {backend!r}")

@@ -6,6 +6,7 @@ elements. A block finds its leaf by comparing its place with the constant bounds
 Leaves with programs of one form share the computation; only access is per leaf.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.launch import COMBINE, REDUCE, Group, Layout, is_fusible
+from pallas_kernels.layout import COMBINE, REDUCE, Finish, Group, Layout, is_fusible
 from pallas_kernels.plan import Predicate, Program, evaluate, identity_of
 from pallas_kernels.trace import Node
 
@@ -38,55 +39,80 @@ def supports(primitive: str) -> bool:
     return is_fusible(primitive) and primitive not in _MISSING.split()
 
 
-def update(
-    programs: Sequence[Program],
+def run(
+    phase: Sequence[Sequence[Program]],
     array: Callable[[Node], jax.Array],
     scalar: Callable[[Node], Any],
     calls: dict[Any, Callable[..., Any]],
     *,
     interpret: bool,
-) -> list[list[jax.Array]]:
-    """Runs programs that write leaves, in one launch; flat results in the order of the programs.
+) -> dict[Node, jax.Array]:
+    """Runs launches that don't wait for each other; all their results, leaves flat.
 
-    Arguments are those of Triton's `update`; no launch is reused.
+    Arguments are those of Triton's `run`; no launch is reused.
     """
     del calls
-    layout = Layout(programs, scalar, WIDTHS)
-    operands, offsets = layout.operands(array)
+    found: dict[Node, jax.Array] = {}
+    waiting: list[tuple[Layout, jax.Array]] = []
+    for programs in phase:
+        layout = Layout(programs, scalar, WIDTHS)
+        results = _run_launch(layout, *layout.operands(array), interpret)
+        stored = [node for program in layout.programs for node, _ in program.stored()]
+        found |= dict(zip(stored, results, strict=False))
+        if len(results) > len(stored):
+            waiting.append((layout, results[-1]))
+    if waiting:
+        found |= _finish(waiting, interpret)
+    return found
+
+
+def _run_launch(layout, operands, offsets, interpret) -> list[jax.Array]:
+    """The leaves written, and after them all blocks' parts of statistics, column by column."""
     in_place: dict[int, int] = {}  # from results to the operands whose memory they take
     fresh: dict[int, jax.ShapeDtypeStruct] = {}
     first_result = []
     for program, offset in zip(layout.programs, offsets, strict=True):
         first_result.append(len(in_place) + len(fresh))
-        for place, root in enumerate(program.roots, start=first_result[-1]):
+        for place, (_, root) in enumerate(program.stored(), start=first_result[-1]):
             if root.in_place is None:
                 fresh[place] = jax.ShapeDtypeStruct((program.size,), root.dtype)
             else:
                 in_place[place] = offset + root.in_place
+    blocks, columns = layout.starts[-1], max(len(p.reduced()) for p in layout.programs)
+    if columns:  # the finish reads whole vectors, past the last statistic too
+        parts = jax.ShapeDtypeStruct((columns * blocks + _FINISH,), jnp.float32)
+        fresh[len(in_place) + len(fresh)] = parts
 
     def kernel(table, *refs):
-        sources = refs[: len(operands)]
+        sources, new = refs[: len(operands)], refs[len(operands) :]
         targets = {place: sources[i] for place, i in in_place.items()}
-        targets |= dict(zip(fresh, refs[len(operands) :], strict=True))
+        targets |= dict(zip(fresh, new, strict=True))
 
         def finish(block, scalars, values):
-            roots = layout.forms[block.group.form][0].roots
-            values = [v.astype(r.dtype) for v, r in zip(values, roots, strict=True)]
+            pairs = [*zip(layout.forms[block.group.form][0].roots, values, strict=True)]
+            parts = [(root.reduction, x.astype(jnp.float32)) for root, x in pairs if root.reduction]
+            for k, (reduction, value) in enumerate(parts):
+                mine = k * blocks + block.me + block.look_up(table, _SHIFT)
+                new[-1][mine] = REDUCE[reduction](value) if value.shape else value
+            stored = [(root, x.astype(root.dtype)) for root, x in pairs if not root.reduction]
 
             def store(leaf, at):
-                for k, (root, value) in enumerate(zip(roots, values, strict=True)):
+                for k, (root, value) in enumerate(stored):
                     write = partial(_store, targets[first_result[leaf] + k], at, value)
                     if root.needed is None:
                         write()
                     else:
                         pl.when(_holds(root.needed, scalars))(write)
 
-            block.on_leaf(store)
+            if stored:
+                block.on_leaf(store)
 
         _run_block(layout, table, sources, offsets, finish)
 
     table = jnp.asarray(_table(layout), jnp.int32)
-    launch = _launch(kernel, layout.starts[-1], list(fresh.values()), interpret)
+    launch = _launch(kernel, blocks, list(fresh.values()), interpret)
+    if not in_place:
+        return list(launch(table, *operands))
 
     def run(state):
         written, new = state
@@ -102,78 +128,37 @@ def update(
         )
     )
     results |= {place: written[i] for place, i in in_place.items()}
-    return layout.by_program(programs, [results[place] for place in sorted(results)])
+    return [results[place] for place in sorted(results)]
 
 
-def reduce(
-    programs: Sequence[Program],
-    array: Callable[[Node], jax.Array],
-    scalar: Callable[[Node], Any],
-    calls: dict[Any, Callable[..., Any]],
-    *,
-    interpret: bool,
-) -> list[list[jax.Array]]:
-    """Runs programs that compute statistics: one launch for partial ones, one to finish them."""
-    del calls
-    layout = Layout(programs, scalar, WIDTHS)
-    operands, offsets = layout.operands(array)
-    blocks, columns = layout.starts[-1], max(len(p.roots) for p in programs)
+def _finish(waiting, interpret) -> dict[Node, jax.Array]:
+    """The statistics, from the parts that each of the launches left."""
+    work, parts = Finish([layout for layout, _ in waiting]), [x for _, x in waiting]
 
-    def kernel(table, *refs):
-        sources, partials = refs[: len(operands)], refs[-1]
-
-        def finish(block, scalars, values):
-            del scalars
-            roots = layout.forms[block.group.form][0].roots
-            mine = block.me + block.look_up(table, _SHIFT)
-            for k, (root, value) in enumerate(zip(roots, values, strict=True)):
-                value = value.astype(jnp.float32)
-                partials[k * blocks + mine] = (
-                    REDUCE[root.reduction](value) if value.shape else value
-                )
-
-        _run_block(layout, table, sources, offsets, finish)
-
-    # The finish reads whole vectors, past the last statistic too.
-    shape = jax.ShapeDtypeStruct((columns * blocks + _FINISH,), jnp.float32)
-    (partials,) = _launch(kernel, blocks, [shape], interpret)(
-        jnp.asarray(_table(layout), jnp.int32), *operands
-    )
-    return _finish(layout, programs, partials, interpret)
-
-
-def _finish(layout, programs, partials, interpret) -> list[list[jax.Array]]:
-    """The statistics from the blocks' partial ones: one block of a second launch for each."""
-    kinds = sorted({root.reduction for p in layout.programs for root in p.roots})
-    counts = _blocks_of_leaves(layout)
-    rows = []
-    for leaf, program in enumerate(layout.programs):
-        for k, root in enumerate(program.roots):
-            first = k * layout.starts[-1] + sum(counts[:leaf])
-            rows += [first, counts[leaf], kinds.index(root.reduction)]
-
-    def kernel(table, partials_ref, results):
+    def kernel(*refs):
+        table, *sources, results = refs
         me = lax.axis_index("block")
-        first, count, kind = (table[me * 3 + i] for i in range(3))
+        first, count, kind, place = (table[me * 4 + i] for i in range(4))
 
-        def finish(kind):
-            neutral = _strided(jnp.full((_FINISH,), identity_of(kind), jnp.float32))
+        def finish(source, reduction):
+            neutral = _strided(jnp.full((_FINISH,), identity_of(reduction), jnp.float32))
             lane = _strided(lax.iota(jnp.int32, _FINISH))
 
             def step(i, total):
-                x = _load(partials_ref, first + i * _FINISH, _FINISH, vector=1)
-                return COMBINE[kind](total, jnp.where(lane < count - i * _FINISH, x, neutral))
+                x = _load(source, first + i * _FINISH, _FINISH, vector=1)
+                return COMBINE[reduction](total, jnp.where(lane < count - i * _FINISH, x, neutral))
 
             total = lax.fori_loop(0, (count + _FINISH - 1) // _FINISH, step, neutral)
-            results[me] = REDUCE[kind](total)
+            results[place] = REDUCE[reduction](total)
 
-        lax.switch(kind, [partial(finish, kind) for kind in kinds])
+        launch = _count_passed(me, work.rows[:-1])
+        branches = [partial(finish, *each) for each in itertools.product(sources, work.kinds)]
+        lax.switch(launch * len(work.kinds) + kind, branches)
 
-    shape = jax.ShapeDtypeStruct((len(rows) // 3,), jnp.float32)
-    (results,) = _launch(kernel, len(rows) // 3, [shape], interpret)(
-        jnp.asarray(rows, jnp.int32), partials
-    )
-    return layout.by_program(programs, results)
+    shape = jax.ShapeDtypeStruct((len(work.table),), jnp.float32)
+    table = jnp.asarray(work.table, jnp.int32).reshape(-1)
+    (results,) = _launch(kernel, len(work.table), [shape], interpret)(table, *parts)
+    return {node: results[place] for place, node in enumerate(work.nodes)}
 
 
 def _launch(kernel, blocks: int, out_type, interpret: bool) -> Callable[..., Any]:
@@ -194,7 +179,7 @@ _WHICH, _SHIFT, _COLUMNS = range(3)
 
 
 def _table(layout: Layout) -> list[int]:
-    counts = _blocks_of_leaves(layout)
+    counts = layout.blocks_of_leaves()
     done = [0] * len(counts)
     table = []
     spans = ((group, span) for group in layout.groups for span in group.spans)
@@ -203,14 +188,6 @@ def _table(layout: Layout) -> list[int]:
         table += [span.leaf - layout.first[group.form], shift]
         done[span.leaf] += span.blocks
     return table
-
-
-def _blocks_of_leaves(layout: Layout) -> list[int]:
-    counts = [0] * len(layout.programs)
-    for group in layout.groups:
-        for span in group.spans:
-            counts[span.leaf] += span.blocks
-    return counts
 
 
 @dataclass(frozen=True)

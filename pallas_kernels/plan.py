@@ -70,6 +70,21 @@ class Program:
         first = self.results[0]
         return (first.args[0] if first.kind is Kind.REDUCED else first).size
 
+    def stored(self) -> list[tuple[Node, "Root"]]:
+        """Results that are leaves, and their roots."""
+        return [r for r in zip(self.results, self.roots, strict=True) if r[1].reduction is None]
+
+    def reduced(self) -> list[tuple[Node, Any]]:
+        """Results that are statistics, and their roots."""
+        return [r for r in zip(self.results, self.roots, strict=True) if r[1].reduction is not None]
+
+    def traffic(self) -> tuple[int, int]:
+        """Bytes of a leaf read and written, and those among them that some steps skip."""
+        moved = [*zip(self.inputs, self.loads, strict=True)]
+        moved += [(node, root.needed) for node, root in self.stored()]
+        skipped = sum(node.bytes for node, needed in moved if needed is not None)
+        return sum(node.bytes for node, _ in moved), skipped
+
     def form(self) -> Any:
         """Equal for programs that one kernel body can serve."""
         ops = tuple(
@@ -84,13 +99,12 @@ class Plan:
     """What to launch, in order.
 
     Attributes:
-      reductions: for each level, the programs that compute its statistics.
-      updates: the programs that write leaves.
+      phases: programs that don't wait for each other; each phase but the last computes statistics
+        that later ones wait for.
       reasons: why a component is left to XLA.
     """
 
-    reductions: list[list[Program]]
-    updates: list[Program]
+    phases: list[list[Program]]
     reasons: dict[Node, str]
 
 
@@ -105,15 +119,12 @@ def plan(graph: Graph, in_place: Mapping[int, int], supports: Callable[[str], bo
     reachable = _reachable(graph.outputs)
     reasons = _left_to_xla(graph, reachable, supports)
 
-    def fused(node: Node) -> bool:
-        return graph.component(node) not in reasons
+    # Arrays that come from no argument, such as the list of all leaves' norms, are small.
+    leaves = {graph.component(node) for node in graph.inputs if node.on_leaf}
 
-    reduced = [n for n in reachable if n.kind is Kind.REDUCED and fused(n.args[0])]
-    levels = 1 + max((n.args[0].level for n in reduced), default=-1)
-    reductions = [
-        [_program(nodes, [None] * len(nodes)) for nodes in _by_component(graph, at).values()]
-        for at in ([n for n in reduced if n.args[0].level == level] for level in range(levels))
-    ]
+    def fused(node: Node) -> bool:
+        component = graph.component(node)
+        return component in leaves and component not in reasons
 
     targets: dict[Node, Node] = {}
     for i, j in in_place.items():
@@ -121,12 +132,56 @@ def plan(graph: Graph, in_place: Mapping[int, int], supports: Callable[[str], bo
         same_form = (result.shape, result.dtype) == (argument.shape, argument.dtype)
         if argument.on_leaf and same_form and graph.component(result) is graph.component(argument):
             targets.setdefault(result, argument)
+
+    reduced = [n for n in reachable if n.kind is Kind.REDUCED and fused(n.args[0])]
     written = [n for n in dict.fromkeys(graph.outputs) if n.kind is Kind.BLOCK and fused(n)]
-    updates = [
-        _program(nodes, [targets.get(n) for n in nodes])
-        for nodes in _by_component(graph, written).values()
-    ]
-    return Plan(reductions, updates, reasons)
+    statistics, writes = _by_component(graph, reduced), _by_component(graph, written)
+    levels = 1 + max((n.args[0].level for n in reduced), default=-1)
+    phases: list[list[Program]] = [[] for _ in range(levels + 1)]
+    for component in statistics | writes:
+        passes = _passes(statistics.get(component, []), writes.get(component, []), targets)
+        for level, program in passes.items():
+            phases[levels if level is None else level].append(program)
+    return Plan([phase for phase in phases if phase], reasons)
+
+
+def _passes(
+    reduced: Sequence[Node], written: Sequence[Node], targets: Mapping[Node, Node]
+) -> dict[int | None, Program]:
+    """A component's programs: for each level with statistics, and for what comes last (`None`).
+
+    What is known in the last pass for statistics is written there, if that saves traffic: Adam's
+    moments before a trust ratio are then read once, new, instead of their old values and the
+    gradient.
+    """
+    by_level: dict[int | None, list[Node]] = {}
+    for node in reduced:
+        by_level.setdefault(node.args[0].level, []).append(node)
+    passes = {level: _program(nodes, targets) for level, nodes in by_level.items()}
+    if written:
+        passes[None] = _program(written, targets)
+    if not reduced or not written:
+        return passes
+
+    last = max(node.args[0].level for node in reduced)
+    early = [n for n in written if n.level <= last and n in targets]
+    late = [n for n in written if n not in early]
+    if not early or not late:
+        return passes
+    sooner = {
+        last: _program([*by_level[last], *early], targets),
+        None: _program(late, targets, given=early),
+    }
+    overwritten = {targets[n] for n in early}
+    if overwritten.isdisjoint(sooner[None].inputs) and _cost(sooner) < _cost(
+        {level: passes[level] for level in sooner}
+    ):
+        passes |= sooner
+    return passes
+
+
+def _cost(passes: Mapping[Any, Program]) -> int:
+    return sum(program.traffic()[0] for program in passes.values())
 
 
 def _reachable(outputs: Sequence[Node]) -> list[Node]:
@@ -173,8 +228,11 @@ def _by_component(graph: Graph, nodes: Sequence[Node]) -> dict[Node, list[Node]]
     return groups
 
 
-def _program(results: list[Node], in_place: Sequence[Node | None]) -> Program:
-    program = Program(results)
+def _program(
+    results: Sequence[Node], targets: Mapping[Node, Node], given: Sequence[Node] = ()
+) -> Program:
+    """Computes `results`, in the memory of their `targets`, from arguments and what is `given`."""
+    program = Program(list(results))
     refs: dict[Node, Ref] = {}
 
     def visit(node: Node) -> Ref:
@@ -187,7 +245,7 @@ def _program(results: list[Node], in_place: Sequence[Node | None]) -> Program:
             return visit(node.args[0])
         if node.kind is Kind.LITERAL:
             return "number", node.params["value"], str(node.dtype)
-        if node.kind is Kind.BLOCK:
+        if node.kind is Kind.BLOCK and node not in given:
             if node.operation in SAME_ORDER:
                 return visit(node.args[0])
             operands = tuple(visit(a) for a in node.args)
@@ -199,8 +257,8 @@ def _program(results: list[Node], in_place: Sequence[Node | None]) -> Program:
         program.scalars.append(node)
         return "scalar", len(program.scalars) - 1
 
-    for result, old in zip(results, in_place, strict=True):
-        reduced = result.kind is Kind.REDUCED
+    for result in results:
+        reduced, old = result.kind is Kind.REDUCED, targets.get(result)
         value, needed = (result.args[0] if reduced else result), None
         if old is not None and _keeps(value, old):
             kept = int(value.args[2] is old)  # the predicate's value for which nothing changes

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import optax
 
-from pallas_kernels import triton
+from pallas_kernels import launch
 from pallas_kernels.fuse import left_to_xla, trace_step, whole_step
 from pallas_kernels.grouping import launches
 from pallas_kernels.plan import Program, plan
@@ -19,7 +19,7 @@ class Phase:
     """Launches that do not wait for each other.
 
     Attributes:
-      work: "statistics" or "update".
+      work: "statistics", which may write what is known then, or "update".
       programs: number of leaves in it.
       forms: number of different kernel bodies among them.
       launches: number of kernels.
@@ -83,12 +83,19 @@ class Report:
         return "\n".join([*lines, *(f"left to XLA: {line}" for line in self.left_to_xla)])
 
 
-def explain(tx: optax.GradientTransformation, params: Any) -> Report:
+def explain(
+    tx: optax.GradientTransformation, params: Any, *, backend: str = "auto", **extra_args: Any
+) -> Report:
     """Plans the fused step of `tx` without running it.
 
     Args:
       tx: an optimizer, fused or not.
       params: the parameters, or their shapes; gradients are taken to be of the same dtypes.
+      backend: that of `fuse`, for what its kernels can do.
+      **extra_args: what the optimizer's update takes beside gradients, or the shapes of it.
+
+    Raises:
+      ValueError: `backend` is unknown, or has no kernels.
 
     >>> import jax.numpy as jnp, optax
     >>> print(explain(optax.adamw(1e-3), {"w": jnp.ones((64, 64)), "b": jnp.ones(64)}))
@@ -96,38 +103,31 @@ def explain(tx: optax.GradientTransformation, params: Any) -> Report:
     update           2       1         1            28.00                   0.00
     1 launches, 28.00 bytes/parameter, floor 28.00
     """
+    launch.check(backend, or_chain=False)
     tx = getattr(tx, "chain", tx)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
     state = jax.eval_shape(tx.init, shapes)
-    traced, in_place, _ = trace_step(whole_step(tx), (shapes, state, shapes, {}), written=2)
-    planned = plan(traced.graph, in_place, triton.supports)
-    phases = [_phase("statistics", programs) for programs in planned.reductions]
-    phases.append(_phase("update", planned.updates))
+    arguments = (shapes, state, shapes, extra_args)
+    traced, in_place, _ = trace_step(whole_step(tx), arguments, written=2)
+    planned = plan(traced.graph, in_place, launch.BACKENDS[backend].supports)
     return Report(
         parameters=sum(x.size for x in jax.tree.leaves(shapes)),
-        phases=tuple(phase for phase in phases if phase.programs),
+        phases=tuple(map(_phase, planned.phases)),
         floor=_floor(traced.graph),
         left_to_xla=tuple(left_to_xla(traced.graph, planned)),
     )
 
 
-def _phase(work: str, programs: Sequence[Program]) -> Phase:
-    always = predicated = 0
-    for program in programs:
-        for node, when in zip(program.inputs, program.loads, strict=True):
-            always += _bytes(node)
-            predicated += _bytes(node) * (when is not None)
-        for node, root in zip(program.results, program.roots, strict=True):
-            if root.reduction is None:
-                always += _bytes(node)
-                predicated += _bytes(node) * (root.needed is not None)
+def _phase(programs: Sequence[Program]) -> Phase:
+    reduces = any(root.reduction for program in programs for root in program.roots)
+    traffic = [program.traffic() for program in programs]
     return Phase(
-        work=work,
+        work="statistics" if reduces else "update",
         programs=len(programs),
         forms=len({program.form() for program in programs}),
-        launches=len(launches(programs)),
-        bytes=always,
-        predicated=predicated,
+        launches=len(launches(programs)) + reduces,  # one launch adds up what the others found
+        bytes=sum(moved for moved, _ in traffic),
+        predicated=sum(skipped for _, skipped in traffic),
     )
 
 
@@ -142,8 +142,4 @@ def _floor(graph: Graph) -> int:
             seen.add(node)
             pending.extend(node.args)
     read = [node for node in seen if node.kind is Kind.INPUT]
-    return sum(map(_bytes, read)) + sum(map(_bytes, results))
-
-
-def _bytes(node: Node) -> int:
-    return node.size * node.dtype.itemsize
+    return sum(node.bytes for node in (*read, *results))

@@ -66,6 +66,11 @@ class Node:
         return math.prod(self.shape)
 
     @property
+    def bytes(self) -> int:
+        """Memory of all elements."""
+        return self.size * self.dtype.itemsize
+
+    @property
     def on_leaf(self) -> bool:
         """Whether a launch reads it block by block."""
         return self.size > 1 and self.kind in (Kind.INPUT, Kind.BLOCK, Kind.OUTSIDE)

@@ -16,11 +16,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels import quiet
-from pallas_kernels.launch import COMBINE, REDUCE, Layout, is_fusible
+from pallas_kernels.layout import COMBINE, REDUCE, Finish, Layout, is_fusible
 from pallas_kernels.plan import Predicate, Program, evaluate, identity_of
 from pallas_kernels.trace import Node
 
 BLOCK = 512
+# Parts of a statistic that a block adds up at once: few steps, each with many loads in flight.
+_PARTS = 4096
+_VECTOR_BYTES = 16
 _PARAMS = plt.CompilerParams(num_warps=4, num_stages=1)
 _MISSING = frozenset(("erf", "nextafter", "reduce_precision", "rem", "cbrt"))
 
@@ -30,170 +33,139 @@ def supports(primitive: str) -> bool:
     return is_fusible(primitive) and primitive not in _MISSING
 
 
-def update(
-    programs: Sequence[Program],
+def run(
+    phase: Sequence[Sequence[Program]],
     array: Callable[[Node], jax.Array],
     scalar: Callable[[Node], Any],
     calls: dict[Any, Callable[..., Any]],
     *,
     interpret: bool,
-) -> list[list[jax.Array]]:
-    """Runs programs that write leaves, in one launch; flat results in the order of the programs.
+) -> dict[Node, jax.Array]:
+    """Runs launches that don't wait for each other; all their results, leaves flat.
 
     Args:
-      programs: at least one.
+      phase: for each launch its programs, at least one.
       array: a leaf's value, flat.
       scalar: any other value.
       calls: launches made so far in this step; one of the same structure is reused.
       interpret: whether to run in Pallas' interpreter.
     """
-    layout = Layout(programs, scalar, (BLOCK,))
-    operands, offsets = layout.operands(array)
+    found: dict[Node, jax.Array] = {}
+    waiting: list[tuple[Layout, jax.Array]] = []
+    for programs in phase:
+        layout = Layout(programs, scalar, (BLOCK,))
+        operands, offsets = layout.operands(array)
+        launch = _once(calls, layout.structure(), partial(_launch, layout, offsets), interpret)
+        results = launch(*operands)
+        stored = [node for program in layout.programs for node, _ in program.stored()]
+        found |= dict(zip(stored, results, strict=False))
+        if len(results) > len(stored):
+            waiting.append((layout, results[-1]))
+    if waiting:
+        found |= _finish(waiting, calls, interpret)
+    return found
+
+
+def _launch(layout: Layout, offsets: Sequence[int], interpret: bool) -> Callable[..., Any]:
+    """Writes leaves, and after them all blocks' parts of statistics, column by column."""
     shapes, first_result, aliases = [], [], {}
     for program, offset in zip(layout.programs, offsets, strict=True):
         first_result.append(len(shapes))
-        for root in program.roots:
+        for _, root in program.stored():
             if root.in_place is not None:
                 aliases[offset + root.in_place] = len(shapes)
             shapes.append(jax.ShapeDtypeStruct((program.size,), root.dtype))
+    columns = max(len(program.reduced()) for program in layout.programs)
+    blocks = layout.starts[-1]
+    if columns:
+        shapes.append(jax.ShapeDtypeStruct((columns * blocks,), jnp.float32))
+    operands = offsets[-1] + len(layout.programs[-1].inputs)
 
     def kernel(*refs):
-        sources, targets = refs[: len(operands)], refs[len(operands) :]
+        sources, targets = refs[:operands], refs[operands:]
 
-        def store(me, leaf, scalars, values):
-            program = layout.programs[leaf]
-            index, inside = _span(layout, leaf, me)
-            for k, (root, value) in enumerate(zip(program.roots, values, strict=True)):
+        def store(leaf, scalars, values, index, inside):
+            roots = [root for _, root in layout.programs[leaf].stored()]
+            for k, (root, value) in enumerate(zip(roots, values, strict=True)):
                 ref = targets[first_result[leaf] + k]
                 mask = _both(inside, root.needed, scalars)
                 if mask is None:
                     ref[index] = value
                 else:
                     plt.store(ref.at[index], value, mask=mask)
+            return ()
 
-        def finish(me, leaves, program, scalars, blocks, valid):
-            del valid
-            values = evaluate(program, blocks, scalars, (BLOCK,))
-            values = [v.astype(r.dtype) for v, r in zip(values, program.roots, strict=True)]
-            _search(me, leaves, layout.starts, lambda leaf: store(me, leaf, scalars, values) or ())
+        def finish(me, leaves, program, scalars, arrays, valid):
+            values = evaluate(program, arrays, scalars, (BLOCK,))
+            pairs = [*zip(program.roots, values, strict=True)]
+            parts = [(root.reduction, value) for root, value in pairs if root.reduction]
+            for k, (reduction, value) in enumerate(parts):
+                neutral = jnp.full((BLOCK,), identity_of(reduction), jnp.float32)
+                kept = jnp.where(jnp.arange(BLOCK) < valid, value.astype(jnp.float32), neutral)
+                targets[-1][k * blocks + me] = REDUCE[reduction](kept)
+            stored = [value.astype(root.dtype) for root, value in pairs if not root.reduction]
+            if stored:
+                _on_leaf(layout, me, leaves, lambda leaf, *at: store(leaf, scalars, stored, *at))
 
         _run_block(layout, sources, offsets, finish)
 
-    def make():
-        return pl.pallas_call(
-            kernel,
-            grid=(layout.starts[-1],),
-            out_shape=shapes,
-            input_output_aliases=aliases,
-            interpret=interpret,
-            compiler_params=_PARAMS,
-        )
-
-    results = _once(calls, layout.structure(), make, interpret)(*operands)
-    return layout.by_program(programs, results)
+    return pl.pallas_call(
+        kernel,
+        grid=(blocks,),
+        out_shape=shapes,
+        input_output_aliases=aliases,
+        interpret=interpret,
+        compiler_params=_PARAMS,
+    )
 
 
-def reduce(
-    programs: Sequence[Program],
-    array: Callable[[Node], jax.Array],
-    scalar: Callable[[Node], Any],
-    calls: dict[Any, Callable[..., Any]],
-    *,
-    interpret: bool,
-) -> list[list[jax.Array]]:
-    """Runs programs that compute statistics: one launch for partial ones, one to finish them.
-
-    Arguments are those of `update`.
-    """
-    layout = Layout(programs, scalar, (BLOCK,))
-    operands, offsets = layout.operands(array)
-    columns = max(len(p.roots) for p in programs)
+def _finish(waiting, calls, interpret) -> dict[Node, jax.Array]:
+    """The statistics, from the parts that each of the launches left."""
+    work, parts = Finish([layout for layout, _ in waiting]), [x for _, x in waiting]
 
     def kernel(*refs):
-        sources, partial = refs[: len(operands)], refs[-1]
-
-        def finish(me, leaves, program, scalars, blocks, valid):
-            del leaves
-            values = evaluate(program, blocks, scalars, (BLOCK,))
-            inside = jnp.arange(BLOCK) < valid
-            for k, (root, value) in enumerate(zip(program.roots, values, strict=True)):
-                neutral = jnp.full((BLOCK,), identity_of(root.reduction), jnp.float32)
-                kept = jnp.where(inside, value.astype(jnp.float32), neutral)
-                partial[me * columns + k] = REDUCE[root.reduction](kept)
-
-        _run_block(layout, sources, offsets, finish)
-
-    def make():
-        return pl.pallas_call(
-            kernel,
-            grid=(layout.starts[-1],),
-            out_shape=[jax.ShapeDtypeStruct((layout.starts[-1] * columns,), jnp.float32)],
-            interpret=interpret,
-            compiler_params=_PARAMS,
-        )
-
-    (partial,) = _once(calls, layout.structure(), make, interpret)(*operands)
-    return _finish(layout, programs, partial, columns, calls, interpret)
-
-
-def _finish(layout, programs, partial, columns, calls, interpret) -> list[list[jax.Array]]:
-    """The statistics from the blocks' partial ones: one block of a second launch for each."""
-    kinds = list(REDUCE)
-    table, neutral = [], []
-    for leaf, program in enumerate(layout.programs):
-        first, last = layout.starts[leaf], layout.starts[leaf + 1]
-        for k in range(columns):
-            kind = program.roots[k].reduction if k < len(program.roots) else "sum"
-            table += [first * columns + k, last - first, kinds.index(kind)]
-            neutral.append(identity_of(kind))
-    present = {root.reduction for p in layout.programs for root in p.roots}
-
-    def kernel(partial_ref, table_ref, neutral_ref, result_ref):
+        table, *sources, results = refs
         me = pl.program_id(0)
-        first, count, kind = (table_ref[me * 3 + i] for i in range(3))
-        start = jnp.broadcast_to(neutral_ref[me], (BLOCK,))
+        first, count, kind, place = (table[me * 4 + i] for i in range(4))
 
-        def step(i, total):
-            row = i * BLOCK + jnp.arange(BLOCK)
-            inside = row < count
-            loaded = plt.load(partial_ref.at[first + row * columns], mask=inside, other=0.0)
-            x = jnp.where(inside, loaded, start)
-            return _pick(kind, present, lambda f: f(total, x), COMBINE)
+        def add_up(source, reduction):
+            neutral = jnp.full((_PARTS,), identity_of(reduction), jnp.float32)
 
-        total = lax.fori_loop(0, (count + BLOCK - 1) // BLOCK, step, start)
-        result_ref[me] = _pick(kind, present, lambda f: f(total), REDUCE)
+            def step(i, total):
+                row = i * _PARTS + jnp.arange(_PARTS)
+                x = plt.load(source.at[first + row], mask=row < count, other=neutral)
+                return COMBINE[reduction](total, x)
 
-    def make():
+            total = lax.fori_loop(0, (count + _PARTS - 1) // _PARTS, step, neutral)
+            return REDUCE[reduction](total)
+
+        def add_up_from(launch):
+            branches = [partial(add_up, sources[launch], reduction) for reduction in work.kinds]
+            return lax.switch(kind, branches)
+
+        results[place] = _search(me, range(len(sources)), work.rows, add_up_from)
+
+    def make(interpret):
         return pl.pallas_call(
             kernel,
-            grid=(len(neutral),),
-            out_shape=[jax.ShapeDtypeStruct((len(neutral),), jnp.float32)],
+            grid=(len(work.table),),
+            out_shape=[jax.ShapeDtypeStruct((len(work.table),), jnp.float32)],
             interpret=interpret,
             compiler_params=_PARAMS,
         )
 
-    finish = _once(calls, ("finish", len(neutral), columns, frozenset(present)), make, interpret)
-    (result,) = finish(partial, jnp.asarray(table, jnp.int32), jnp.asarray(neutral, jnp.float32))
-    row = {id(program): i for i, program in enumerate(layout.programs)}
-    return [
-        [result[row[id(program)] * columns + k] for k in range(len(program.roots))]
-        for program in programs
-    ]
-
-
-def _pick(kind, present, apply, functions):
-    """The function of the traced `kind`, among those that occur in the launch."""
-    names = [name for name in functions if name in present]
-    result = apply(functions[names[0]])
-    for name in names[1:]:
-        result = jnp.where(kind == list(functions).index(name), apply(functions[name]), result)
-    return result
+    shapes = tuple(x.shape for x in parts)
+    key = ("finish", tuple(work.rows), tuple(work.kinds), shapes)
+    (results,) = _once(calls, key, make, interpret)(
+        jnp.asarray(work.table, jnp.int32).reshape(-1), *parts
+    )
+    return {node: results[place] for place, node in enumerate(work.nodes)}
 
 
 def _once(calls, structure, make, interpret) -> Callable[..., Any]:
     """A launch under `jit`, which traces and lowers the same function only once."""
     if structure not in calls:
-        launch = make()
+        launch = make(interpret)
         calls[structure] = jax.jit(launch if interpret else partial(quiet.call, launch))
     return calls[structure]
 
@@ -202,10 +174,8 @@ def _run_block(layout, sources, offsets, finish) -> None:
     """Loads what this block needs, and calls `finish` for the form of its leaf."""
     me = pl.program_id(0)
 
-    def load(leaf, scalars):
-        program = layout.programs[leaf]
-        index, inside = _span(layout, leaf, me)
-        blocks = []
+    def load(leaf, scalars, index, inside):
+        program, blocks = layout.programs[leaf], []
         for k, (node, needed) in enumerate(zip(program.inputs, program.loads, strict=True)):
             ref = sources[offsets[leaf] + k]
             mask = _both(inside, needed, scalars)
@@ -213,8 +183,7 @@ def _run_block(layout, sources, offsets, finish) -> None:
                 blocks.append(ref[index])
             else:
                 blocks.append(plt.load(ref.at[index], mask=mask, other=jnp.zeros((), node.dtype)))
-        first = (me - layout.starts[leaf]) * BLOCK
-        return (*blocks, jnp.int32(program.size) - first)
+        return (*blocks, jnp.int32(program.size) - index.start)
 
     def run_form(number):
         program = layout.forms[number][0]
@@ -225,7 +194,7 @@ def _run_block(layout, sources, offsets, finish) -> None:
             zero = jnp.minimum(me, 0)
             which = _search(me, leaves, layout.starts, lambda leaf: zero + (leaf - leaves[0]))
         scalars = [slot.read(sources, which) for slot in slots]
-        *blocks, valid = _search(me, leaves, layout.starts, lambda leaf: load(leaf, scalars))
+        *blocks, valid = _on_leaf(layout, me, leaves, lambda leaf, *at: load(leaf, scalars, *at))
         finish(me, leaves, program, scalars, blocks, valid)
         return ()
 
@@ -245,12 +214,27 @@ def _search(me, candidates: range, starts: Sequence[int], found: Callable[[int],
     )
 
 
-def _span(layout, leaf, me) -> tuple[Any, Any]:
-    """This block's elements of a leaf, and which of them exist; `None` if all do."""
-    size = layout.programs[leaf].size
-    first = (me - layout.starts[leaf]) * BLOCK
-    inside = None if size % BLOCK == 0 else first + jnp.arange(BLOCK) < size
-    return pl.ds(first, BLOCK), inside
+def _on_leaf(layout, me, leaves, access: Callable[..., Any]) -> Any:
+    """`access(leaf, index, inside)` for this block's elements, and which exist: `None`, if all."""
+
+    def on(leaf):
+        program = layout.programs[leaf]
+        first = (me - layout.starts[leaf]) * BLOCK
+        index = pl.ds(first, BLOCK)
+        if program.size % BLOCK == 0:
+            return access(leaf, index, None)
+        inside = first + jnp.arange(BLOCK) < program.size
+        # Masks that may change inside of a vector make every access one of single elements.
+        vector = _VECTOR_BYTES // min(node.dtype.itemsize for node in program.inputs)
+        if program.size < BLOCK or program.size % vector == 0:
+            return access(leaf, index, inside)
+        return lax.cond(
+            first + BLOCK <= program.size,
+            lambda: access(leaf, index, None),
+            lambda: access(leaf, index, inside),
+        )
+
+    return _search(me, leaves, layout.starts, on)
 
 
 def _both(inside, needed: Predicate | None, scalars) -> Any:

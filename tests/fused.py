@@ -91,9 +91,7 @@ class Race:
 
     @cached_property
     def _adds_up(self) -> bool:
-        update = partial(optax.with_extra_args_support(self.tx).update, **self.extra)
-        tx = optax.GradientTransformationExtraArgs(self.tx.init, update)
-        report = pallas_kernels.explain(tx, self.params)
+        report = pallas_kernels.explain(self.tx, self.params, **self.extra)
         return bool(report.left_to_xla) or any(p.work == "statistics" for p in report.phases)
 
     def _compiled(self, step: Step) -> Step:

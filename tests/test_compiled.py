@@ -35,21 +35,21 @@ class Expected(NamedTuple):
 
 
 # Reads and writes of float32 by hand: gradient, parameter and each moment in, all but the gradient
-# out; a norm of the gradient reads 4 more, of a new moment 8, of Adam's step and the parameter 16.
+# out. A norm of the gradient reads 4 more, of a new moment 8; one of Adam's step and the parameter
+# reads the four and writes the moments, so the parameter and both moments are read once more.
 ROWS = {
     "adamw": Expected(optax.adamw(1e-3), 28),
     "clip": Expected(
         optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3)), 32, launches=26
     ),
-    "lamb": Expected(optax.lamb(1e-3), 44, launches=26),
+    "lamb": Expected(optax.lamb(1e-3), 40, launches=26),
     "fame": Expected(optax_ext.fame(1e-3), 44),
     "vradam": Expected(optax_ext.vradam(1e-3), 36, launches=26),
     "invadam": Expected(optax_ext.invadam(1e-3), 28),
     "dualadam": Expected(optax_ext.dualadam(1e-3), 28),
     "caadam": Expected(optax_ext.caadam(1e-3), 28),
     "novak": Expected(optax_ext.novak(1e-3), 28, 8),
-    # 24 of these are XLA's, for one ratio per leaf: 26 in all is still the aim.
-    "novak_trust": Expected(optax_ext.novak(1e-3, trust_ratio=True), 44, 8, launches=39),
+    "novak_trust": Expected(optax_ext.novak(1e-3, trust_ratio=True), 40, 8, launches=26),
 }
 
 _SHAPES = "512,512 1023 3,3,64,64 64 1000,513 7 2048,300 1 129,129 512,1000"
@@ -58,15 +58,14 @@ WHOLE_BLOCKS = leaves([(4096,), (512, 512), (3, 1024)])
 
 
 @functools.cache
-def compiled(name: str, *, fused: bool) -> Program:
+def compiled(name: str, backend: str = "auto") -> Program:
     """A row's step on ragged leaves."""
-    return compile_row(name, RAGGED, fused=fused)
+    return compile_row(name, RAGGED, backend)
 
 
-def compile_row(name: str, params: Leaves, *, fused: bool) -> Program:
+def compile_row(name: str, params: Leaves, backend: str = "auto") -> Program:
     tx = ROWS[name].optimizer
-    step = fuse(tx, backend="auto" if fused else "xla").step
-    return compile_step(step, params, jax.eval_shape(tx.init, params))
+    return compile_step(fuse(tx, backend=backend).step, params, jax.eval_shape(tx.init, params))
 
 
 def size(params: Leaves) -> int:
@@ -80,20 +79,18 @@ every_row = pytest.mark.parametrize("name", ROWS)
 def test_the_bytes_are_those_of_a_calculation_by_hand(name):
     row = ROWS[name]
     expected = row.always + row.skipped
-    assert compiled(name, fused=True).bytes / size(RAGGED) == pytest.approx(expected, rel=0.005)
+    assert compiled(name).bytes / size(RAGGED) == pytest.approx(expected, rel=0.005)
 
 
 @every_row
-def test_on_average_no_more_bytes_than_the_chain(name):
-    # The chain moves slow weights in every step, the fused step in every fifth.
-    saved = 4 / 5 * ROWS[name].skipped * size(RAGGED)
+def test_no_more_bytes_than_the_chain(name):
     # Scalars between launches may cost a little.
-    assert compiled(name, fused=True).bytes - saved <= 1.002 * compiled(name, fused=False).bytes
+    assert compiled(name).bytes <= 1.002 * compiled(name, "xla").bytes
 
 
 @every_row
 def test_only_pallas_kernels_touch_leaves(name):
-    program = compiled(name, fused=True)
+    program = compiled(name)
     assert program.of_kind("pallas")
     scalars = [kernel.bytes for kernel in program.kernels if kernel.kind != "pallas"]
     assert max(scalars) < 4 * 512
@@ -101,13 +98,21 @@ def test_only_pallas_kernels_touch_leaves(name):
 
 @every_row
 def test_memory_beside_arguments_and_results(name):
-    assert compiled(name, fused=True).temporary < 0.01 * 4 * size(RAGGED)
+    assert compiled(name).temporary < 0.01 * 4 * size(RAGGED)
 
 
-def accesses(name: str, direction: str) -> tuple[int, int]:
+@pytest.mark.parametrize("name", ["adamw", "novak", "lamb"])
+def test_mosaic_runs_the_same_program(name):
+    triton, mosaic = compiled(name), compiled(name, "mosaic")
+    assert len(mosaic.of_kind("pallas")) == len(triton.of_kind("pallas"))
+    assert mosaic.bytes == pytest.approx(triton.bytes, rel=0.005)
+    assert mosaic.temporary < 0.01 * 4 * size(RAGGED)
+
+
+def accesses(name: str, direction: str, params: Leaves = WHOLE_BLOCKS) -> tuple[int, int]:
     """Vectorized loads ("ld") or stores ("st") of a fused step: all, and the predicated ones."""
     tx = ROWS[name].optimizer
-    assembly = ptx(fuse(tx).step, WHOLE_BLOCKS, jax.eval_shape(tx.init, WHOLE_BLOCKS))
+    assembly = ptx(fuse(tx).step, params, jax.eval_shape(tx.init, params))
     found = re.findall(rf"(@%p\d+ +)?{direction}\.global[\w.]*\.v4", assembly)
     return len(found), sum(predicate != "" for predicate in found)
 
@@ -126,6 +131,13 @@ def test_whole_blocks_have_no_predicate(direction):
     assert predicated == 0
 
 
+@pytest.mark.parametrize("shape", [(1023, 513), (1001, 2)])
+def test_only_the_last_block_of_an_odd_leaf_is_masked(shape):
+    odd, even = leaves([shape]), leaves([(1024, 512)])
+    assert accesses("adamw", "ld", odd) == accesses("adamw", "ld", even)
+    assert accesses("adamw", "st", odd) == accesses("adamw", "st", even)
+
+
 def test_on_cpu_the_chain_runs():
     tx = ROWS["adamw"].optimizer
     lowered = jax.jit(fuse(tx).step).lower(RAGGED, jax.eval_shape(tx.init, RAGGED), RAGGED)
@@ -135,5 +147,5 @@ def test_on_cpu_the_chain_runs():
 @pytest.mark.slow
 @every_row
 def test_a_network_takes_few_launches(name):
-    kernels = compile_row(name, LEAF_SETS["ResNet-50"], fused=True).kernels
+    kernels = compile_row(name, LEAF_SETS["ResNet-50"]).kernels
     assert len(kernels) <= ROWS[name].launches

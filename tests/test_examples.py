@@ -66,6 +66,22 @@ def test_command_on_digits(tmp_path):
         assert result["ms_per_step"] > 0
 
 
+def test_fused_on_cpu_runs_the_chains_and_says_so(compare, tmp_path, capsys):
+    data = write(tmp_path / "own.npz", **some_images())
+    arguments = [f"--data={data}", "--methods=vradam", *SMALL]
+    compare.main([*arguments, f"--out={tmp_path / 'chain.png'}"])
+    assert "Fused:" not in capsys.readouterr().out
+    compare.main([*arguments, f"--out={tmp_path / 'fused.png'}", "--fused"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "which on this cpu runs the chains themselves" in printed
+    chain, fused = (
+        json.loads((tmp_path / f"{name}.json").read_text())["results"]["vradam"]
+        for name in ("chain", "fused")
+    )
+    del chain["ms_per_step"], fused["ms_per_step"]
+    assert fused == chain
+
+
 def test_own_images_and_the_mean_scale_control(compare, load_module, tmp_path, capsys):
     data = write(tmp_path / "own.npz", **some_images())
     compare.main([f"--data={data}", "--methods=caadam", f"--out={tmp_path / 'own.png'}", *SMALL])

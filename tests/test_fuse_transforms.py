@@ -399,10 +399,7 @@ def test_other_platforms_run_the_chain(platform):
 
 
 def test_gpus_run_kernels():
-    launches = explain(TX, PARAMS).launches
-    statistics = sum(phase.work == "statistics" for phase in explain(TX, PARAMS).phases)
-    # Statistics of blocks are summed up by a launch of their own.
-    assert kernels("auto", "cuda") == launches + statistics
+    assert kernels("auto", "cuda") == explain(TX, PARAMS).launches > 0
     assert kernels("xla", "cuda") == 0
 
 

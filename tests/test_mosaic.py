@@ -15,7 +15,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 import optax_ext
 from pallas_kernels import fuse, mosaic
-from pallas_kernels.launch import Layout
+from pallas_kernels.layout import Layout
 from pallas_kernels.trace import ELEMENTWISE
 
 INTERPRETS = hasattr(plgpu, "InterpretGPUParams")

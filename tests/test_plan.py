@@ -106,7 +106,7 @@ def predicated_names(tx, params):
     """Arguments that are not always read, and results that are not always written."""
     graph, parts = planned(tx, params)
     loads, stores = [], []
-    for program in parts.updates:
+    for program in parts.phases[-1]:
         names = [graph.names[node] for node in program.inputs]
         loads += [n for n, when in zip(names, program.loads, strict=True) if when is not None]
         stores += [names[r.in_place or 0] for r in program.roots if r.needed is not None]
@@ -126,7 +126,7 @@ def test_slow_weights_are_read_and_written_when_they_synchronize():
 def test_predicates_of_load_and_store_are_one_scalar():
     """The slow weights are needed for the same value of it for which they change."""
     _, parts = planned(optax_ext.novak(0.1, lookahead="exact"), LEAF)
-    (program,) = parts.updates
+    (program,) = parts.phases[-1]
     (load,) = [when for when in program.loads if when is not None]
     (store,) = [root.needed for root in program.roots if root.needed is not None]
     assert load == store
@@ -140,6 +140,42 @@ def test_steps_that_are_not_finite_store_nothing():
     assert sorted(name.split("/")[-2] for name in stores) == ["mu", "nu"]
 
 
+def test_one_launch_adds_up_all_statistics():
+    """Those of gradients, found by several launches, and none for the list of what was found."""
+    params = {f"layer{n}": shape(n + 2) for n in range(80)}
+    finite = optax.apply_if_finite(optax.adam(0.1), 3)
+    statistics, update = explain(finite, params).phases
+    assert statistics.launches == update.launches + 1 > 2
+
+
+def test_moments_are_written_with_the_norms_made_of_them():
+    """And read once more, new, in place of their old values and the gradient."""
+    for tx in (optax.lamb(0.1), optax_ext.novak(0.1, trust_ratio=True, lookahead="none")):
+        statistics, update = explain(tx, LEAF).phases
+        assert statistics.bytes == 4 * (4 + 2) * 64 * 64
+        assert update.bytes == 4 * (3 + 1) * 64 * 64
+
+
+def test_moments_stored_in_less_than_was_computed_are_written_last():
+    """Else the step would be made of the rounded ones."""
+    statistics, _ = explain(
+        optax_ext.novak(0.1, trust_ratio=True, mu_dtype=jnp.bfloat16), LEAF
+    ).phases
+    assert statistics.bytes == (3 * 4 + 2) * 64 * 64
+
+
+def test_extra_arguments_are_explained():
+    with pytest.raises(TypeError, match="value"):
+        explain(optax.polyak_sgd(), LEAF)
+    assert explain(optax.polyak_sgd(), LEAF, value=2.0).phases[-1].work == "update"
+
+
+@pytest.mark.parametrize("backend", ["xla", "cuda"])
+def test_only_kernels_are_explained(backend):
+    with pytest.raises(ValueError, match=f"backend must be one of .* got '{backend}'"):
+        explain(optax.sgd(0.1), LEAF, backend=backend)
+
+
 def test_accumulated_steps_leave_moments_alone():
     """`MultiSteps` touches the moments at every third step only."""
     tx = optax.MultiSteps(optax.adam(0.1), 3).gradient_transformation()
@@ -150,7 +186,7 @@ def test_accumulated_steps_leave_moments_alone():
 
 def test_each_result_takes_the_memory_of_its_argument():
     graph, parts = planned(optax.adamw(0.1), LEAF)
-    (program,) = parts.updates
+    (program,) = parts.phases[-1]
     taken = [root.in_place for root in program.roots]
     assert None not in taken
     places = [graph.names[program.inputs[place or 0]] for place in taken]

@@ -1,9 +1,17 @@
-"""The README's Python examples run, in order, as one program."""
+"""What the README says: its examples run, as one program, and its table is what was measured."""
 
+import json
 import re
 from pathlib import Path
 
+from benchmarks.plan import RESULTS, summary
+
 README = Path(__file__).parents[1] / "README.md"
+
+
+def test_table_of_programs_is_what_was_measured():
+    rows = json.loads((RESULTS / "plan-h200.json").read_text(encoding="utf-8"))
+    assert summary(rows) in README.read_text(encoding="utf-8")
 
 
 def test_examples_run(capsys):

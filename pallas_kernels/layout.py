@@ -1,0 +1,202 @@
+"""What a launch over many leaves needs on every backend: places in the grid, operands, results.
+
+Each leaf is cut into spans of equally wide blocks. Leaves with programs of one form lie side by
+side, so that one kernel body of a width serves them all. Statistics take two launches: every block
+leaves its part of them in memory, and one launch for the whole phase adds the parts up.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.plan import Program
+from pallas_kernels.trace import ELEMENTWISE, SAME_ORDER, Node
+
+
+def is_fusible(primitive: str) -> bool:
+    """Whether a kernel can run the primitive, if its backend knows it."""
+    return primitive in ELEMENTWISE or primitive in SAME_ORDER
+
+
+@dataclass(frozen=True)
+class Span:
+    """Blocks of one width, one after another in a leaf and in the grid.
+
+    Attributes:
+      leaf: place of its program in the layout.
+      first: element that its first block begins with.
+      blocks: number of them.
+    """
+
+    leaf: int
+    first: int
+    blocks: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """Spans of one width in leaves of one form: the blocks that run the same code."""
+
+    form: int
+    width: int
+    spans: tuple[Span, ...]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a scalar of a form lies: its pack, its place there, whether leaves have their own."""
+
+    pack: int
+    start: int
+    per_leaf: bool
+    dtype: Any
+
+    def read(self, packs: Sequence[Any], which: Any) -> Any:
+        """The scalar for the form's leaf `which`."""
+        value = packs[self.pack][self.start + which if self.per_leaf else self.start]
+        return value != 0 if self.dtype == bool else value.astype(self.dtype)
+
+
+class Layout:
+    """How the leaves of one launch lie in its grid and among its operands.
+
+    Attributes:
+      forms: programs that one kernel body can serve.
+      programs: all of them, form by form.
+      first: for each form, the place of its first program; then the number of programs.
+      groups: the grid, in order.
+      starts: for each span of the grid its first block; then the number of blocks.
+      packs: all scalars, in one float and one integer vector.
+      slots: for each form, where its scalars lie.
+    """
+
+    def __init__(
+        self,
+        programs: Sequence[Program],
+        scalar: Callable[[Node], Any],
+        widths: Sequence[int],
+    ):
+        """Lays programs out in blocks of falling `widths`; the last may reach past a leaf's end."""
+        forms: dict[Any, list[Program]] = {}
+        for program in programs:
+            forms.setdefault(program.form(), []).append(program)
+        self.forms = list(forms.values())
+        self.programs = [p for form in self.forms for p in form]
+        self.first = [0, *itertools.accumulate(len(form) for form in self.forms)]
+        self.groups = list(self._groups(widths))
+        self.starts = [0, *itertools.accumulate(s.blocks for g in self.groups for s in g.spans)]
+        self.packs, self.slots = self._pack(scalar)
+
+    def structure(self) -> Any:
+        """Equal for launches that one kernel can serve."""
+        sizes = tuple(p.size for p in self.programs)
+        forms = tuple((form[0].form(), len(form)) for form in self.forms)
+        return sizes, forms, tuple(map(tuple, self.slots))
+
+    def _groups(self, widths) -> Iterator[Group]:
+        for form in range(len(self.forms)):
+            spans: dict[int, list[Span]] = {width: [] for width in widths}
+            for leaf in range(self.first[form], self.first[form + 1]):
+                size, at = self.programs[leaf].size, 0
+                for width in widths:
+                    whole, rest = divmod(size - at, width)
+                    blocks = whole + (rest > 0 and width == widths[-1])
+                    if blocks:
+                        spans[width].append(Span(leaf, at, blocks))
+                    at += whole * width
+            yield from (Group(form, width, tuple(s)) for width, s in spans.items() if s)
+
+    def _pack(self, scalar) -> tuple[list[Any], list[list[Slot]]]:
+        floats: list[Any] = []
+        integers: list[Any] = []
+        slots = []
+        for form in self.forms:
+            slots.append([])
+            for place, node in enumerate(form[0].scalars):
+                floating = jnp.issubdtype(node.dtype, jnp.floating)
+                values = [p.scalars[place] for p in form]
+                shared = all(v is node for v in values)
+                pack = floats if floating else integers
+                slots[-1].append(Slot(0 if floating else 1, len(pack), not shared, node.dtype))
+                pack += [scalar(v) for v in (values[:1] if shared else values)]
+        packs = [
+            jnp.stack([jnp.asarray(x, dtype).reshape(()) for x in pack or [0]])
+            for pack, dtype in ((floats, jnp.float32), (integers, jnp.int32))
+        ]
+        return packs, slots
+
+    def operands(self, array: Callable[[Node], jax.Array]) -> tuple[list[jax.Array], list[int]]:
+        """The packs, then each leaf's inputs; and where those of each leaf begin."""
+        operands, offsets = list(self.packs), []
+        for program in self.programs:
+            offsets.append(len(operands))
+            operands += [array(node) for node in program.inputs]
+        return operands, offsets
+
+    def statistics(self) -> list["Statistic"]:
+        """What its blocks compute parts of, leaf by leaf."""
+        counts = self.blocks_of_leaves()
+        first = [0, *itertools.accumulate(counts)]
+        return [
+            Statistic(node, root.reduction, k, k * first[-1] + first[leaf], counts[leaf])
+            for leaf, program in enumerate(self.programs)
+            for k, (node, root) in enumerate(program.reduced())
+        ]
+
+    def blocks_of_leaves(self) -> list[int]:
+        """For each leaf the number of its blocks, of all widths."""
+        counts = [0] * len(self.programs)
+        for group in self.groups:
+            for span in group.spans:
+                counts[span.leaf] += span.blocks
+        return counts
+
+
+class Statistic(NamedTuple):
+    """Where the parts of a statistic lie in what its launch leaves in memory.
+
+    Attributes:
+      node: the result.
+      reduction: "sum", "max" or "min".
+      column: its place among the statistics of its leaf.
+      first: place of its first part.
+      parts: number of them.
+    """
+
+    node: Node
+    reduction: str
+    column: int
+    first: int
+    parts: int
+
+
+class Finish:
+    """One launch that adds up what the launches of a phase left in memory, a block a statistic.
+
+    Attributes:
+      rows: for each of those launches, its first block; then the number of blocks.
+      table: for each block four integers: first part, number of parts, kind, place of the result.
+      kinds: reductions that occur.
+      nodes: the results, in their places.
+    """
+
+    def __init__(self, layouts: Sequence[Layout]):
+        """Results lie column by column in order of creation, so that XLA takes whole slices."""
+        statistics = [layout.statistics() for layout in layouts]
+        self.rows = [0, *itertools.accumulate(map(len, statistics))]
+        rows = [s for each in statistics for s in each]
+        self.kinds = sorted({s.reduction for s in rows})
+        order = sorted(rows, key=lambda s: (s.column, s.node.index))
+        self.nodes = [s.node for s in order]
+        places = {node: place for place, node in enumerate(self.nodes)}
+        self.table = [
+            (s.first, s.parts, self.kinds.index(s.reduction), places[s.node]) for s in rows
+        ]
+
+
+REDUCE: dict[str, Callable[..., Any]] = {"sum": jnp.sum, "max": jnp.max, "min": jnp.min}
+COMBINE: dict[str, Callable[..., Any]] = {"sum": jnp.add, "max": jnp.maximum, "min": jnp.minimum}
