@@ -119,7 +119,7 @@ def line(row: dict[str, Any]) -> str:
 def summary(rows: dict[str, dict[str, Any]]) -> str:
     """The table of the README: ResNet-50, the chain → Triton's kernels."""
     lines = [
-        "| optimizer | kernels | bytes/parameter | of these only at a sync | compile |",
+        "| optimizer | kernels | bytes/parameter | skipped between syncs | compile |",
         "|---|---|---|---|---|",
     ]
     for name in OPTIMIZERS:

@@ -6,7 +6,9 @@ an optimizer.
 """
 
 import enum
+import functools
 import math
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -153,10 +155,7 @@ class Graph:
                 return [self._reduce(primitive, params, args[0], aval)]
             return self._outside(primitive, params, args, avals)
         if primitive is lax.dot_general_p and _is_inner_product(params, args, size):
-            product = self._bind(lax.mul, *args)
-            total = jax.make_jaxpr(jnp.sum)(jax.ShapeDtypeStruct(product.shape, product.dtype))
-            (summed,) = self.run(total.jaxpr, [], [product])
-            return [self._cast(summed, aval)]
+            return [self._cast(self._bind(jnp.sum, self._bind(lax.mul, *args)), aval)]
         for arg in on_leaf:
             self.foreign.append((arg, primitive.name))
         return self._outside(primitive, params, args, avals)
@@ -180,7 +179,7 @@ class Graph:
 
     def _splat(self, scalar: Node, aval: Any) -> Node:
         if scalar.shape:
-            scalar = self._bind(lambda x: x.reshape(()), scalar)
+            scalar = self._bind(jnp.squeeze, scalar)
         return self.node(Kind.SPLAT, None, {}, (scalar,), aval.shape, aval.dtype)
 
     def _outside(self, primitive, params, args, avals) -> list[Node]:
@@ -230,14 +229,18 @@ class Graph:
                 (memo[x],) = self.apply(x.primitive, x.params, args, [x])
         return memo[x]
 
-    def _bind(self, function: Callable[..., Any], *args: Node) -> Node:
-        """A function of `jax.lax` on nodes: its parameters differ between versions of JAX."""
-        shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in args]
-        (result,) = self.run(jax.make_jaxpr(function)(*shapes).jaxpr, [], list(args))
+    def _bind(self, function: Callable[..., Any], *args: Node, static: Any = ()) -> Node:
+        """A function on nodes, then `static` values: parameters differ between versions of JAX."""
+        shapes = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in args)
+        (result,) = self.run(_jaxpr(function, shapes, static), [], args)
         return result
 
     def _cast(self, x: Node, aval: Any) -> Node:
-        return x if x.dtype == aval.dtype else self._bind(lambda y: y.astype(aval.dtype), x)
+        return (
+            x
+            if x.dtype == aval.dtype
+            else self._bind(lax.convert_element_type, x, static=(aval.dtype,))
+        )
 
     def run(self, jaxpr: Jaxpr, consts: Sequence[Node], args: Sequence[Node]) -> list[Node]:
         """The results of a whole jaxpr."""
@@ -288,13 +291,18 @@ class Graph:
         """All branches, and selects among their results."""
         chosen = self._call(branches[0], args)
         for i, branch in enumerate(branches[1:], start=1):
-            reached = self._bind(lambda n, i=i: n >= i, index)
+            reached = self._bind(operator.ge, index, static=(i,))
             later = self._call(branch, args)
             chosen = [
-                a if a is b else self._bind(lambda p, x, y: lax.select_n(p, x, y), reached, a, b)
+                a if a is b else self._bind(lax.select_n, reached, a, b)
                 for a, b in zip(chosen, later, strict=True)
             ]
         return chosen
+
+
+@functools.cache
+def _jaxpr(function: Callable[..., Any], shapes: tuple[Any, ...], static: tuple[Any, ...]) -> Jaxpr:
+    return jax.make_jaxpr(lambda *args: function(*args, *static))(*shapes).jaxpr
 
 
 @dataclass

@@ -144,8 +144,9 @@ def test_on_cpu_the_chain_runs():
     assert "custom_call" not in lowered.as_text()
 
 
+# One row for each structure of phases and scalars; all are in benchmarks/results/plan-h200.md.
 @pytest.mark.slow
-@every_row
+@pytest.mark.parametrize("name", ["adamw", "clip", "lamb", "dualadam", "novak", "novak_trust"])
 def test_a_network_takes_few_launches(name):
     kernels = compile_row(name, LEAF_SETS["ResNet-50"]).kernels
     assert len(kernels) <= ROWS[name].launches
