@@ -112,7 +112,7 @@ def _execute(function, arguments, *, backend, strict, written):
     if backend == launch.CHAIN:
         return function(*arguments)
     traced, in_place, values = trace_step(function, arguments, written)
-    planned = plan(traced.graph, in_place, launch.BACKENDS[backend].supports)
+    planned = plan(traced.graph, in_place, launch.supports(backend))
     if strict and (left := left_to_xla(traced.graph, planned)):
         raise ValueError(f"strict=True, but {'; '.join(left)}")
 
@@ -212,7 +212,7 @@ def run(
     flat = functools.cache(lambda node: value(node).reshape(-1))
     calls: dict[Any, Callable[..., Any]] = {}
     for phase in planned.phases:
-        found = launch.BACKENDS[backend].run(launches(phase), flat, value, calls)
+        found = launch.run(backend, launches(phase), flat, value, calls)
         values |= {node: x.astype(node.dtype).reshape(node.shape) for node, x in found.items()}
     for effect in graph.effects:
         _bind(effect, [value(a) for a in effect.args])

@@ -1,33 +1,22 @@
-"""Who launches: the only place that knows the backends."""
+"""Phases of launches, and who runs them: the only place that knows the backends."""
 
-from collections.abc import Callable, Mapping
-from functools import partial
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
 
 from pallas_kernels import mosaic, triton
+from pallas_kernels.layout import Finish, Layout
+from pallas_kernels.plan import Program
+from pallas_kernels.trace import Node
 
-
-class Backend(NamedTuple):
-    """What runs programs.
-
-    Attributes:
-      run: all launches of a phase, see `triton.run`.
-      supports: whether its kernels can compute a primitive.
-    """
-
-    run: Callable[..., Any]
-    supports: Callable[[str], bool]
-
-
-_TRITON = Backend(partial(triton.run, interpret=False), triton.supports)
-_MOSAIC = Backend(partial(mosaic.run, interpret=False), mosaic.supports)
-
-BACKENDS: Mapping[str, Backend] = {
-    "auto": _TRITON,  # until JAX drops it, or Mosaic's kernels are measured to be faster
-    "triton": _TRITON,
-    "mosaic": _MOSAIC,
-    "interpret": Backend(partial(triton.run, interpret=True), triton.supports),
-    "interpret-mosaic": Backend(partial(mosaic.run, interpret=True), mosaic.supports),
+# Whose kernels, and whether in Pallas' interpreter.
+BACKENDS: Mapping[str, tuple[Any, bool]] = {
+    "auto": (triton, False),  # until JAX drops it, or Mosaic's kernels are measured to be faster
+    "triton": (triton, False),
+    "mosaic": (mosaic, False),
+    "interpret": (triton, True),
+    "interpret-mosaic": (mosaic, True),
 }
 # The one that has no kernels.
 CHAIN = "xla"
@@ -39,3 +28,41 @@ def check(backend: str, *, or_chain: bool) -> None:
     if backend not in known:
         names = ", ".join(map(repr, known))
         raise ValueError(f"backend must be one of {names}, got {backend!r}")
+
+
+def supports(backend: str) -> Callable[[str], bool]:
+    """Tells of a primitive whether the backend's kernels can compute it."""
+    return BACKENDS[backend][0].supports
+
+
+def run(
+    backend: str,
+    phase: Sequence[Sequence[Program]],
+    array: Callable[[Node], jax.Array],
+    scalar: Callable[[Node], Any],
+    calls: dict[Any, Callable[..., Any]],
+) -> dict[Node, jax.Array]:
+    """Runs launches that don't wait for each other; all their results, leaves flat.
+
+    Args:
+      backend: one of `BACKENDS`.
+      phase: for each launch its programs, at least one.
+      array: a leaf's value, flat.
+      scalar: any other value.
+      calls: launches made so far in this step.
+    """
+    kernels, interpret = BACKENDS[backend]
+    found: dict[Node, jax.Array] = {}
+    waiting: dict[Layout, jax.Array] = {}
+    for programs in phase:
+        layout = Layout(programs, scalar, kernels.WIDTHS)
+        results = kernels.launch(layout, *layout.operands(array), calls, interpret=interpret)
+        stored = [node for program in layout.programs for node, _ in program.stored()]
+        found |= dict(zip(stored, results, strict=False))
+        if len(results) > len(stored):
+            waiting[layout] = results[-1]
+    if waiting:
+        work = Finish(list(waiting))
+        statistics = kernels.finish(work, list(waiting.values()), calls, interpret=interpret)
+        found |= {node: statistics[place] for place, node in enumerate(work.nodes)}
+    return found

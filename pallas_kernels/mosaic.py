@@ -19,8 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.layout import COMBINE, REDUCE, Finish, Group, Layout, is_fusible
-from pallas_kernels.plan import Predicate, Program, evaluate, identity_of
-from pallas_kernels.trace import Node
+from pallas_kernels.plan import Predicate, evaluate, identity_of
 
 _LANES = 128  # threads of a warpgroup
 _VECTOR = 4  # elements that a thread of a wide block accesses at once
@@ -39,35 +38,16 @@ def supports(primitive: str) -> bool:
     return is_fusible(primitive) and primitive not in _MISSING.split()
 
 
-def run(
-    phase: Sequence[Sequence[Program]],
-    array: Callable[[Node], jax.Array],
-    scalar: Callable[[Node], Any],
+def launch(
+    layout: Layout,
+    operands: Sequence[jax.Array],
+    offsets: Sequence[int],
     calls: dict[Any, Callable[..., Any]],
     *,
     interpret: bool,
-) -> dict[Node, jax.Array]:
-    """Runs launches that don't wait for each other; all their results, leaves flat.
-
-    Arguments are those of Triton's `run`; no launch is reused.
-    """
+) -> Sequence[jax.Array]:
+    """One launch, as Triton's `launch`; none is reused."""
     del calls
-    found: dict[Node, jax.Array] = {}
-    waiting: list[tuple[Layout, jax.Array]] = []
-    for programs in phase:
-        layout = Layout(programs, scalar, WIDTHS)
-        results = _run_launch(layout, *layout.operands(array), interpret)
-        stored = [node for program in layout.programs for node, _ in program.stored()]
-        found |= dict(zip(stored, results, strict=False))
-        if len(results) > len(stored):
-            waiting.append((layout, results[-1]))
-    if waiting:
-        found |= _finish(waiting, interpret)
-    return found
-
-
-def _run_launch(layout, operands, offsets, interpret) -> list[jax.Array]:
-    """The leaves written, and after them all blocks' parts of statistics, column by column."""
     in_place: dict[int, int] = {}  # from results to the operands whose memory they take
     fresh: dict[int, jax.ShapeDtypeStruct] = {}
     first_result = []
@@ -110,14 +90,14 @@ def _run_launch(layout, operands, offsets, interpret) -> list[jax.Array]:
         _run_block(layout, table, sources, offsets, finish)
 
     table = jnp.asarray(_table(layout), jnp.int32)
-    launch = _launch(kernel, blocks, list(fresh.values()), interpret)
+    call = _make(kernel, blocks, list(fresh.values()), interpret)
     if not in_place:
-        return list(launch(table, *operands))
+        return list(call(table, *operands))
 
     def run(state):
         written, new = state
         arrays = [written.get(i, x) for i, x in enumerate(operands)]
-        for place, x in zip(fresh, launch(table, *arrays), strict=True):
+        for place, x in zip(fresh, call(table, *arrays), strict=True):
             new[place][...] = x
 
     # `jax.new_ref` would be shorter, but its effect can't pass the `custom_jvp` around a step.
@@ -131,16 +111,22 @@ def _run_launch(layout, operands, offsets, interpret) -> list[jax.Array]:
     return [results[place] for place in sorted(results)]
 
 
-def _finish(waiting, interpret) -> dict[Node, jax.Array]:
-    """The statistics, from the parts that each of the launches left."""
-    work, parts = Finish([layout for layout, _ in waiting]), [x for _, x in waiting]
+def finish(
+    work: Finish,
+    parts: Sequence[jax.Array],
+    calls: dict[Any, Callable[..., Any]],
+    *,
+    interpret: bool,
+) -> jax.Array:
+    """The statistics of a phase, as Triton's `finish`."""
+    del calls
 
     def kernel(*refs):
         table, *sources, results = refs
         me = lax.axis_index("block")
         first, count, kind, place = (table[me * 4 + i] for i in range(4))
 
-        def finish(source, reduction):
+        def add_up(source, reduction):
             neutral = _strided(jnp.full((_FINISH,), identity_of(reduction), jnp.float32))
             lane = _strided(lax.iota(jnp.int32, _FINISH))
 
@@ -151,17 +137,17 @@ def _finish(waiting, interpret) -> dict[Node, jax.Array]:
             total = lax.fori_loop(0, (count + _FINISH - 1) // _FINISH, step, neutral)
             results[place] = REDUCE[reduction](total)
 
-        launch = _count_passed(me, work.rows[:-1])
-        branches = [partial(finish, *each) for each in itertools.product(sources, work.kinds)]
-        lax.switch(launch * len(work.kinds) + kind, branches)
+        source = _count_passed(me, work.rows[:-1])
+        branches = [partial(add_up, *each) for each in itertools.product(sources, work.kinds)]
+        lax.switch(source * len(work.kinds) + kind, branches)
 
     shape = jax.ShapeDtypeStruct((len(work.table),), jnp.float32)
     table = jnp.asarray(work.table, jnp.int32).reshape(-1)
-    (results,) = _launch(kernel, len(work.table), [shape], interpret)(table, *parts)
-    return {node: results[place] for place, node in enumerate(work.nodes)}
+    (results,) = _make(kernel, len(work.table), [shape], interpret)(table, *parts)
+    return results
 
 
-def _launch(kernel, blocks: int, out_type, interpret: bool) -> Callable[..., Any]:
+def _make(kernel, blocks: int, out_type, interpret: bool) -> Callable[..., Any]:
     if interpret and _INTERPRETER is None:
         raise NotImplementedError(f"jax {jax.__version__} can't interpret Mosaic GPU kernels")
     return pl.kernel(

@@ -109,7 +109,7 @@ def explain(
     state = jax.eval_shape(tx.init, shapes)
     arguments = (shapes, state, shapes, extra_args)
     traced, in_place, _ = trace_step(whole_step(tx), arguments, written=2)
-    planned = plan(traced.graph, in_place, launch.BACKENDS[backend].supports)
+    planned = plan(traced.graph, in_place, launch.supports(backend))
     return Report(
         parameters=sum(x.size for x in jax.tree.leaves(shapes)),
         phases=tuple(map(_phase, planned.phases)),

@@ -17,10 +17,10 @@ from jax.experimental.pallas import triton as plt
 
 from pallas_kernels import quiet
 from pallas_kernels.layout import COMBINE, REDUCE, Finish, Layout, is_fusible
-from pallas_kernels.plan import Predicate, Program, evaluate, identity_of
-from pallas_kernels.trace import Node
+from pallas_kernels.plan import Predicate, evaluate, identity_of
 
 BLOCK = 512
+WIDTHS = (BLOCK,)
 # Parts of a statistic that a block adds up at once: few steps, each with many loads in flight.
 _PARTS = 4096
 _VECTOR_BYTES = 16
@@ -33,41 +33,42 @@ def supports(primitive: str) -> bool:
     return is_fusible(primitive) and primitive not in _MISSING
 
 
-def run(
-    phase: Sequence[Sequence[Program]],
-    array: Callable[[Node], jax.Array],
-    scalar: Callable[[Node], Any],
+def launch(
+    layout: Layout,
+    operands: Sequence[jax.Array],
+    offsets: Sequence[int],
     calls: dict[Any, Callable[..., Any]],
     *,
     interpret: bool,
-) -> dict[Node, jax.Array]:
-    """Runs launches that don't wait for each other; all their results, leaves flat.
+) -> Sequence[jax.Array]:
+    """One launch: the leaves written, flat, and after them all blocks' parts of statistics.
 
     Args:
-      phase: for each launch its programs, at least one.
-      array: a leaf's value, flat.
-      scalar: any other value.
+      layout: what to run, and where; the parts lie column by column.
+      operands: scalars, and the leaves' inputs.
+      offsets: for each program the place of its first input among them.
       calls: launches made so far in this step; one of the same structure is reused.
       interpret: whether to run in Pallas' interpreter.
     """
-    found: dict[Node, jax.Array] = {}
-    waiting: list[tuple[Layout, jax.Array]] = []
-    for programs in phase:
-        layout = Layout(programs, scalar, (BLOCK,))
-        operands, offsets = layout.operands(array)
-        launch = _once(calls, layout.structure(), partial(_launch, layout, offsets), interpret)
-        results = launch(*operands)
-        stored = [node for program in layout.programs for node, _ in program.stored()]
-        found |= dict(zip(stored, results, strict=False))
-        if len(results) > len(stored):
-            waiting.append((layout, results[-1]))
-    if waiting:
-        found |= _finish(waiting, calls, interpret)
-    return found
+    make = partial(_make, layout, offsets)
+    return _once(calls, layout.structure(), make, interpret)(*operands)
 
 
-def _launch(layout: Layout, offsets: Sequence[int], interpret: bool) -> Callable[..., Any]:
-    """Writes leaves, and after them all blocks' parts of statistics, column by column."""
+def finish(
+    work: Finish,
+    parts: Sequence[jax.Array],
+    calls: dict[Any, Callable[..., Any]],
+    *,
+    interpret: bool,
+) -> jax.Array:
+    """The statistics of a phase, in their places, from the parts that its launches left."""
+    key = ("finish", tuple(work.rows), tuple(work.kinds), tuple(x.shape for x in parts))
+    add_up = _once(calls, key, partial(_make_finish, work), interpret)
+    (results,) = add_up(jnp.asarray(work.table, jnp.int32).reshape(-1), *parts)
+    return results
+
+
+def _make(layout: Layout, offsets: Sequence[int], interpret: bool) -> Callable[..., Any]:
     shapes, first_result, aliases = [], [], {}
     for program, offset in zip(layout.programs, offsets, strict=True):
         first_result.append(len(shapes))
@@ -119,10 +120,7 @@ def _launch(layout: Layout, offsets: Sequence[int], interpret: bool) -> Callable
     )
 
 
-def _finish(waiting, calls, interpret) -> dict[Node, jax.Array]:
-    """The statistics, from the parts that each of the launches left."""
-    work, parts = Finish([layout for layout, _ in waiting]), [x for _, x in waiting]
-
+def _make_finish(work: Finish, interpret: bool) -> Callable[..., Any]:
     def kernel(*refs):
         table, *sources, results = refs
         me = pl.program_id(0)
@@ -145,28 +143,20 @@ def _finish(waiting, calls, interpret) -> dict[Node, jax.Array]:
 
         results[place] = _search(me, range(len(sources)), work.rows, add_up_from)
 
-    def make(interpret):
-        return pl.pallas_call(
-            kernel,
-            grid=(len(work.table),),
-            out_shape=[jax.ShapeDtypeStruct((len(work.table),), jnp.float32)],
-            interpret=interpret,
-            compiler_params=_PARAMS,
-        )
-
-    shapes = tuple(x.shape for x in parts)
-    key = ("finish", tuple(work.rows), tuple(work.kinds), shapes)
-    (results,) = _once(calls, key, make, interpret)(
-        jnp.asarray(work.table, jnp.int32).reshape(-1), *parts
+    return pl.pallas_call(
+        kernel,
+        grid=(len(work.table),),
+        out_shape=[jax.ShapeDtypeStruct((len(work.table),), jnp.float32)],
+        interpret=interpret,
+        compiler_params=_PARAMS,
     )
-    return {node: results[place] for place, node in enumerate(work.nodes)}
 
 
 def _once(calls, structure, make, interpret) -> Callable[..., Any]:
     """A launch under `jit`, which traces and lowers the same function only once."""
     if structure not in calls:
-        launch = make(interpret)
-        calls[structure] = jax.jit(launch if interpret else partial(quiet.call, launch))
+        made = make(interpret)
+        calls[structure] = jax.jit(made if interpret else partial(quiet.call, made))
     return calls[structure]
 
 
