@@ -1,0 +1,76 @@
+"""The optimizers to time: our methods, and what Optax has beside them."""
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import optax_ext
+from benchmarks.leaf_sets import LEAF_SETS
+from pallas_kernels import explain
+
+# Of all; it changes nothing about the time of a step.
+RATE = 1e-3
+
+# What every other one is compared with.
+REFERENCE = "adamw"
+
+
+def _synced_pair(params: optax.Params) -> optax.LookaheadParams:
+    """For `optax.lookahead`: both donated, so the slow weights need memory of their own."""
+    return optax.LookaheadParams(params, jax.tree.map(jnp.copy, params))
+
+
+@dataclass(frozen=True)
+class Contender:
+    """An optimizer.
+
+    Attributes:
+      tx: with the method's own defaults.
+      floor_of: the contender that must move as many bytes; `None`: itself.
+      hold: makes of the parameters what the optimizer's step takes in their place.
+    """
+
+    tx: optax.GradientTransformation
+    floor_of: str | None = None
+    hold: Callable[[optax.Params], Any] = lambda params: params
+
+
+CONTENDERS: dict[str, Contender] = {
+    REFERENCE: Contender(optax.adamw(RATE)),
+    "lamb": Contender(optax.lamb(RATE)),
+    "lookahead(adamw)": Contender(
+        optax_ext.lookahead(optax.adamw(RATE), sync_period=5, slow_step_size=0.5)
+    ),
+    # Its gradients have another structure than its parameters, which `explain` can't be told.
+    "optax.lookahead(adamw)": Contender(
+        optax.lookahead(optax.adamw(RATE), sync_period=5, slow_step_size=0.5),
+        floor_of="lookahead(adamw)",
+        hold=_synced_pair,
+    ),
+    "fame": Contender(optax_ext.fame(RATE)),
+    "vradam": Contender(optax_ext.vradam(RATE)),
+    "invadam": Contender(optax_ext.invadam(RATE)),
+    "dualadam": Contender(optax_ext.dualadam(RATE)),
+    "novak": Contender(optax_ext.novak(RATE)),
+    "novak, rotating": Contender(optax_ext.novak(RATE, lookahead="rotating")),
+    "novak, trust ratio": Contender(optax_ext.novak(RATE, trust_ratio=True)),
+    "caadam": Contender(optax_ext.caadam(RATE)),
+}
+
+
+@functools.cache
+def floor(name: str, leaf_set: str) -> float:
+    """Bytes per parameter that a contender's step must move at least."""
+    tx = CONTENDERS[CONTENDERS[name].floor_of or name].tx
+    return explain(tx, LEAF_SETS[leaf_set]).floor_per_parameter
+
+
+def count(leaf_set: str) -> int:
+    """Number of parameters."""
+    return sum(math.prod(leaf.shape) for leaf in LEAF_SETS[leaf_set].values())
