@@ -1,0 +1,58 @@
+"""The one entry point: `python -m benchmarks NAME`, and `python -m benchmarks list`."""
+
+import argparse
+import importlib
+import sys
+import textwrap
+from typing import NamedTuple
+
+
+class Benchmark(NamedTuple):
+    """A module of this package with a `main` that reads the command line.
+
+    Attributes:
+      measures: what it measures.
+      why: it is worth knowing.
+    """
+
+    measures: str
+    why: str
+
+
+BENCHMARKS = {
+    "plan": Benchmark(
+        "launches, bytes per parameter, temporary memory and compile time of steps compiled for an"
+        " H200, chain beside fused; no GPU is needed",
+        "what can't be timed here can be counted: a copy, a pass over the parameters or a launch"
+        " per leaf too many shows in the compiled program",
+    ),
+    "step": Benchmark(
+        "time of one step, update and application in place, on the parameters of known networks:"
+        " every method beside optax.adamw, a copy, and PyTorch where it is installed",
+        "a step moves bytes, so the time for a byte is what an implementation can lose: to adamw's,"
+        " and to what the memory can do",
+    ),
+}
+
+
+def main() -> None:
+    """Runs the benchmark that the command line names, with the options that follow the name."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("name", choices=["list", *BENCHMARKS], help="list: what each is, and why")
+    parser.add_argument("options", nargs=argparse.REMAINDER, help="see NAME --help")
+    chosen = parser.parse_args()
+    if chosen.name == "list":
+        print("\n\n".join(map(describe, BENCHMARKS)))
+        return
+    sys.argv = [f"{parser.prog} {chosen.name}", *chosen.options]
+    importlib.import_module(f"benchmarks.{chosen.name}").main()
+
+
+def describe(name: str) -> str:
+    """A benchmark's name, what it measures, and why."""
+    indented = textwrap.TextWrapper(80, initial_indent="  ", subsequent_indent="  ")
+    return "\n".join([name, *map(indented.fill, BENCHMARKS[name])])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,268 @@
+"""Times one step of each optimizer on the parameters of known networks.
+
+A step is update and application, compiled, parameters and state donated. Each optimizer takes turns
+with `optax.adamw` and with a copy of a large array, and is told in ratios to both: how much longer
+than adamw for each byte, and what share of the bandwidth. On a GPU its fused step takes turns too;
+on a CPU those of PyTorch do, where the extra `peers` is installed.
+"""
+
+import argparse
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from benchmarks import contenders, history, peers, timing
+from benchmarks.contenders import CONTENDERS, REFERENCE
+from benchmarks.leaf_sets import LEAF_SETS
+from benchmarks.peers import PEERS
+from pallas_kernels import fuse
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("jax", "jaxlib", "optax", "torch", "pytorch_optimizer")
+COPY = "copy"
+
+# A CPU's step is long beside the call of it. A training never waits for a GPU between steps.
+STEPS_PER_TURN = {"cpu": 1, "gpu": 10}
+
+NOTES = (
+    "ms: median of a step, ± the interquartile range over its turns. bytes: that a step must move"
+    " for a parameter. GB/s: these by the time. of copy: share of the bandwidth of a copy in place,"
+    " which took turns with it. × adamw: time for a byte, relative to optax.adamw, which took turns"
+    " with it."
+)
+
+PROGRESS = (
+    TextColumn("{task.description:<46}"),
+    BarColumn(),
+    TimeElapsedColumn(),
+    TimeRemainingColumn(),
+)
+
+Row = dict[str, Any]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measures what the command line selects; everything by default."""
+    parser = make_parser()
+    options = parser.parse_args(argv)
+    try:
+        names = choose(options.optimizers, options.device)
+        device = find_device(options.device)
+        options.out.mkdir(parents=True, exist_ok=True)
+    except (ValueError, RuntimeError, OSError) as error:
+        parser.error(str(error))
+
+    circumstances = history.circumstances(device, PACKAGES)
+    console = Console()
+    versions = map(" ".join, circumstances.versions.items())
+    console.print(circumstances.device, *versions, sep=", ", highlight=False)
+    progress = Progress(*PROGRESS, console=console, transient=True)
+    task = progress.add_task("", total=len(options.sets) * len(names))
+    with jax.default_device(device), progress:
+        for leaf_set in options.sets:
+            turns = Turns(leaf_set, options.device, options.repeats)
+            measured: dict[str, Row] = {}
+            for name in names:
+                progress.update(task, description=f"{leaf_set}: {name}")
+                rows = turns.measure(name)
+                save(rows, circumstances, options.device, options.out)
+                measured |= rows
+                progress.advance(task)
+            console.print(table(leaf_set, measured))
+    console.print(NOTES, highlight=False)
+
+
+class Turns:
+    """Times optimizers on one set of leaves, each beside adamw and a copy, which stay throughout.
+
+    One at a time: all of them would not fit into memory.
+    """
+
+    def __init__(self, leaf_set: str, platform: str, repeats: int):
+        self.leaf_set, self.platform, self.repeats = leaf_set, platform, repeats
+        shapes, random = LEAF_SETS[leaf_set], np.random.default_rng(0)
+        self.params, self.grads = (
+            {name: random.standard_normal(x.shape, np.float32) for name, x in shapes.items()}
+            for _ in range(2)
+        )
+        self.device_grads = jax.tree.map(jnp.asarray, self.grads)
+        self.beside = {REFERENCE: self.chain(REFERENCE), COPY: timing.copying()}
+
+    def measure(self, name: str) -> dict[str, Row]:
+        """A row for each way in which the optimizer's step can run here, by "set / way"."""
+        ways = self.ways(name)
+        times = timing.interleave(
+            self.beside | ways,
+            repeats=self.repeats,
+            steps_per_turn=STEPS_PER_TURN[self.platform],
+        )
+        bandwidth = timing.copied_bytes() / times[COPY].median
+        reference = times[REFERENCE].median / self.moved(REFERENCE)
+        moved, count = self.moved(name), contenders.count(self.leaf_set)
+        return {
+            f"{self.leaf_set} / {way}": make_row(times[way], moved, count, bandwidth, reference)
+            for way in ways
+        }
+
+    def ways(self, name: str) -> dict[str, timing.Run]:
+        """The chain, on a GPU also fused; or a peer."""
+        if name in PEERS:
+            return {name: peers.running(name, [*self.params.values()], [*self.grads.values()])}
+        ways = {name: self.beside[name] if name == REFERENCE else self.chain(name)}
+        if self.platform == "gpu":
+            ways[f"{name}, fused"] = self.chain(name, backend="auto")
+        return ways
+
+    def chain(self, name: str, backend: str = "xla") -> timing.Run:
+        """A contender's step by XLA alone, or by another of the fuser's backends."""
+        contender = CONTENDERS[name]
+        params = contender.hold(jax.tree.map(jnp.array, self.params))
+        step = fuse(contender.tx, backend=backend).step
+        return timing.donated(step, params, contender.tx.init(params), self.device_grads)
+
+    def moved(self, name: str) -> float:
+        """Bytes that a step must move at least."""
+        near = PEERS[name].near if name in PEERS else name
+        return contenders.floor(near, self.leaf_set) * contenders.count(self.leaf_set)
+
+
+def make_row(
+    times: timing.Times, moved: float, parameters: int, bandwidth: float, reference: float
+) -> Row:
+    """What the table and the file say of one step.
+
+    Args:
+      times: of the step.
+      moved: bytes of the step, at least.
+      parameters: number of them.
+      bandwidth: bytes per second of the copy.
+      reference: seconds per byte of the reference.
+    """
+    return {
+        "median_ms": 1e3 * times.median,
+        "spread_ms": 1e3 * times.spread,
+        "bytes_per_parameter": moved / parameters,
+        "gb_per_s": moved / times.median / 1e9,
+        "of_copy": moved / times.median / bandwidth,
+        "to_adamw_per_byte": times.median / moved / reference,
+        "times_ms": [1e3 * seconds for seconds in times.seconds],
+    }
+
+
+def table(leaf_set: str, rows: Mapping[str, Row]) -> Table:
+    """The rows of one set of leaves, for the terminal."""
+    millions = contenders.count(leaf_set) / 1e6
+    title = f"{leaf_set}: {len(LEAF_SETS[leaf_set])} leaves, {millions:.1f} million parameters"
+    drawn = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    drawn.add_column("optimizer", no_wrap=True)
+    for column in ("ms", "bytes", "GB/s", "of copy", "× adamw"):
+        drawn.add_column(column, justify="right", no_wrap=True)
+    for case, row in rows.items():
+        decimals = 1 if row["median_ms"] >= 10 else 3
+        drawn.add_row(
+            case.removeprefix(f"{leaf_set} / "),
+            f"{row['median_ms']:.{decimals}f} ± {row['spread_ms']:.{decimals}f}",
+            f"{row['bytes_per_parameter']:.1f}",
+            f"{row['gb_per_s']:.1f}",
+            f"{row['of_copy']:.0%}",
+            f"{row['to_adamw_per_byte']:.2f}",
+        )
+    return drawn
+
+
+def save(
+    rows: Mapping[str, Row], circumstances: history.Circumstances, platform: str, folder: Path
+) -> None:
+    """Replaces these rows of the latest results, keeps the others, and adds to the history."""
+    path = folder / f"step-{platform}.json"
+    latest = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    latest |= {case: row | asdict(circumstances) for case, row in rows.items()}
+    text = json.dumps(latest, indent=1, ensure_ascii=False)
+    path.write_text(f"{text}\n", encoding="utf-8")
+    measurements = (
+        history.Measurement("step", case, "ms", row["median_ms"], row["spread_ms"])
+        for case, row in rows.items()
+    )
+    history.append(folder / "history.jsonl", measurements, circumstances)
+
+
+def choose(selected: Sequence[str] | None, platform: str) -> list[str]:
+    """The optimizers to time: those selected, or all that can run here."""
+    there = peers.installed() if platform == "cpu" else []
+    if selected is None:
+        return [*CONTENDERS, *there]
+    for name in selected:
+        if name in PEERS and platform != "cpu":
+            raise ValueError(f"{name!r} is timed on a CPU only")
+        if name in PEERS and name not in there:
+            raise ValueError(f"{name!r} needs the extra `peers`, which is not installed")
+    return list(selected)
+
+
+def find_device(platform: str) -> Any:
+    """The first device of a platform; `RuntimeError` if there is none."""
+    if platform == "cpu":  # else JAX warns of GPUs that it can't use
+        jax.config.update("jax_platforms", "cpu")
+    return jax.devices(platform)[0]
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks step", description=__doc__)
+    parser.add_argument("--device", choices=STEPS_PER_TURN, default="cpu", help="default: cpu")
+    parser.add_argument(
+        "--sets",
+        nargs="+",
+        choices=LEAF_SETS,
+        default=list(LEAF_SETS),
+        metavar="SET",
+        help=f"of {quoted(LEAF_SETS)} (default: all)",
+    )
+    parser.add_argument(
+        "--optimizers",
+        nargs="+",
+        choices=[*CONTENDERS, *PEERS],
+        metavar="NAME",
+        help=f"of {quoted(CONTENDERS)}; with the extra `peers`, of {quoted(PEERS)} (default: all)",
+    )
+    parser.add_argument(
+        "--repeats",
+        type=turns_that_count,
+        default=10,
+        metavar="N",
+        help="turns of each, after two that don't count (default: 10)",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=RESULTS,
+        metavar="FOLDER",
+        help="for step-DEVICE.json and history.jsonl (default: benchmarks/results)",
+    )
+    return parser
+
+
+def quoted(names: Iterable[str]) -> str:
+    """As a shell takes them."""
+    return ", ".join(f"'{name}'" if " " in name or "(" in name else name for name in names)
+
+
+def turns_that_count(text: str) -> int:
+    """A spread takes two."""
+    if not text.isdecimal() or int(text) < 2:
+        raise argparse.ArgumentTypeError(f"must be a whole number above 1, got {text!r}")
+    return int(text)
+
+
+if __name__ == "__main__":
+    main()
