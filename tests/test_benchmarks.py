@@ -142,6 +142,12 @@ def test_adamw_is_compared_with_itself(small, tmp_path):
     assert rows[f"{SMALL} / adamw"]["to_adamw_per_byte"] == 1
 
 
+@pytest.mark.parametrize("name", ["adamw", "novak", "optax.lookahead(adamw)"])
+def test_on_a_gpu_the_fused_step_takes_turns_too(name, small):
+    rows = step.Turns(SMALL, "gpu", 2).measure(name)
+    assert list(rows) == [f"{SMALL} / {name}", f"{SMALL} / {name}, fused"]
+
+
 def test_a_run_replaces_its_own_rows_only(small, tmp_path):
     before = measure(tmp_path, "adamw", "novak")
     after = measure(tmp_path, "adamw")
