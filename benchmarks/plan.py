@@ -1,6 +1,6 @@
 """Compiles optimizers' steps for an H200, chain and fused, and tabulates the programs.
 
-`python -m benchmarks.plan` writes `results/plan-h200.json` and, from it, `results/plan-h200.md`. A
+`python -m benchmarks plan` writes `results/plan-h200.json` and, from it, `results/plan-h200.md`. A
 run replaces the rows that it measures and keeps the others, each with its own date and versions.
 """
 
@@ -149,7 +149,7 @@ def write(rows: dict[str, dict[str, Any]]) -> None:
 
 def main() -> None:
     """Measures what the command line selects; everything by default."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks plan", description=__doc__)
     parser.add_argument("--sets", nargs="+", choices=LEAF_SETS, default=list(LEAF_SETS))
     parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS))
     options = parser.parse_args()

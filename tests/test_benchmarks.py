@@ -124,14 +124,6 @@ def test_every_peer_is_near_a_contender():
     assert {peer.near for peer in peers.PEERS.values()} <= CONTENDERS.keys()
 
 
-def test_torch_runs_beside_jax(small, tmp_path):
-    pytest.importorskip("torch", reason="needs the extra `peers`")
-    names = peers.installed()
-    step.main(["--sets", SMALL, "--optimizers", *names, "--repeats=2", f"--out={tmp_path}"])
-    rows = json.loads((tmp_path / "step-cpu.json").read_text(encoding="utf-8"))
-    assert list(rows) == [f"{SMALL} / {name}" for name in names]
-
-
 def measure(folder: Path, *names: str) -> dict[str, Any]:
     step.main(["--sets", SMALL, "--optimizers", *names, "--repeats=2", f"--out={folder}"])
     return json.loads((folder / "step-cpu.json").read_text(encoding="utf-8"))
