@@ -66,6 +66,7 @@ def test_command_on_digits(tmp_path):
         assert result["ms_per_step"] > 0
 
 
+@pytest.mark.slow
 def test_fused_on_cpu_runs_the_chains_and_says_so(compare, tmp_path, capsys):
     data = write(tmp_path / "own.npz", **some_images())
     arguments = [f"--data={data}", "--methods=vradam", *SMALL]
