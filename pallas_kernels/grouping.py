@@ -8,7 +8,7 @@ equal launches, and what remains over goes into launches of its own.
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from pallas_kernels.plan import Program
+from pallas_kernels.program import Program
 
 LEAVES_PER_LAUNCH = 33
 # Launches beyond the fewest that are worth having fewer different ones.

@@ -7,7 +7,7 @@ import jax
 
 from pallas_kernels import mosaic, triton
 from pallas_kernels.layout import Finish, Layout
-from pallas_kernels.plan import Program
+from pallas_kernels.program import Program
 from pallas_kernels.trace import Node
 
 # Whose kernels, and whether in Pallas' interpreter.
@@ -59,7 +59,7 @@ def run(
         results = kernels.launch(layout, *layout.operands(array), calls, interpret=interpret)
         stored = [node for program in layout.programs for node, _ in program.stored()]
         found |= dict(zip(stored, results, strict=False))
-        if len(results) > len(stored):
+        if layout.columns:
             waiting[layout] = results[-1]
     if waiting:
         work = Finish(list(waiting))

@@ -13,13 +13,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.plan import Program
-from pallas_kernels.trace import ELEMENTWISE, SAME_ORDER, Node
-
-
-def is_fusible(primitive: str) -> bool:
-    """Whether a kernel can run the primitive, if its backend knows it."""
-    return primitive in ELEMENTWISE or primitive in SAME_ORDER
+from pallas_kernels.program import Program
+from pallas_kernels.trace import Node
 
 
 @dataclass(frozen=True)
@@ -70,6 +65,8 @@ class Layout:
       first: for each form, the place of its first program; then the number of programs.
       groups: the grid, in order.
       starts: for each span of the grid its first block; then the number of blocks.
+      first_result: for each program, the place of its first leaf among the results.
+      columns: the most statistics of a leaf.
       packs: all scalars, in one float and one integer vector.
       slots: for each form, where its scalars lie.
     """
@@ -89,6 +86,8 @@ class Layout:
         self.first = [0, *itertools.accumulate(len(form) for form in self.forms)]
         self.groups = list(self._groups(widths))
         self.starts = [0, *itertools.accumulate(s.blocks for g in self.groups for s in g.spans)]
+        self.first_result = [0, *itertools.accumulate(len(p.stored()) for p in self.programs)]
+        self.columns = max(len(p.reduced()) for p in self.programs)
         self.packs, self.slots = self._pack(scalar)
 
     def structure(self) -> Any:
@@ -136,6 +135,17 @@ class Layout:
             offsets.append(len(operands))
             operands += [array(node) for node in program.inputs]
         return operands, offsets
+
+    def results(self, offsets: Sequence[int]) -> list[tuple[jax.ShapeDtypeStruct, int | None]]:
+        """For each leaf that is written its shape, and the operand whose memory it takes."""
+        return [
+            (
+                jax.ShapeDtypeStruct((program.size,), root.dtype),
+                None if root.in_place is None else offset + root.in_place,
+            )
+            for program, offset in zip(self.programs, offsets, strict=True)
+            for _, root in program.stored()
+        ]
 
     def statistics(self) -> list["Statistic"]:
         """What its blocks compute parts of, leaf by leaf."""
@@ -196,7 +206,3 @@ class Finish:
         self.table = [
             (s.first, s.parts, self.kinds.index(s.reduction), places[s.node]) for s in rows
         ]
-
-
-REDUCE: dict[str, Callable[..., Any]] = {"sum": jnp.sum, "max": jnp.max, "min": jnp.min}
-COMBINE: dict[str, Callable[..., Any]] = {"sum": jnp.add, "max": jnp.maximum, "min": jnp.minimum}

@@ -18,8 +18,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.layout import COMBINE, REDUCE, Finish, Group, Layout, is_fusible
-from pallas_kernels.plan import Predicate, evaluate, identity_of
+from pallas_kernels.layout import Finish, Group, Layout
+from pallas_kernels.program import COMBINE, REDUCE, Predicate, evaluate, identity_of
+from pallas_kernels.trace import is_fusible
 
 _LANES = 128  # threads of a warpgroup
 _VECTOR = 4  # elements that a thread of a wide block accesses at once
@@ -48,20 +49,12 @@ def launch(
 ) -> Sequence[jax.Array]:
     """One launch, as Triton's `launch`; none is reused."""
     del calls
-    in_place: dict[int, int] = {}  # from results to the operands whose memory they take
-    fresh: dict[int, jax.ShapeDtypeStruct] = {}
-    first_result = []
-    for program, offset in zip(layout.programs, offsets, strict=True):
-        first_result.append(len(in_place) + len(fresh))
-        for place, (_, root) in enumerate(program.stored(), start=first_result[-1]):
-            if root.in_place is None:
-                fresh[place] = jax.ShapeDtypeStruct((program.size,), root.dtype)
-            else:
-                in_place[place] = offset + root.in_place
-    blocks, columns = layout.starts[-1], max(len(p.reduced()) for p in layout.programs)
-    if columns:  # the finish reads whole vectors, past the last statistic too
-        parts = jax.ShapeDtypeStruct((columns * blocks + _FINISH,), jnp.float32)
-        fresh[len(in_place) + len(fresh)] = parts
+    results, blocks = layout.results(offsets), layout.starts[-1]
+    fresh = {i: shape for i, (shape, operand) in enumerate(results) if operand is None}
+    in_place = {i: operand for i, (_, operand) in enumerate(results) if operand is not None}
+    if layout.columns:  # the finish reads whole vectors, past the last statistic too
+        parts = jax.ShapeDtypeStruct((layout.columns * blocks + _FINISH,), jnp.float32)
+        fresh[len(results)] = parts
 
     def kernel(table, *refs):
         sources, new = refs[: len(operands)], refs[len(operands) :]
@@ -78,7 +71,7 @@ def launch(
 
             def store(leaf, at):
                 for k, (root, value) in enumerate(stored):
-                    write = partial(_store, targets[first_result[leaf] + k], at, value)
+                    write = partial(_store, targets[layout.first_result[leaf] + k], at, value)
                     if root.needed is None:
                         write()
                     else:
@@ -101,14 +94,14 @@ def launch(
             new[place][...] = x
 
     # `jax.new_ref` would be shorter, but its effect can't pass the `custom_jvp` around a step.
-    written, results = pl.run_state(run)(
+    written, new = pl.run_state(run)(
         (
             {i: operands[i] for i in in_place.values()},
             {place: jnp.zeros(x.shape, x.dtype) for place, x in fresh.items()},
         )
     )
-    results |= {place: written[i] for place, i in in_place.items()}
-    return [results[place] for place in sorted(results)]
+    new |= {place: written[i] for place, i in in_place.items()}
+    return [new[place] for place in sorted(new)]
 
 
 def finish(

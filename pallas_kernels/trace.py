@@ -230,17 +230,18 @@ class Graph:
         return memo[x]
 
     def _bind(self, function: Callable[..., Any], *args: Node, static: Any = ()) -> Node:
-        """A function on nodes, then `static` values: parameters differ between versions of JAX."""
+        """The result of a function of the nodes' arrays, and of `static` values after them.
+
+        It is traced, for what a primitive takes beside arrays differs between versions of JAX.
+        """
         shapes = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in args)
         (result,) = self.run(_jaxpr(function, shapes, static), [], args)
         return result
 
     def _cast(self, x: Node, aval: Any) -> Node:
-        return (
-            x
-            if x.dtype == aval.dtype
-            else self._bind(lax.convert_element_type, x, static=(aval.dtype,))
-        )
+        if x.dtype == aval.dtype:
+            return x
+        return self._bind(lax.convert_element_type, x, static=(aval.dtype,))
 
     def run(self, jaxpr: Jaxpr, consts: Sequence[Node], args: Sequence[Node]) -> list[Node]:
         """The results of a whole jaxpr."""
@@ -369,6 +370,12 @@ ELEMENTWISE = frozenset(_ELEMENTWISE.split())
 
 # Operations that keep the elements in their order in memory.
 SAME_ORDER = frozenset(("reshape", "squeeze", "expand_dims", "broadcast_in_dim"))
+
+
+def is_fusible(primitive: str) -> bool:
+    """Whether a kernel can run the primitive, if its backend knows it."""
+    return primitive in ELEMENTWISE or primitive in SAME_ORDER
+
 
 _CALLS = {
     "jit": "jaxpr",

@@ -16,8 +16,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels import quiet
-from pallas_kernels.layout import COMBINE, REDUCE, Finish, Layout, is_fusible
-from pallas_kernels.plan import Predicate, evaluate, identity_of
+from pallas_kernels.layout import Finish, Layout
+from pallas_kernels.program import COMBINE, REDUCE, Predicate, evaluate, identity_of
+from pallas_kernels.trace import is_fusible
 
 BLOCK = 512
 WIDTHS = (BLOCK,)
@@ -69,17 +70,12 @@ def finish(
 
 
 def _make(layout: Layout, offsets: Sequence[int], interpret: bool) -> Callable[..., Any]:
-    shapes, first_result, aliases = [], [], {}
-    for program, offset in zip(layout.programs, offsets, strict=True):
-        first_result.append(len(shapes))
-        for _, root in program.stored():
-            if root.in_place is not None:
-                aliases[offset + root.in_place] = len(shapes)
-            shapes.append(jax.ShapeDtypeStruct((program.size,), root.dtype))
-    columns = max(len(program.reduced()) for program in layout.programs)
+    results = layout.results(offsets)
+    shapes = [shape for shape, _ in results]
+    aliases = {operand: i for i, (_, operand) in enumerate(results) if operand is not None}
     blocks = layout.starts[-1]
-    if columns:
-        shapes.append(jax.ShapeDtypeStruct((columns * blocks,), jnp.float32))
+    if layout.columns:
+        shapes.append(jax.ShapeDtypeStruct((layout.columns * blocks,), jnp.float32))
     operands = offsets[-1] + len(layout.programs[-1].inputs)
 
     def kernel(*refs):
@@ -88,7 +84,7 @@ def _make(layout: Layout, offsets: Sequence[int], interpret: bool) -> Callable[.
         def store(leaf, scalars, values, index, inside):
             roots = [root for _, root in layout.programs[leaf].stored()]
             for k, (root, value) in enumerate(zip(roots, values, strict=True)):
-                ref = targets[first_result[leaf] + k]
+                ref = targets[layout.first_result[leaf] + k]
                 mask = _both(inside, root.needed, scalars)
                 if mask is None:
                     ref[index] = value

@@ -173,7 +173,14 @@ def test_supported_primitives_lower_for_a_gpu(name, dtype):
 def test_a_layout_covers_every_element_once(widths):
     sizes = [1, 127, 128, 511, 512, 1024, 1153]
     programs = [
-        SimpleNamespace(size=size, form=lambda size=size: size % 2, scalars=()) for size in sizes
+        SimpleNamespace(
+            size=size,
+            form=lambda size=size: size % 2,
+            scalars=(),
+            stored=list,
+            reduced=list,
+        )
+        for size in sizes
     ]
     layout = Layout(programs, None, widths)
     spans = [(group.width, span) for group in layout.groups for span in group.spans]

@@ -1,0 +1,233 @@
+"""What one launch does to one leaf: straight-line code for its blocks, and how to run it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from pallas_kernels.trace import REDUCTIONS, SAME_ORDER, Kind, Node
+
+# A value inside a program: ("input" | "op" | "scalar", position) or ("number", value, dtype).
+Ref = tuple[Any, ...]
+# The scalar, and the value of it, for which something is needed.
+Predicate = tuple[Ref, int]
+
+
+@dataclass(frozen=True)
+class Root:
+    """A result of a program.
+
+    Attributes:
+      value: the value to store or reduce.
+      needed: when to store it; `None` is always.
+      in_place: the input whose memory it takes, if any.
+      dtype: of the result.
+      reduction: "sum", "max" or "min" over the leaf; `None` stores the leaf.
+    """
+
+    value: Ref
+    needed: Predicate | None
+    in_place: int | None
+    dtype: str
+    reduction: str | None
+
+
+@dataclass
+class Program:
+    """Straight-line code for the blocks of one leaf.
+
+    Attributes:
+      results: the nodes that the roots compute.
+      inputs: arrays that are read block by block.
+      loads: when each of them is needed; `None` is always.
+      scalars: values that are the same for all blocks.
+      ops: operations in order: primitive, parameters, operands.
+      roots: what comes out.
+    """
+
+    results: list[Node]
+    inputs: list[Node] = field(default_factory=list)
+    loads: list[Predicate | None] = field(default_factory=list)
+    scalars: list[Node] = field(default_factory=list)
+    ops: list[tuple[Any, dict[str, Any], tuple[Ref, ...]]] = field(default_factory=list)
+    roots: list[Root] = field(default_factory=list)
+
+    @property
+    def size(self) -> int:
+        """Number of elements of the leaf."""
+        first = self.results[0]
+        return (first.args[0] if first.kind is Kind.REDUCED else first).size
+
+    def stored(self) -> list[tuple[Node, Root]]:
+        """Results that are leaves, and their roots."""
+        return [r for r in zip(self.results, self.roots, strict=True) if r[1].reduction is None]
+
+    def reduced(self) -> list[tuple[Node, Any]]:
+        """Results that are statistics, and their roots."""
+        return [r for r in zip(self.results, self.roots, strict=True) if r[1].reduction is not None]
+
+    def traffic(self) -> tuple[int, int]:
+        """Bytes of a leaf read and written, and those among them that some steps skip."""
+        moved = [*zip(self.inputs, self.loads, strict=True)]
+        moved += [(node, root.needed) for node, root in self.stored()]
+        skipped = sum(node.bytes for node, needed in moved if needed is not None)
+        return sum(node.bytes for node, _ in moved), skipped
+
+    def form(self) -> Any:
+        """Equal for programs that one kernel body can serve."""
+        ops = tuple(
+            (p.name, tuple(sorted((k, str(v)) for k, v in q.items())), r) for p, q, r in self.ops
+        )
+        dtypes = tuple(str(n.dtype) for n in (*self.inputs, *self.scalars))
+        return ops, tuple(self.roots), tuple(self.loads), dtypes, len(self.inputs)
+
+
+def make(
+    results: Sequence[Node], targets: Mapping[Node, Node], given: Sequence[Node] = ()
+) -> Program:
+    """The program that computes `results` from arguments and from what earlier ones computed.
+
+    Args:
+      results: values of one component, all known at the level of the last.
+      targets: arguments whose memory a result takes.
+      given: values that are read instead of computed.
+    """
+    program = Program(list(results))
+    refs: dict[Node, Ref] = {}
+
+    def visit(node: Node) -> Ref:
+        if node not in refs:
+            refs[node] = place(node)
+        return refs[node]
+
+    def place(node: Node) -> Ref:
+        if node.kind is Kind.SPLAT:
+            return visit(node.args[0])
+        if node.kind is Kind.LITERAL:
+            return "number", node.params["value"], str(node.dtype)
+        if node.kind is Kind.BLOCK and node not in given:
+            if node.operation in SAME_ORDER:
+                return visit(node.args[0])
+            operands = tuple(visit(a) for a in node.args)
+            program.ops.append((node.primitive, node.params, operands))
+            return "op", len(program.ops) - 1
+        if node.on_leaf:
+            program.inputs.append(node)
+            return "input", len(program.inputs) - 1
+        program.scalars.append(node)
+        return "scalar", len(program.scalars) - 1
+
+    for result in results:
+        reduced, old = result.kind is Kind.REDUCED, targets.get(result)
+        value, needed = (result.args[0] if reduced else result), None
+        if old is not None and _keeps(value, old):
+            kept = int(value.args[2] is old)  # the predicate's value for which nothing changes
+            needed, value = (visit(value.args[0]), 1 - kept), value.args[2 - kept]
+        place_of_old = None if old is None else visit(old)[1]
+        reduction = REDUCTIONS[result.operation] if reduced else None
+        program.roots.append(Root(visit(value), needed, place_of_old, str(result.dtype), reduction))
+    program.loads = _needed_inputs(program)
+    return program
+
+
+def _keeps(value: Node, old: Node) -> bool:
+    """Whether `value` selects between `old` itself and something new, by a scalar."""
+    return (
+        value.primitive is lax.select_n_p
+        and len(value.args) == 3
+        and value.args[0].kind in (Kind.SPLAT, Kind.OUTSIDE, Kind.INPUT)
+        and not value.args[0].on_leaf
+        and (value.args[1] is old) != (value.args[2] is old)
+    )
+
+
+def _needed_inputs(program: Program) -> list[Predicate | None]:
+    """When each input is read: always, or where one scalar has one value."""
+    never = object()
+    needs: dict[Ref, Any] = {}
+
+    def need(ref: Ref, when: Predicate | None) -> None:
+        needs[ref] = when if needs.get(ref, never) in (never, when) else None
+
+    for root in program.roots:
+        need(root.value, root.needed)
+    for i in reversed(range(len(program.ops))):
+        primitive, _, operands = program.ops[i]
+        when = needs.get(("op", i))
+        if (
+            primitive is lax.select_n_p
+            and operands[0][0] == "scalar"
+            and len(operands) == 3
+            and when is None
+        ):
+            need(operands[1], (operands[0], 0))
+            need(operands[2], (operands[0], 1))
+        else:
+            for operand in operands:
+                need(operand, when)
+    return [needs.get(("input", i)) for i in range(len(program.inputs))]
+
+
+def evaluate(
+    program: Program,
+    blocks: Sequence[Any],
+    scalars: Sequence[Any],
+    shape: tuple[int, ...],
+    rewritten: Mapping[str, Callable[..., Any]] = MappingProxyType({}),
+) -> list[Any]:
+    """The roots' values for one block: the only place where a kernel does arithmetic.
+
+    Args:
+      program: what to compute.
+      blocks: its inputs, each of this `shape`.
+      scalars: its scalars.
+      shape: of a block; `()` for a single element.
+      rewritten: what the backend lacks, in terms of what it has: of operands and parameters.
+    """
+    done: list[Any] = []
+
+    def get(ref: Ref) -> Any:
+        if ref[0] == "input":
+            return blocks[ref[1]]
+        if ref[0] == "op":
+            return done[ref[1]]
+        if ref[0] == "scalar":
+            return scalars[ref[1]]
+        return jnp.asarray(ref[1], ref[2])
+
+    def wide(ref: Ref) -> Any:
+        return jnp.broadcast_to(get(ref), shape)
+
+    for primitive, params, operands in program.ops:
+        values = [wide(ref) for ref in operands]
+        plain = {k: None if k == "sharding" else v for k, v in params.items()}
+        if primitive.name in rewritten:
+            done.append(rewritten[primitive.name](*values, **plain))
+        elif primitive.name in _REWRITTEN:
+            done.append(_REWRITTEN[primitive.name](*values))
+        else:
+            done.append(primitive.bind(*values, **plain))
+    return [wide(root.value) for root in program.roots]
+
+
+# What all GPU lowerings lack, in terms of what they have.
+_REWRITTEN: dict[str, Callable[..., Any]] = {
+    "is_finite": lambda x: jnp.abs(x) < jnp.inf,
+    "square": lambda x: x * x,
+    "sign": lambda x: jnp.where(x > 0, 1, jnp.where(x < 0, -1, x)).astype(x.dtype),
+    "copy": lambda x: x,
+    "stop_gradient": lambda x: x,
+}
+
+
+def identity_of(reduction: str, dtype: Any = np.float32) -> Any:
+    """What leaves a reduction as it is."""
+    return np.asarray({"sum": 0.0, "max": -np.inf, "min": np.inf}[reduction], dtype)
+
+
+REDUCE: dict[str, Callable[..., Any]] = {"sum": jnp.sum, "max": jnp.max, "min": jnp.min}
+COMBINE: dict[str, Callable[..., Any]] = {"sum": jnp.add, "max": jnp.maximum, "min": jnp.minimum}
