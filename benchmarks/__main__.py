@@ -2,7 +2,6 @@
 
 import argparse
 import importlib
-import sys
 import textwrap
 from typing import NamedTuple
 
@@ -44,8 +43,7 @@ def main() -> None:
     if chosen.name == "list":
         print("\n\n".join(map(describe, BENCHMARKS)))
         return
-    sys.argv = [f"{parser.prog} {chosen.name}", *chosen.options]
-    importlib.import_module(f"benchmarks.{chosen.name}").main()
+    importlib.import_module(f"benchmarks.{chosen.name}").main(chosen.options)
 
 
 def describe(name: str) -> str:

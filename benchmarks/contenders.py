@@ -1,7 +1,6 @@
 """The optimizers to time: our methods, and what Optax has beside them."""
 
 import functools
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +42,7 @@ class Contender:
 
 CONTENDERS: dict[str, Contender] = {
     REFERENCE: Contender(optax.adamw(RATE)),
+    "clip + adamw": Contender(optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(RATE))),
     "lamb": Contender(optax.lamb(RATE)),
     "lookahead(adamw)": Contender(
         optax_ext.lookahead(optax.adamw(RATE), sync_period=5, slow_step_size=0.5)
@@ -69,8 +69,3 @@ def floor(name: str, leaf_set: str) -> float:
     """Bytes per parameter that a contender's step must move at least."""
     tx = CONTENDERS[CONTENDERS[name].floor_of or name].tx
     return explain(tx, LEAF_SETS[leaf_set]).floor_per_parameter
-
-
-def count(leaf_set: str) -> int:
-    """Number of parameters."""
-    return sum(math.prod(leaf.shape) for leaf in LEAF_SETS[leaf_set].values())

@@ -51,12 +51,12 @@ class Measurement:
     spread: float
 
 
-def circumstances(device: Any, packages: Iterable[str]) -> Circumstances:
-    """Those of a run on one of JAX's devices; packages that are not installed are left out."""
+def circumstances(device: str, packages: Iterable[str]) -> Circumstances:
+    """Those of a run; packages that are not installed are left out."""
     return Circumstances(
         date=datetime.datetime.now(datetime.UTC).date().isoformat(),
         commit=_commit(),
-        device=_describe(device),
+        device=device,
         versions=_versions(packages),
     )
 
@@ -73,7 +73,8 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _describe(device: Any) -> str:
+def describe(device: Any) -> str:
+    """One of JAX's devices, and the CPU that drives it."""
     kind = "" if device.device_kind == device.platform else f" {device.device_kind}"
     return f"{device.platform}{kind}, {cores()} CPU cores"
 

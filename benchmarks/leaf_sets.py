@@ -4,7 +4,9 @@ Leaves are numbered in the order of the layers, float32, in the layouts of Flax:
 (height, width, in, out) or (in, out).
 """
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,11 @@ def leaves(shapes: Iterable[Shape]) -> Leaves:
     return {
         f"leaf{i:04d}": jax.ShapeDtypeStruct(shape, jnp.float32) for i, shape in enumerate(shapes)
     }
+
+
+def count(leaves: Mapping[str, Any]) -> int:
+    """Number of parameters."""
+    return sum(math.prod(leaf.shape) for leaf in leaves.values())
 
 
 def resnet50() -> Iterator[Shape]:

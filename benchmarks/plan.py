@@ -5,39 +5,23 @@ run replaces the rows that it measures and keeps the others, each with its own d
 """
 
 import argparse
-import datetime
-import importlib.metadata
 import json
-import math
 import os
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
-import optax
 
-import optax_ext
+from benchmarks import RESULTS, history
 from benchmarks.aot import compile_step
-from benchmarks.leaf_sets import LEAF_SETS, leaves
+from benchmarks.contenders import CONTENDERS
+from benchmarks.leaf_sets import LEAF_SETS, count, leaves
 from pallas_kernels import explain, fuse
 
-RESULTS = Path(__file__).parent / "results"
-
-OPTIMIZERS: dict[str, optax.GradientTransformation] = {
-    "adamw": optax.adamw(1e-3),
-    "clip + adamw": optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3)),
-    "lamb": optax.lamb(1e-3),
-    "fame": optax_ext.fame(1e-3),
-    "vradam": optax_ext.vradam(1e-3),
-    "invadam": optax_ext.invadam(1e-3),
-    "dualadam": optax_ext.dualadam(1e-3),
-    "caadam": optax_ext.caadam(1e-3),
-    "novak": optax_ext.novak(1e-3),
-    "novak, trust ratio": optax_ext.novak(1e-3, trust_ratio=True),
-}
+# The report of a step can't be told of parameters and gradients that differ in structure.
+OPTIMIZERS = {name: x.tx for name, x in CONTENDERS.items() if x.floor_of is None}
 
 BACKENDS = {"chain": "xla", "triton": "triton", "mosaic": "mosaic"}
 ROUNDS = 2
@@ -66,11 +50,11 @@ def measure(name: str, params: Any) -> dict[str, Any]:
     """One optimizer's step on one set of leaves, in all three ways."""
     tx = OPTIMIZERS[name]
     state = jax.eval_shape(tx.init, params)
-    count = sum(math.prod(x.shape) for x in params.values())
+    parameters = count(params)
     report = explain(tx, params)
     row: dict[str, Any] = {
         "floor": report.floor_per_parameter,
-        "skipped": sum(phase.predicated for phase in report.phases) / count,
+        "skipped": sum(phase.predicated for phase in report.phases) / parameters,
     }
     seconds: dict[str, list[float]] = {way: [] for way in BACKENDS}
     for _ in range(ROUNDS):
@@ -80,8 +64,8 @@ def measure(name: str, params: Any) -> dict[str, Any]:
             row[way] = {
                 "kernels": len(program.kernels),
                 "pallas": len(program.of_kind("pallas")),
-                "bytes": program.bytes / count,
-                "temporary": program.temporary / (4 * count),
+                "bytes": program.bytes / parameters,
+                "temporary": program.temporary / (4 * parameters),
                 "compile": seconds[way],
             }
     return row
@@ -122,15 +106,19 @@ def summary(rows: dict[str, dict[str, Any]]) -> str:
         "| optimizer | kernels | bytes/parameter | skipped between syncs | compile |",
         "|---|---|---|---|---|",
     ]
-    for name in OPTIMIZERS:
-        row = rows[f"ResNet-50 / {name}"]
+    for row in in_order(rows, "ResNet-50"):
         chain, fused = row["chain"], row["triton"]
         lines.append(
-            f"| {name} | {chain['kernels']} → {fused['kernels']}"
+            f"| {row['optimizer']} | {chain['kernels']} → {fused['kernels']}"
             f" | {chain['bytes']:.1f} → {fused['bytes']:.1f} | {row['skipped']:.0f}"
             f" | {min(fused['compile']) / min(chain['compile']):.1f} × |"
         )
     return "\n".join(lines)
+
+
+def in_order(rows: Mapping[str, dict[str, Any]], leaf_set: str) -> list[dict[str, Any]]:
+    """The rows of one set of leaves, as far as there are any."""
+    return [rows[key] for name in OPTIMIZERS if (key := f"{leaf_set} / {name}") in rows]
 
 
 def write(rows: dict[str, dict[str, Any]]) -> None:
@@ -139,27 +127,26 @@ def write(rows: dict[str, dict[str, Any]]) -> None:
     (RESULTS / "plan-h200.json").write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
     parts = [HEADER]
     for leaf_set, params in LEAF_SETS.items():
-        known = [rows[key] for name in OPTIMIZERS if (key := f"{leaf_set} / {name}") in rows]
+        known = in_order(rows, leaf_set)
         if known:
-            count = sum(math.prod(x.shape) for x in params.values())
-            title = f"## {leaf_set}: {len(params)} leaves, {count / 1e6:.1f} million parameters"
+            millions = f"{count(params) / 1e6:.1f} million parameters"
+            title = f"## {leaf_set}: {len(params)} leaves, {millions}"
             parts.append(f"{title}\n\n{table(known)}\n")
     (RESULTS / "plan-h200.md").write_text("\n".join(parts))
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Measures what the command line selects; everything by default."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks plan", description=__doc__)
     parser.add_argument("--sets", nargs="+", choices=LEAF_SETS, default=list(LEAF_SETS))
     parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS))
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
 
     file = RESULTS / "plan-h200.json"
     rows = json.loads(file.read_text()) if file.exists() else {}
-    stamp = {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "versions": ", ".join(f"{p} {importlib.metadata.version(p)}" for p in ("jax", "optax")),
-    }
+    circumstances = history.circumstances("compiled for an H200", ("jax", "optax"))
+    versions = ", ".join(map(" ".join, circumstances.versions.items()))
+    stamp = {"date": circumstances.date, "versions": versions}
     warm_up = leaves([(64, 64)])
     for backend in BACKENDS.values():  # the compiler's own start is nobody's cost
         step = fuse(OPTIMIZERS["lamb"], backend=backend).step

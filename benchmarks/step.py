@@ -8,7 +8,7 @@ on a CPU those of PyTorch do, where the extra `peers` is installed.
 
 import argparse
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,16 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from benchmarks import contenders, history, peers, timing
+from benchmarks import command_line, contenders, history, peers, timing
+from benchmarks.command_line import quoted
 from benchmarks.contenders import CONTENDERS, REFERENCE
-from benchmarks.leaf_sets import LEAF_SETS
+from benchmarks.leaf_sets import LEAF_SETS, count
 from benchmarks.peers import PEERS
 from pallas_kernels import fuse
 
-RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("jax", "jaxlib", "optax", "torch", "pytorch_optimizer")
 COPY = "copy"
 
@@ -41,13 +40,6 @@ NOTES = (
     " with it."
 )
 
-PROGRESS = (
-    TextColumn("{task.description:<46}"),
-    BarColumn(),
-    TimeElapsedColumn(),
-    TimeRemainingColumn(),
-)
-
 Row = dict[str, Any]
 
 
@@ -57,16 +49,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     try:
         names = choose(options.optimizers, options.device)
-        device = find_device(options.device)
+        device = command_line.find_device(options.device)
         options.out.mkdir(parents=True, exist_ok=True)
     except (ValueError, RuntimeError, OSError) as error:
         parser.error(str(error))
 
-    circumstances = history.circumstances(device, PACKAGES)
+    circumstances = history.circumstances(history.describe(device), PACKAGES)
     console = Console()
     versions = map(" ".join, circumstances.versions.items())
     console.print(circumstances.device, *versions, sep=", ", highlight=False)
-    progress = Progress(*PROGRESS, console=console, transient=True)
+    progress = command_line.progress_display(console)
     task = progress.add_task("", total=len(options.sets) * len(names))
     with jax.default_device(device), progress:
         for leaf_set in options.sets:
@@ -108,9 +100,11 @@ class Turns:
         )
         bandwidth = timing.copied_bytes() / times[COPY].median
         reference = times[REFERENCE].median / self.moved(REFERENCE)
-        moved, count = self.moved(name), contenders.count(self.leaf_set)
+        moved, parameters = self.moved(name), count(LEAF_SETS[self.leaf_set])
         return {
-            f"{self.leaf_set} / {way}": make_row(times[way], moved, count, bandwidth, reference)
+            f"{self.leaf_set} / {way}": make_row(
+                times[way], moved, parameters, bandwidth, reference
+            )
             for way in ways
         }
 
@@ -133,7 +127,7 @@ class Turns:
     def moved(self, name: str) -> float:
         """Bytes that a step must move at least."""
         near = PEERS[name].near if name in PEERS else name
-        return contenders.floor(near, self.leaf_set) * contenders.count(self.leaf_set)
+        return contenders.floor(near, self.leaf_set) * count(LEAF_SETS[self.leaf_set])
 
 
 def make_row(
@@ -161,7 +155,7 @@ def make_row(
 
 def table(leaf_set: str, rows: Mapping[str, Row]) -> Table:
     """The rows of one set of leaves, for the terminal."""
-    millions = contenders.count(leaf_set) / 1e6
+    millions = count(LEAF_SETS[leaf_set]) / 1e6
     title = f"{leaf_set}: {len(LEAF_SETS[leaf_set])} leaves, {millions:.1f} million parameters"
     drawn = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     drawn.add_column("optimizer", no_wrap=True)
@@ -209,25 +203,11 @@ def choose(selected: Sequence[str] | None, platform: str) -> list[str]:
     return list(selected)
 
 
-def find_device(platform: str) -> Any:
-    """The first device of a platform; `RuntimeError` if there is none."""
-    if platform == "cpu":  # else JAX warns of GPUs that it can't use
-        jax.config.update("jax_platforms", "cpu")
-    return jax.devices(platform)[0]
-
-
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks step", description=__doc__)
+    parser = command_line.make_parser("step", __doc__)
     parser.add_argument("--device", choices=STEPS_PER_TURN, default="cpu", help="default: cpu")
-    parser.add_argument(
-        "--sets",
-        nargs="+",
-        choices=LEAF_SETS,
-        default=list(LEAF_SETS),
-        metavar="SET",
-        help=f"of {quoted(LEAF_SETS)} (default: all)",
-    )
+    command_line.add_sets(parser)
     parser.add_argument(
         "--optimizers",
         nargs="+",
@@ -235,34 +215,5 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help=f"of {quoted(CONTENDERS)}; with the extra `peers`, of {quoted(PEERS)} (default: all)",
     )
-    parser.add_argument(
-        "--repeats",
-        type=turns_that_count,
-        default=10,
-        metavar="N",
-        help="turns of each, after two that don't count (default: 10)",
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=RESULTS,
-        metavar="FOLDER",
-        help="for step-DEVICE.json and history.jsonl (default: benchmarks/results)",
-    )
+    command_line.add_repeats(parser)
     return parser
-
-
-def quoted(names: Iterable[str]) -> str:
-    """As a shell takes them."""
-    return ", ".join(f"'{name}'" if " " in name or "(" in name else name for name in names)
-
-
-def turns_that_count(text: str) -> int:
-    """A spread takes two."""
-    if not text.isdecimal() or int(text) < 2:
-        raise argparse.ArgumentTypeError(f"must be a whole number above 1, got {text!r}")
-    return int(text)
-
-
-if __name__ == "__main__":
-    main()

@@ -236,7 +236,7 @@ def advance(
 
         def step(run, batch):
             params, state = run
-            return move(optimizer, params, state, jax.grad(loss)(params, batch)), None
+            return apply_gradients(optimizer, params, state, jax.grad(loss)(params, batch)), None
 
         return lax.scan(step, (params, state), batches)[0]
 
@@ -246,7 +246,7 @@ def advance(
     return jax.vmap(advance_one)(*runs)
 
 
-def move(
+def apply_gradients(
     optimizer: optax.GradientTransformation,
     params: optax.Params,
     state: optax.OptState,

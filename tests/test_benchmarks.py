@@ -163,7 +163,9 @@ def test_history_only_grows(small, tmp_path):
 
 
 def test_history_names_no_machine():
-    found = history.circumstances(jax.devices()[0], ["jax", "not-installed-anywhere"])
+    found = history.circumstances(
+        history.describe(jax.devices()[0]), ["jax", "not-installed-anywhere"]
+    )
     assert found.device == f"cpu, {history.cores()} CPU cores"
     assert found.versions == {"jax": jax.__version__}
 

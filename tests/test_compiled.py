@@ -1,7 +1,6 @@
 """What fused steps become on an H200, compiled without one: kernels, traffic, memory."""
 
 import functools
-import math
 import re
 from typing import NamedTuple
 
@@ -15,7 +14,7 @@ from pallas_kernels import fuse
 pytest.importorskip("jax_cuda13_plugin", reason="needs the extra `aot`: XLA's compiler for GPUs")
 
 from benchmarks.aot import Program, compile_step, ptx
-from benchmarks.leaf_sets import LEAF_SETS, Leaves, leaves
+from benchmarks.leaf_sets import LEAF_SETS, Leaves, count, leaves
 
 
 class Expected(NamedTuple):
@@ -68,10 +67,6 @@ def compile_row(name: str, params: Leaves, backend: str = "auto") -> Program:
     return compile_step(fuse(tx, backend=backend).step, params, jax.eval_shape(tx.init, params))
 
 
-def size(params: Leaves) -> int:
-    return sum(math.prod(x.shape) for x in params.values())
-
-
 every_row = pytest.mark.parametrize("name", ROWS)
 
 
@@ -79,7 +74,7 @@ every_row = pytest.mark.parametrize("name", ROWS)
 def test_the_bytes_are_those_of_a_calculation_by_hand(name):
     row = ROWS[name]
     expected = row.always + row.skipped
-    assert compiled(name).bytes / size(RAGGED) == pytest.approx(expected, rel=0.005)
+    assert compiled(name).bytes / count(RAGGED) == pytest.approx(expected, rel=0.005)
 
 
 @every_row
@@ -98,7 +93,7 @@ def test_only_pallas_kernels_touch_leaves(name):
 
 @every_row
 def test_memory_beside_arguments_and_results(name):
-    assert compiled(name).temporary < 0.01 * 4 * size(RAGGED)
+    assert compiled(name).temporary < 0.01 * 4 * count(RAGGED)
 
 
 @pytest.mark.parametrize("name", ["adamw", "novak", "lamb"])
@@ -106,7 +101,7 @@ def test_mosaic_runs_the_same_program(name):
     triton, mosaic = compiled(name), compiled(name, "mosaic")
     assert len(mosaic.of_kind("pallas")) == len(triton.of_kind("pallas"))
     assert mosaic.bytes == pytest.approx(triton.bytes, rel=0.005)
-    assert mosaic.temporary < 0.01 * 4 * size(RAGGED)
+    assert mosaic.temporary < 0.01 * 4 * count(RAGGED)
 
 
 def accesses(name: str, direction: str, params: Leaves = WHOLE_BLOCKS) -> tuple[int, int]:

@@ -4,7 +4,8 @@ import json
 import re
 from pathlib import Path
 
-from benchmarks.plan import RESULTS, summary
+from benchmarks import RESULTS
+from benchmarks.plan import summary
 
 README = Path(__file__).parents[1] / "README.md"
 
