@@ -37,9 +37,13 @@ from optax_ext.transforms.bias_correction import debias
 
 
 def average(x: Any, previous: Any, decay: ArrayLike) -> Any:
-    """One step of an exponential moving average, leaf by leaf, in compute precision."""
+    """One step of an exponential moving average, leaf by leaf, in compute precision.
+
+    Less the opposite of `b m`, not plus `b m`: from a sum, XLA takes out the factor that both
+    terms share at b = 1/2, then computes the rest once for each use, and in place only of a copy.
+    """
     return tree_map(
-        lambda x, m: cast(1 - decay, x) * x + cast(decay, x) * m.astype(compute_dtype(m.dtype)),
+        lambda x, m: cast(1 - decay, x) * x - cast(-decay, x) * m.astype(compute_dtype(m.dtype)),
         x,
         previous,
     )
