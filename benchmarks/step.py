@@ -35,9 +35,9 @@ STEPS_PER_TURN = {"cpu": 1, "gpu": 10}
 
 NOTES = (
     "ms: median of a step, ± the interquartile range over its turns. bytes: that a step must move"
-    " for a parameter. GB/s: these by the time. of copy: share of the bandwidth of a copy in place,"
-    " which took turns with it. × adamw: time for a byte, relative to optax.adamw, which took turns"
-    " with it."
+    " for a parameter, again where it waits for a norm. GB/s: these by the time. of copy: share of"
+    " the bandwidth of a copy in place, which took turns with it. × adamw: time for a byte,"
+    " relative to optax.adamw, which took turns with it."
 )
 
 Row = dict[str, Any]

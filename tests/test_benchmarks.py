@@ -113,9 +113,18 @@ def test_steps_compile_once(name, small):
 
 def test_bytes_to_move_are_those_of_a_calculation_by_hand(monkeypatch):
     # Gradient, parameter and both moments in, all but the gradient out; lookahead's slow weights
-    # in and out, FAME's two further averages too.
+    # in and out, FAME's two further averages too. Once their norm is known, VRAdam reads its
+    # momentum, and LAMB parameter and both moments, again. Rotating weights are a fifth.
     monkeypatch.setitem(LEAF_SETS, "square", leaves([(512, 512)]))
-    expected = {"adamw": 28, "fame": 44, "optax.lookahead(adamw)": 36, "novak": 36}
+    expected = {
+        "adamw": 28,
+        "fame": 44,
+        "optax.lookahead(adamw)": 36,
+        "novak": 36,
+        "vradam": 36,
+        "lamb": 40,
+        "novak, rotating": 28 + 8 / 5,
+    }
     measured = {name: contenders.floor(name, "square") for name in expected}
     assert measured == pytest.approx(expected, rel=1e-3)
 
