@@ -134,6 +134,7 @@ def test_derivative_by_learning_rate(differentiate, backend):
     assert abs(expected) > 1e-3
 
 
+@pytest.mark.slow
 @every_backend
 @pytest.mark.parametrize("differentiate", [jax.grad, jax.jacfwd])
 def test_derivative_by_parameters(differentiate, backend):
@@ -144,6 +145,7 @@ def test_derivative_by_parameters(differentiate, backend):
     assert_close(ours, loss(chain_step)(PARAMS), 1e-5)
 
 
+@pytest.mark.slow
 def test_derivative_by_gradients_through_updates():
     """As a meta-learner takes it, through Optax's protocol."""
     tx = optax.chain(optax.clip_by_global_norm(0.5), optax.lamb(0.1))
@@ -158,6 +160,7 @@ def test_derivative_by_gradients_through_updates():
     assert_close(loss(fuse(tx, backend="interpret")), loss(tx), 1e-5)
 
 
+@pytest.mark.slow
 def test_without_jit():
     tx = optax.lamb(0.1)
     state = tx.init(PARAMS)
@@ -204,6 +207,7 @@ def scale_by_value() -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [2, 2.0, np.float32(2), np.full((), 2.0, np.float32)], ids=repr)
 def test_extra_arguments(value):
     """Python's numbers stay what they are, which decides how they promote."""
