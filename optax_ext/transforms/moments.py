@@ -43,7 +43,7 @@ def average(x: Any, previous: Any, decay: ArrayLike) -> Any:
     terms share at b = 1/2, then computes the rest once for each use, and in place only of a copy.
     """
     return tree_map(
-        lambda x, m: cast(1 - decay, x) * x - cast(-decay, x) * m.astype(compute_dtype(m.dtype)),
+        lambda x, m: cast(1 - decay, x) * x - cast(0 - decay, x) * m.astype(compute_dtype(m.dtype)),
         x,
         previous,
     )
