@@ -3,13 +3,17 @@
 import argparse
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 
-from benchmarks import RESULTS
+from benchmarks import RESULTS, history
 from benchmarks.leaf_sets import LEAF_SETS
+from benchmarks.timing import STEPS_PER_TURN
 
 
 def make_parser(benchmark: str, description: str | None) -> argparse.ArgumentParser:
@@ -39,14 +43,19 @@ def add_sets(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_repeats(parser: argparse.ArgumentParser) -> None:
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """What the steps run on."""
+    parser.add_argument("--device", choices=STEPS_PER_TURN, default="cpu", help="default: cpu")
+
+
+def add_repeats(parser: argparse.ArgumentParser, default: int = 10) -> None:
     """Turns of what is timed."""
     parser.add_argument(
         "--repeats",
         type=_turns_that_count,
-        default=10,
+        default=default,
         metavar="N",
-        help="turns of each, after two that don't count (default: 10)",
+        help=f"turns of each, after two that don't count (default: {default})",
     )
 
 
@@ -60,6 +69,42 @@ def _turns_that_count(text: str) -> int:
     if not text.isdecimal() or int(text) < 2:
         raise argparse.ArgumentTypeError(f"must be a whole number above 1, got {text!r}")
     return int(text)
+
+
+class Session(NamedTuple):
+    """A run of a benchmark.
+
+    Attributes:
+      device: where it measures.
+      circumstances: of all that it measures.
+      console: where it shows its tables.
+    """
+
+    device: Any
+    circumstances: history.Circumstances
+    console: Console
+
+
+def begin(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, packages: Iterable[str]
+) -> Session:
+    """Finds the device, makes the folder for results, and says what will be measured with what.
+
+    Args:
+      parser: tells the user what can't be had.
+      options: with `device` and `out`.
+      packages: whose versions the results depend on.
+    """
+    try:
+        device = find_device(options.device)
+        options.out.mkdir(parents=True, exist_ok=True)
+    except (RuntimeError, OSError) as error:
+        parser.error(str(error))
+    circumstances = history.circumstances(history.describe(device), packages)
+    console = Console()
+    versions = map(" ".join, circumstances.versions.items())
+    console.print(circumstances.device, *versions, sep=", ", highlight=False)
+    return Session(device, circumstances, console)
 
 
 def find_device(platform: str) -> Any:
@@ -79,3 +124,18 @@ def progress_display(console: Any) -> Progress:
         console=console,
         transient=True,
     )
+
+
+def make_table(title: str, first: str, columns: Iterable[str]) -> Table:
+    """An empty table: names in the first column, numbers in the others."""
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column(first, no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+def plus_minus(median: float, spread: float) -> str:
+    """Milliseconds and their spread, to the median's third digit or the microsecond."""
+    decimals = sum(median < bound for bound in (100, 10, 1))
+    return f"{median:.{decimals}f} ± {spread:.{decimals}f}"

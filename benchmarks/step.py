@@ -7,31 +7,23 @@ on a CPU those of PyTorch do, where the extra `peers` is installed.
 """
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
-from benchmarks import command_line, contenders, history, peers, timing
+from benchmarks import command_line, contenders, latest, peers, timing
 from benchmarks.command_line import quoted
 from benchmarks.contenders import CONTENDERS, REFERENCE
+from benchmarks.latest import Row
 from benchmarks.leaf_sets import LEAF_SETS, count
 from benchmarks.peers import PEERS
 from pallas_kernels import fuse
 
 PACKAGES = ("jax", "jaxlib", "optax", "torch", "pytorch_optimizer")
 COPY = "copy"
-
-# A CPU's step is long beside the call of it. A training never waits for a GPU between steps.
-STEPS_PER_TURN = {"cpu": 1, "gpu": 10}
 
 NOTES = (
     "ms: median of a step, ± the interquartile range over its turns. bytes: that a step must move"
@@ -40,8 +32,6 @@ NOTES = (
     " relative to optax.adamw, which took turns with it."
 )
 
-Row = dict[str, Any]
-
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures what the command line selects; everything by default."""
@@ -49,15 +39,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     try:
         names = choose(options.optimizers, options.device)
-        device = command_line.find_device(options.device)
-        options.out.mkdir(parents=True, exist_ok=True)
-    except (ValueError, RuntimeError, OSError) as error:
+    except ValueError as error:
         parser.error(str(error))
-
-    circumstances = history.circumstances(history.describe(device), PACKAGES)
-    console = Console()
-    versions = map(" ".join, circumstances.versions.items())
-    console.print(circumstances.device, *versions, sep=", ", highlight=False)
+    device, circumstances, console = command_line.begin(parser, options, PACKAGES)
     progress = command_line.progress_display(console)
     task = progress.add_task("", total=len(options.sets) * len(names))
     with jax.default_device(device), progress:
@@ -67,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             for name in names:
                 progress.update(task, description=f"{leaf_set}: {name}")
                 rows = turns.measure(name)
-                save(rows, circumstances, options.device, options.out)
+                path = latest.path(options.out, "step", options.device)
+                latest.save(path, rows, latest.step_times("step", rows), circumstances)
                 measured |= rows
                 progress.advance(task)
             console.print(table(leaf_set, measured))
@@ -96,7 +81,7 @@ class Turns:
         times = timing.interleave(
             self.beside | ways,
             repeats=self.repeats,
-            steps_per_turn=STEPS_PER_TURN[self.platform],
+            steps_per_turn=timing.STEPS_PER_TURN[self.platform],
         )
         bandwidth = timing.copied_bytes() / times[COPY].median
         reference = times[REFERENCE].median / self.moved(REFERENCE)
@@ -157,37 +142,18 @@ def table(leaf_set: str, rows: Mapping[str, Row]) -> Table:
     """The rows of one set of leaves, for the terminal."""
     millions = count(LEAF_SETS[leaf_set]) / 1e6
     title = f"{leaf_set}: {len(LEAF_SETS[leaf_set])} leaves, {millions:.1f} million parameters"
-    drawn = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    drawn.add_column("optimizer", no_wrap=True)
-    for column in ("ms", "bytes", "GB/s", "of copy", "× adamw"):
-        drawn.add_column(column, justify="right", no_wrap=True)
+    columns = ("ms", "bytes", "GB/s", "of copy", "× adamw")
+    drawn = command_line.make_table(title, "optimizer", columns)
     for case, row in rows.items():
-        decimals = 1 if row["median_ms"] >= 10 else 3
         drawn.add_row(
             case.removeprefix(f"{leaf_set} / "),
-            f"{row['median_ms']:.{decimals}f} ± {row['spread_ms']:.{decimals}f}",
+            command_line.plus_minus(row["median_ms"], row["spread_ms"]),
             f"{row['bytes_per_parameter']:.1f}",
             f"{row['gb_per_s']:.1f}",
             f"{row['of_copy']:.0%}",
             f"{row['to_adamw_per_byte']:.2f}",
         )
     return drawn
-
-
-def save(
-    rows: Mapping[str, Row], circumstances: history.Circumstances, platform: str, folder: Path
-) -> None:
-    """Replaces these rows of the latest results, keeps the others, and adds to the history."""
-    path = folder / f"step-{platform}.json"
-    latest = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    latest |= {case: row | asdict(circumstances) for case, row in rows.items()}
-    text = json.dumps(latest, indent=1, ensure_ascii=False)
-    path.write_text(f"{text}\n", encoding="utf-8")
-    measurements = (
-        history.Measurement("step", case, "ms", row["median_ms"], row["spread_ms"])
-        for case, row in rows.items()
-    )
-    history.append(folder / "history.jsonl", measurements, circumstances)
 
 
 def choose(selected: Sequence[str] | None, platform: str) -> list[str]:
@@ -206,7 +172,7 @@ def choose(selected: Sequence[str] | None, platform: str) -> list[str]:
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = command_line.make_parser("step", __doc__)
-    parser.add_argument("--device", choices=STEPS_PER_TURN, default="cpu", help="default: cpu")
+    command_line.add_device(parser)
     command_line.add_sets(parser)
     parser.add_argument(
         "--optimizers",

@@ -6,7 +6,7 @@ compared was measured at the same time, and what is quoted alone is the less cer
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,9 @@ Run = Callable[[int], object]
 
 # Eight times the last cache of a common server, five times that of an H200.
 COPIED_PARAMETERS = 2**26
+
+# A CPU's step is long beside the call of it. A training never waits for a GPU between steps.
+STEPS_PER_TURN = {"cpu": 1, "gpu": 10}
 
 # The first pays for compiling, the second for memory that was never touched.
 DROPPED_TURNS = 2
@@ -43,9 +46,14 @@ class Times:
 
     @property
     def spread(self) -> float:
-        """The interquartile range: half of the turns lie within one of this width."""
-        first, _, third = statistics.quantiles(self.seconds, n=4, method="inclusive")
-        return third - first
+        """The interquartile range over the turns."""
+        return interquartile_range(self.seconds)
+
+
+def interquartile_range(values: Sequence[float]) -> float:
+    """Half of the values lie within one of this width."""
+    first, _, third = statistics.quantiles(values, n=4, method="inclusive")
+    return third - first
 
 
 def interleave(

@@ -1,0 +1,49 @@
+"""The latest results of each benchmark: JSON by case, of which a run replaces its own rows only."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks import history
+
+Row = dict[str, Any]
+
+
+def path(folder: Path, benchmark: str, platform: str) -> Path:
+    """The file with a benchmark's results on one kind of device."""
+    return folder / f"{benchmark}-{platform}.json"
+
+
+def load(path: Path) -> dict[str, Row]:
+    """All rows that there are, by their cases."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def save(
+    path: Path,
+    rows: Mapping[str, Row],
+    measurements: Iterable[history.Measurement],
+    circumstances: history.Circumstances,
+) -> None:
+    """Replaces these rows of the file, keeps the others, and adds to the history beside it.
+
+    Args:
+      path: of the file.
+      rows: new ones, by their cases.
+      measurements: of them, for the history.
+      circumstances: of all these.
+    """
+    rows = load(path) | {case: row | asdict(circumstances) for case, row in rows.items()}
+    text = json.dumps(rows, indent=1, ensure_ascii=False)
+    path.write_text(f"{text}\n", encoding="utf-8")
+    history.append(path.parent / "history.jsonl", measurements, circumstances)
+
+
+def step_times(benchmark: str, rows: Mapping[str, Row]) -> list[history.Measurement]:
+    """What the history says of rows that hold the time of a step."""
+    return [
+        history.Measurement(benchmark, case, "ms", row["median_ms"], row["spread_ms"])
+        for case, row in rows.items()
+    ]
