@@ -31,6 +31,12 @@ BENCHMARKS = {
         "a step moves bytes, so the time for a byte is what an implementation can lose: to adamw's,"
         " and to what the memory can do",
     ),
+    "train": Benchmark(
+        "time of a whole training step of a convolutional network and of a transformer, with every"
+        " method, beside the gradient alone and the optimizer alone",
+        "an optimizer twice as slow is nothing where it takes a hundredth of the step: this says"
+        " what it takes",
+    ),
 }
 
 

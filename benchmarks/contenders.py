@@ -25,6 +25,11 @@ def _synced_pair(params: optax.Params) -> optax.LookaheadParams:
     return optax.LookaheadParams(params, jax.tree.map(jnp.copy, params))
 
 
+def trained(held: Any) -> optax.Params:
+    """The parameters that gradients are taken at, of what `Contender.hold` makes."""
+    return held.fast if isinstance(held, optax.LookaheadParams) else held
+
+
 @dataclass(frozen=True)
 class Contender:
     """An optimizer.
