@@ -37,6 +37,12 @@ BENCHMARKS = {
         "an optimizer twice as slow is nothing where it takes a hundredth of the step: this says"
         " what it takes",
     ),
+    "scaling": Benchmark(
+        "time of one step, and time to compile it, against the number of leaves and of parameters:"
+        " a few methods beside optax.adamw",
+        "launches and calls cost by the leaf and bytes by the parameter: where one gives way to the"
+        " other, and what a network of many leaves costs to compile",
+    ),
 }
 
 

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from benchmarks import RESULTS, history
+from benchmarks.contenders import CONTENDERS
 from benchmarks.leaf_sets import LEAF_SETS
 from benchmarks.timing import STEPS_PER_TURN
 
@@ -46,6 +47,19 @@ def add_sets(parser: argparse.ArgumentParser) -> None:
 def add_device(parser: argparse.ArgumentParser) -> None:
     """What the steps run on."""
     parser.add_argument("--device", choices=STEPS_PER_TURN, default="cpu", help="default: cpu")
+
+
+def add_optimizers(parser: argparse.ArgumentParser, default: Iterable[str] = CONTENDERS) -> None:
+    """Optimizers to measure."""
+    by_default = "all" if default is CONTENDERS else quoted(default)
+    parser.add_argument(
+        "--optimizers",
+        nargs="+",
+        choices=CONTENDERS,
+        default=list(default),
+        metavar="NAME",
+        help=f"of {quoted(CONTENDERS)} (default: {by_default})",
+    )
 
 
 def add_repeats(parser: argparse.ArgumentParser, default: int = 10) -> None:

@@ -36,25 +36,30 @@ class Contender:
 
     Attributes:
       tx: with the method's own defaults.
+      package: whose it is.
       floor_of: the contender that must move as many bytes; `None`: itself.
       hold: makes of the parameters what the optimizer's step takes in their place.
     """
 
     tx: optax.GradientTransformation
+    package: str = "optax_ext"
     floor_of: str | None = None
     hold: Callable[[optax.Params], Any] = lambda params: params
 
 
 CONTENDERS: dict[str, Contender] = {
-    REFERENCE: Contender(optax.adamw(RATE)),
-    "clip + adamw": Contender(optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(RATE))),
-    "lamb": Contender(optax.lamb(RATE)),
+    REFERENCE: Contender(optax.adamw(RATE), "optax"),
+    "clip + adamw": Contender(
+        optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(RATE)), "optax"
+    ),
+    "lamb": Contender(optax.lamb(RATE), "optax"),
     "lookahead(adamw)": Contender(
         optax_ext.lookahead(optax.adamw(RATE), sync_period=5, slow_step_size=0.5)
     ),
     # Its gradients have another structure than its parameters, which `explain` can't be told.
     "optax.lookahead(adamw)": Contender(
         optax.lookahead(optax.adamw(RATE), sync_period=5, slow_step_size=0.5),
+        "optax",
         floor_of="lookahead(adamw)",
         hold=_synced_pair,
     ),
@@ -67,6 +72,20 @@ CONTENDERS: dict[str, Contender] = {
     "novak, trust ratio": Contender(optax_ext.novak(RATE, trust_ratio=True)),
     "caadam": Contender(optax_ext.caadam(RATE)),
 }
+
+
+_FUSED = ", fused"
+
+
+def backends(name: str, platform: str) -> dict[str, str]:
+    """The ways in which a contender's step runs on a platform, and the fuser's backend of each."""
+    chain = {name: "xla"}
+    return chain | {f"{name}{_FUSED}": "auto"} if platform == "gpu" else chain
+
+
+def chain_of(way: str) -> str:
+    """The contender of a way to run its step."""
+    return way.removesuffix(_FUSED)
 
 
 @functools.cache

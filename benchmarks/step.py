@@ -25,6 +25,9 @@ from pallas_kernels import fuse
 PACKAGES = ("jax", "jaxlib", "optax", "torch", "pytorch_optimizer")
 COPY = "copy"
 
+# Time for a byte, relative to adamw's, that no chain should take longer than.
+TARGET = 1.15
+
 NOTES = (
     "ms: median of a step, ± the interquartile range over its turns. bytes: that a step must move"
     " for a parameter, again where it waits for a norm. GB/s: these by the time. of copy: share of"
@@ -97,10 +100,10 @@ class Turns:
         """The chain, on a GPU also fused; or a peer."""
         if name in PEERS:
             return {name: peers.running(name, [*self.params.values()], [*self.grads.values()])}
-        ways = {name: self.beside[name] if name == REFERENCE else self.chain(name)}
-        if self.platform == "gpu":
-            ways[f"{name}, fused"] = self.chain(name, backend="auto")
-        return ways
+        return {
+            way: self.beside[way] if way == REFERENCE else self.chain(name, backend)
+            for way, backend in contenders.backends(name, self.platform).items()
+        }
 
     def chain(self, name: str, backend: str = "xla") -> timing.Run:
         """A contender's step by XLA alone, or by another of the fuser's backends."""
@@ -154,6 +157,20 @@ def table(leaf_set: str, rows: Mapping[str, Row]) -> Table:
             f"{row['to_adamw_per_byte']:.2f}",
         )
     return drawn
+
+
+def by_set(rows: Mapping[str, Row]) -> dict[str, dict[str, Row]]:
+    """The rows of each set of leaves by their ways, in the order of the tables of both."""
+    optimizers = [way for name in CONTENDERS for way in contenders.backends(name, "gpu")]
+    found = {
+        leaf_set: {
+            way: rows[case]
+            for way in [*optimizers, *PEERS]
+            if (case := f"{leaf_set} / {way}") in rows
+        }
+        for leaf_set in LEAF_SETS
+    }
+    return {leaf_set: ways for leaf_set, ways in found.items() if ways}
 
 
 def choose(selected: Sequence[str] | None, platform: str) -> list[str]:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from rich.table import Table
 
-from benchmarks import command_line, history, latest, timing
+from benchmarks import command_line, contenders, history, latest, timing
 from benchmarks.command_line import plus_minus, quoted
 from benchmarks.contenders import CONTENDERS, REFERENCE, Contender, trained
 from benchmarks.latest import Row
@@ -72,9 +72,7 @@ class Turns:
 
     def measure(self, name: str) -> dict[str, Row]:
         """A row for each way in which the optimizer can run here, by "network / way"."""
-        backends = {name: "xla"}
-        if self.platform == "gpu":
-            backends[f"{name}, fused"] = "auto"
+        backends = contenders.backends(name, self.platform)
         whole = {
             way: self.beside[way] if way == REFERENCE else self.whole(name, backend)
             for way, backend in backends.items()
@@ -200,13 +198,6 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help=f"of {quoted(NETWORKS)} (default: all)",
     )
-    parser.add_argument(
-        "--optimizers",
-        nargs="+",
-        choices=CONTENDERS,
-        default=list(CONTENDERS),
-        metavar="NAME",
-        help=f"of {quoted(CONTENDERS)} (default: all)",
-    )
+    command_line.add_optimizers(parser)
     command_line.add_repeats(parser, REPEATS)
     return parser

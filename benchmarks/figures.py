@@ -1,0 +1,194 @@
+"""The figures, drawn from results: the same results make the same file."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, NullLocator
+
+from benchmarks.contenders import CONTENDERS, chain_of
+from benchmarks.latest import Row
+from benchmarks.leaf_sets import LEAF_SETS, count
+from benchmarks.peers import PEERS
+
+# Inches; a README shows 96 pixels in each.
+WIDTH = 8.4
+
+# Of Okabe and Ito's palette, which every kind of colour vision can tell apart.
+GREY, ORANGE, BLUE = "0.4", "#D55E00", "#0072B2"
+COLOURS = (GREY, ORANGE, BLUE, "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+MARKERS = "os^Dv<>"
+
+
+class Package(NamedTuple):
+    """Of optimizers.
+
+    Attributes:
+      label: for the legend.
+      colour: of its dots.
+    """
+
+    label: str
+    colour: str
+
+
+PACKAGES = {
+    "optax": Package("Optax", GREY),
+    "optax_ext": Package("optax_ext", BLUE),
+    "torch": Package("PyTorch's nearest", ORANGE),
+}
+
+
+def scaling(columns: Mapping[str, Sequence[Row]], labels: Sequence[str], path: Path) -> None:
+    """Step and compile time of each optimizer against one number, and against another.
+
+    Args:
+      columns: rows of the scaling benchmark, by the number that varies among them.
+      labels: of these numbers.
+      path: of the figure.
+    """
+    figure = Figure(figsize=(WIDTH, 5.2), layout="constrained")
+    panels = figure.subplots(2, len(columns), sharex="col", sharey="row", squeeze=False)
+    ways = dict.fromkeys(row["optimizer"] for row in itertools.chain(*columns.values()))
+    styles = line_styles(ways)
+    for (number, rows), column in zip(columns.items(), panels.T, strict=True):
+        for way in ways:
+            points = sorted((x for x in rows if x["optimizer"] == way), key=lambda x: x[number])
+            for axes, times in zip(column, ("times_ms", "compile_times_s"), strict=True):
+                x, samples = [row[number] for row in points], [row[times] for row in points]
+                draw_line(axes, x, samples, **styles[way])
+    for axes in panels.ravel():
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        tidy(axes)
+    for axes in panels[:, 0]:
+        low, high = axes.get_ylim()
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
+    for axes, label in zip(panels[-1], labels, strict=True):
+        axes.set_xlabel(label, fontsize=9)
+    for axes, label in zip(panels[:, 0], ("time of a step (ms)", "to compile (s)"), strict=True):
+        axes.set_ylabel(label, fontsize=9)
+    add_legend(figure, styles)
+    save(figure, path)
+
+
+def line_styles(ways: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """A colour and a marker for each optimizer; its fused step's are dashed and hollow."""
+    looks = itertools.cycle(zip(COLOURS, MARKERS, strict=True))
+    looks_of = dict(zip(dict.fromkeys(map(chain_of, ways)), looks, strict=False))
+    styles = {}
+    for way in ways:
+        colour, marker = looks_of[chain_of(way)]
+        fused = way != chain_of(way)
+        styles[way] = {
+            "color": colour,
+            "marker": marker,
+            "markersize": 4.5,
+            "markerfacecolor": "white" if fused else colour,
+            "linestyle": "--" if fused else "-",
+            "linewidth": 1.3,
+        }
+    return styles
+
+
+def draw_line(
+    axes: Axes, x: Sequence[float], samples: Sequence[Sequence[float]], **style: Any
+) -> None:
+    """Through the medians, in a band between the quartiles."""
+    if samples:
+        low, median, high = np.transpose([np.quantile(x, (0.25, 0.5, 0.75)) for x in samples])
+        axes.plot(x, median, **style)
+        axes.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
+
+
+def steps(results: Mapping[str, Mapping[str, Row]], target: float, path: Path) -> None:
+    """Time per byte of each optimizer's step, relative to adamw's, a panel for each set of leaves.
+
+    Args:
+      results: rows of the step benchmark, by the set of leaves and by the way.
+      target: to stay below.
+      path: of the figure.
+    """
+    ways = list(dict.fromkeys(itertools.chain(*results.values())))
+    figure = Figure(figsize=(WIDTH, 0.19 * len(ways) + 1.3), layout="constrained")
+    panels = figure.subplots(1, len(results), sharex=True, sharey=True, squeeze=False)[0]
+    for axes, (leaf_set, rows) in zip(panels, results.items(), strict=True):
+        axes.axvline(1, color="0.5", linewidth=1)
+        axes.axvline(target, color="0.5", linewidth=1, linestyle=(0, (3, 2)))
+        for way, row in rows.items():
+            draw_ratio(axes, ways.index(way), way, row)
+        axes.set_title(f"{leaf_set}\n{size(leaf_set)}", fontsize=8)
+        tidy(axes)
+        axes.spines["left"].set_visible(False)
+        axes.tick_params(axis="y", length=0)
+    name_rows(panels[0], ways)
+    panels[0].set_xscale("log")
+    panels[0].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panels[0].xaxis.set_minor_locator(NullLocator())
+    panels[0].xaxis.set_major_formatter("{x:g}")
+    figure.supxlabel(
+        f"time per byte, relative to optax.adamw (line at 1, dashed at {target:g})", fontsize=9
+    )
+    dot = {"marker": "o", "linestyle": ""}
+    shown = set(map(package, ways))
+    add_legend(
+        figure,
+        {x.label: dot | {"color": x.colour} for name, x in PACKAGES.items() if name in shown},
+    )
+    save(figure, path)
+
+
+def name_rows(axes: Axes, ways: Sequence[str]) -> None:
+    """From top to bottom, in the colours of their packages."""
+    axes.set_yticks(range(len(ways)), ways)
+    for label, way in zip(axes.get_yticklabels(), ways, strict=True):
+        label.set_color(PACKAGES[package(way)].colour)
+    axes.set_ylim(len(ways) - 0.4, -0.6)
+
+
+def draw_ratio(axes: Axes, y: int, way: str, row: Row) -> None:
+    """A dot at the median, a line between the quartiles."""
+    colour = PACKAGES[package(way)].colour
+    relative = np.array(row["times_ms"]) / row["median_ms"] * row["to_adamw_per_byte"]
+    axes.plot(np.quantile(relative, (0.25, 0.75)), [y, y], color=colour, linewidth=1.6, alpha=0.45)
+    axes.plot(row["to_adamw_per_byte"], y, color=colour, marker="o", markersize=4.5)
+
+
+def package(way: str) -> str:
+    """Whose optimizer it is."""
+    return "torch" if way in PEERS else CONTENDERS[chain_of(way)].package
+
+
+def size(leaf_set: str) -> str:
+    """Leaves and parameters, in words."""
+    shapes = LEAF_SETS[leaf_set]
+    leaves = f"{len(shapes)} {'leaf' if len(shapes) == 1 else 'leaves'}"
+    return f"{leaves}, {count(shapes) / 1e6:.3g} M"
+
+
+def add_legend(figure: Figure, styles: Mapping[str, Mapping[str, Any]]) -> None:
+    """Above all panels."""
+    handles = [Line2D([], [], label=label, **style) for label, style in styles.items()]
+    figure.legend(handles=handles, loc="outside upper center", ncols=4, fontsize=9, frameon=False)
+
+
+def tidy(axes: Axes) -> None:
+    """Small ticks, a faint grid behind the data, no box."""
+    axes.tick_params(labelsize=8)
+    axes.grid(color="0.92", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Writes an SVG that depends on nothing but what is drawn."""
+    with mpl.rc_context({"svg.hashsalt": "optax_ext"}):
+        figure.savefig(path, metadata={"Date": None, "Creator": None})
