@@ -1,0 +1,83 @@
+"""What the README shows of the benchmarks is what their files hold."""
+
+import json
+import re
+
+import pytest
+
+from benchmarks import RESULTS, latest, summary
+from benchmarks.summary import BEGIN, END
+
+ROW = {
+    "median_ms": 2.5,
+    "to_adamw_per_byte": 1.0,
+    "times_ms": [2.0, 2.5, 4.0],
+    "device": "cpu, 2 CPU cores",
+    "versions": {"jax": "0.10.2", "optax": "0.2.8"},
+    "date": "2026-11-21",
+}
+
+
+def test_readme_shows_the_times_of_a_step():
+    text = summary.README.read_text(encoding="utf-8")
+    rows = latest.load(latest.path(RESULTS, "step", "cpu"))
+    assert summary.fill(text, summary.table(rows)) == text
+    assert all(f"| {case.partition(' / ')[2]} |" in text for case in rows)
+
+
+def test_every_figure_of_the_readme_is_there():
+    for image in re.findall(r"!\[.*?\]\((.*?)\)", summary.README.read_text(encoding="utf-8")):
+        assert (summary.README.parent / image).is_file(), image
+
+
+def test_the_table_takes_what_is_there():
+    rows = {
+        "ViT-B/16 / torch adamw, fused": ROW | {"median_ms": 64.4, "to_adamw_per_byte": 1.2},
+        "ResNet-50 / fame": ROW | {"to_adamw_per_byte": 1.159, "date": "2026-11-22"},
+        "ResNet-50 / adamw": ROW,
+        "ResNet-50 / of another time": ROW,
+    }
+    assert summary.table(rows).splitlines() == [
+        "| optimizer | ResNet-50 | ViT-B/16 |",
+        "|---|---|---|",
+        "| adamw | 1.00 (2.50 ms) | – |",
+        "| fame | **1.16** (2.50 ms) | – |",
+        "| torch adamw, fused | – | 1.20 (64 ms) |",
+        "",
+        "Measured on 2 CPU cores with jax 0.10.2, optax 0.2.8, 2026-11-21;"
+        " 2 CPU cores with jax 0.10.2, optax 0.2.8, 2026-11-22.",
+    ]
+
+
+def test_what_is_around_the_table_stays():
+    text = f"# Title\n\n{BEGIN}\nold\n\n{END}\nbelow\n"
+    filled = summary.fill(text, "| new |")
+    assert filled == f"# Title\n\n{BEGIN}\n| new |\n\n{END}\nbelow\n"
+    assert summary.fill(filled, "| new |") == filled
+
+
+@pytest.mark.parametrize("text", ["", BEGIN, END, f"{END}{BEGIN}"])
+def test_a_readme_without_marks_is_an_error(text):
+    with pytest.raises(ValueError, match="must have a line <!-- step-table -->"):
+        summary.fill(text, "| new |")
+
+
+def test_figures_are_the_same_each_time(tmp_path):
+    rows = {
+        f"{leaf_set} / {way}": ROW
+        for leaf_set in ("ResNet-50", "1000 of 64 KB")
+        for way in ("adamw", "novak", "novak, fused", "torch adamw, fused")
+    }
+    (tmp_path / "step-gpu.json").write_text(json.dumps(rows), encoding="utf-8")
+    readme = tmp_path / "README.md"
+    readme.write_text("no marks, for there are no times on a CPU", encoding="utf-8")
+
+    def draw(rows: object) -> bytes:
+        (tmp_path / "step-gpu.json").write_text(json.dumps(rows), encoding="utf-8")
+        summary.main([f"--out={tmp_path}", f"--readme={readme}"])
+        return (tmp_path / "step-gpu.svg").read_bytes()
+
+    drawn = draw(rows)
+    assert draw(rows) == drawn
+    assert draw(rows | {"ResNet-50 / novak": ROW | {"to_adamw_per_byte": 1.1}}) != drawn
+    assert b"<dc:date>" not in drawn
