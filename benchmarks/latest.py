@@ -36,14 +36,22 @@ def save(
       circumstances: of all these.
     """
     rows = load(path) | {case: row | asdict(circumstances) for case, row in rows.items()}
-    text = json.dumps(rows, indent=1, ensure_ascii=False)
-    path.write_text(f"{text}\n", encoding="utf-8")
+    lines = (f"{_json(case)}: {_json(row)}" for case, row in rows.items())
+    text = ",\n".join(lines)
+    unfinished = path.with_suffix(".tmp")  # a run may be ended at any time
+    unfinished.write_text(f"{{\n{text}\n}}\n", encoding="utf-8")
+    unfinished.replace(path)
     history.append(path.parent / "history.jsonl", measurements, circumstances)
 
 
 def step_times(benchmark: str, rows: Mapping[str, Row]) -> list[history.Measurement]:
-    """What the history says of rows that hold the time of a step."""
+    """What the history says of those rows that hold the time of a step."""
     return [
         history.Measurement(benchmark, case, "ms", row["median_ms"], row["spread_ms"])
         for case, row in rows.items()
+        if "median_ms" in row
     ]
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
