@@ -11,13 +11,16 @@ import optax
 
 import optax_ext
 from benchmarks.leaf_sets import LEAF_SETS
-from pallas_kernels import explain
+from pallas_kernels import Report, explain
 
 # Of all; it changes nothing about the time of a step.
 RATE = 1e-3
 
 # What every other one is compared with.
 REFERENCE = "adamw"
+
+# Of all that have slow weights, Novak's default among them.
+SYNC_PERIOD = 5
 
 
 def _synced_pair(params: optax.Params) -> optax.LookaheadParams:
@@ -54,11 +57,11 @@ CONTENDERS: dict[str, Contender] = {
     ),
     "lamb": Contender(optax.lamb(RATE), "optax"),
     "lookahead(adamw)": Contender(
-        optax_ext.lookahead(optax.adamw(RATE), sync_period=5, slow_step_size=0.5)
+        optax_ext.lookahead(optax.adamw(RATE), sync_period=SYNC_PERIOD, slow_step_size=0.5)
     ),
     # Its gradients have another structure than its parameters, which `explain` can't be told.
     "optax.lookahead(adamw)": Contender(
-        optax.lookahead(optax.adamw(RATE), sync_period=5, slow_step_size=0.5),
+        optax.lookahead(optax.adamw(RATE), sync_period=SYNC_PERIOD, slow_step_size=0.5),
         "optax",
         floor_of="lookahead(adamw)",
         hold=_synced_pair,
@@ -88,11 +91,24 @@ def chain_of(way: str) -> str:
     return way.removesuffix(_FUSED)
 
 
-@functools.cache
 def floor(name: str, leaf_set: str) -> float:
     """Bytes per parameter that a contender's step must move at least.
 
     Every array once, and again what has to wait for a norm, as the fused step does it.
     """
-    report = explain(CONTENDERS[CONTENDERS[name].floor_of or name].tx, LEAF_SETS[leaf_set])
+    report = _report(name, leaf_set)
     return max(report.floor_per_parameter, report.bytes_per_parameter)
+
+
+def skipped(name: str, leaf_set: str) -> float:
+    """Those of them that a fused step does without on average, between synchronizations."""
+    if CONTENDERS[name].floor_of is not None:
+        return 0.0
+    report = _report(name, leaf_set)
+    predicated = sum(phase.predicated for phase in report.phases)
+    return (1 - 1 / SYNC_PERIOD) * predicated / report.parameters
+
+
+@functools.cache
+def _report(name: str, leaf_set: str) -> Report:
+    return explain(CONTENDERS[CONTENDERS[name].floor_of or name].tx, LEAF_SETS[leaf_set])

@@ -1,4 +1,4 @@
-"""PyTorch's optimizers, and those of `pytorch_optimizer`, beside ours on the same CPU.
+"""PyTorch's optimizers, and those of `pytorch_optimizer`, beside ours on the same device.
 
 Both come with the extra `peers` and are imported only when they run. Where `pytorch_optimizer` has
 no method of ours, it is timed beside what comes nearest: an optimizer with as many moments, or with
@@ -69,17 +69,21 @@ def installed() -> list[str]:
     return [name for name, peer in PEERS.items() if {"torch", peer.package} <= there]
 
 
-def running(name: str, params: Sequence[np.ndarray], grads: Sequence[np.ndarray]) -> Run:
-    """Runs a peer's steps on as many threads as JAX has; a CPU's are done when they return."""
+def running(
+    name: str, params: Sequence[np.ndarray], grads: Sequence[np.ndarray], device: str = "cpu"
+) -> Run:
+    """Runs a peer's steps: on a CPU on as many threads as JAX has, or on the GPU, "cuda"."""
     peer, torch = PEERS[name], _torch()
-    leaves = [torch.nn.Parameter(torch.tensor(leaf)) for leaf in params]
+    leaves = [torch.nn.Parameter(torch.tensor(leaf, device=device)) for leaf in params]
     for leaf, grad in zip(leaves, grads, strict=True):
-        leaf.grad = torch.tensor(grad)
+        leaf.grad = torch.tensor(grad, device=device)
     optimizer = peer.make(importlib.import_module(peer.package), leaves)
 
     def run(steps: int) -> None:
         for _ in range(steps):
             optimizer.step()
+        if device == "cuda":  # a CPU's are done when they return
+            torch.cuda.synchronize()
 
     run(STEPS_BEFORE_RECTIFICATION)
     return run
