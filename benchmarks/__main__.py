@@ -43,6 +43,12 @@ BENCHMARKS = {
         "launches and calls cost by the leaf and bytes by the parameter: where one gives way to the"
         " other, and what a network of many leaves costs to compile",
     ),
+    "gpu": Benchmark(
+        "on an NVIDIA GPU, within minutes: fused steps against their chains and float64, a copy's"
+        " bandwidth, times of all steps by XLA, Triton and Mosaic, with CUDA graphs and without",
+        "kernels are there to be faster, and right; a GPU may be at hand for minutes only, so one"
+        " command does all of it, what matters most first",
+    ),
     "summary": Benchmark(
         "nothing: draws the figures and fills README's table from the results that there are",
         "what is shown is what was measured",

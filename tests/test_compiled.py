@@ -2,6 +2,7 @@
 
 import functools
 import re
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -13,7 +14,9 @@ from pallas_kernels import fuse
 
 pytest.importorskip("jax_cuda13_plugin", reason="needs the extra `aot`: XLA's compiler for GPUs")
 
+from benchmarks import aot, timing
 from benchmarks.aot import Program, compile_step, ptx
+from benchmarks.gpu.times import Lowering
 from benchmarks.leaf_sets import LEAF_SETS, Leaves, count, leaves
 
 
@@ -137,6 +140,36 @@ def test_on_cpu_the_chain_runs():
     tx = ROWS["adamw"].optimizer
     lowered = jax.jit(fuse(tx).step).lower(RAGGED, jax.eval_shape(tx.init, RAGGED), RAGGED)
     assert "custom_call" not in lowered.as_text()
+
+
+def launched(folder: Path, *, graphs: bool, steps: int | None = None) -> str:
+    """A line for each kernel and graph that XLA will launch for a step, or a loop of steps."""
+    tx = ROWS["clip"].optimizer
+    step = fuse(tx, backend="xla").step
+    program = timing.in_loop(step, steps) if steps else step
+    with aot._compiled_anew():
+        lowered = aot._lower(program, WHOLE_BLOCKS, jax.eval_shape(tx.init, WHOLE_BLOCKS))
+        Lowering(lowered).compile(graphs=graphs, xla_dump_to=str(folder))
+    return "".join(path.read_text() for path in folder.glob("*thunk_sequence*.txt"))
+
+
+def test_graphs_are_left_out_where_asked(tmp_path):
+    with_graphs, without = (
+        launched(tmp_path / str(graphs), graphs=graphs) for graphs in (True, False)
+    )
+    assert "kCommandBuffer" in with_graphs
+    assert "kCommandBuffer" not in without
+    assert "kCustomKernel" in without
+
+
+def test_a_loop_launches_all_that_a_step_does(tmp_path):
+    once = launched(tmp_path / "once", graphs=False)
+    looped = launched(tmp_path / "loop", graphs=False, steps=20)
+    before, body = looped.split("body:")
+    # One more counts the steps. A number of them that is known takes no test of whether to go on.
+    assert body.count("kCustomKernel") == once.count("kCustomKernel") + 1
+    assert "kCopy" not in body
+    assert before.count(": kCopy") == 1  # of the count
 
 
 # One row for each structure of phases and scalars; all are in benchmarks/results/plan-h200.md.

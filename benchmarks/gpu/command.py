@@ -1,0 +1,180 @@
+"""All measurements of steps on an NVIDIA GPU in minutes, those first whose results matter most.
+
+Numerics of fused steps against their chains and float64, a copy's bandwidth, and the times of steps
+by XLA, Triton's kernels and Mosaic's, with CUDA graphs and without, beside PyTorch's AdamW where it
+is installed. Every result is written as soon as it is known. Exits with 1 if any number is wrong or
+any step fails.
+"""
+
+import argparse
+import dataclasses
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import command_line, history, latest, peers
+from benchmarks.command_line import quoted
+from benchmarks.contenders import CONTENDERS
+from benchmarks.gpu.figures import figures
+from benchmarks.gpu.report import failed, report, summary
+from benchmarks.gpu.supervise import supervise
+from benchmarks.gpu.tasks import KERNELS, Case, Job, by_worth
+from benchmarks.latest import Row
+from benchmarks.leaf_sets import LEAF_SETS
+from benchmarks.peers import PEERS
+
+BENCHMARK = "gpu"
+PACKAGES = ("jax", "optax", "torch")
+# Processes start and end within half a minute.
+MINUTES = 8.5
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measures what the command line selects, as far as time allows; everything by default."""
+    deadline = time.monotonic()
+    parser = make_parser()
+    options = parser.parse_args(argv)
+    # JAX would take most of the GPU's memory, in every process, and leave PyTorch nothing.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    try:
+        device = command_line.find_device("gpu")
+        options.out.mkdir(parents=True, exist_ok=True)
+    except RuntimeError as error:
+        parser.error(f"needs an NVIDIA GPU: {error}")
+    except OSError as error:
+        parser.error(str(error))
+    # The processes that measure need the GPU, and the CPU for float64.
+    os.environ["JAX_PLATFORMS"] = "cuda,cpu"
+
+    there = [name for name in peers.installed() if PEERS[name].package == "torch"]
+    tasks = by_worth(options.sets, options.optimizers, there, list(KERNELS))
+    job = Job(tuple(tasks), {name: LEAF_SETS[name] for name in options.sets})
+    deadline += 60 * options.minutes
+    sys.exit(run(job, device, options.out, deadline=deadline, resume=options.resume))
+
+
+def run(
+    job: Job,
+    device: Any,
+    folder: Path,
+    *,
+    deadline: float,
+    resume: bool = False,
+    clock: Callable[[], float] = time.monotonic,
+    **options: Any,
+) -> int:
+    """Has a job done and its results written; 1 if any failed, otherwise 0.
+
+    Args:
+      job: what to measure.
+      device: one of JAX's.
+      folder: for the results.
+      deadline: on the clock.
+      resume: whether to leave out what the folder has of the same code on the same device.
+      clock: seconds since some time.
+      **options: of `supervise`.
+    """
+    begin = clock()
+    path = latest.path(folder, BENCHMARK, kind_of(device))
+    shared = circumstances(device)
+    missing = [case for task in job.tasks for case in task.cases]
+    planned = {str(case) for case in missing}
+    if resume:
+        known = latest.load(path)
+        missing = [case for case in missing if not stands(known.get(str(case)), shared)]
+        tasks = (task.only(missing) for task in job.tasks)
+        job = dataclasses.replace(job, tasks=tuple(task for task in tasks if task.cases))
+    print(shared.device, *map(" ".join, shared.versions.items()), sep=", ", flush=True)
+
+    def record(case: Case, found: Mapping[str, Any]) -> None:
+        row = figures(case, found)
+        missing.remove(case)
+        rows = {str(case): row}
+        latest.save(path, rows, latest.step_times(BENCHMARK, rows), shared)
+        print(f"{clock() - begin:5.0f} s  {case}: {in_words(row)}", flush=True)
+        write()
+
+    def write() -> None:
+        text = report(latest.load(path), shared, missing)
+        path.with_suffix(".md").write_text(text, encoding="utf-8")
+
+    error = None
+    try:
+        supervise(job, record, deadline=deadline, clock=clock, **options)
+    except RuntimeError as nothing:
+        error = nothing
+    write()
+    rows = {case: row for case, row in latest.load(path).items() if case in planned}
+    print(f"\n{summary(rows, missing)}\n{error or ''}", flush=True)
+    return 1 if error or failed(rows) else 0
+
+
+def stands(row: Row | None, shared: history.Circumstances) -> bool:
+    """Whether there is a row of the same code, versions and device, and it is no failure."""
+    if row is None or not row["passed"]:
+        return False
+    expected = dataclasses.asdict(shared)
+    return all(row[key] == expected[key] for key in ("commit", "device", "versions"))
+
+
+def kind_of(device: Any) -> str:
+    """For the name of a file."""
+    return device.device_kind.removeprefix("NVIDIA ").lower().replace(" ", "-")
+
+
+def circumstances(device: Any) -> history.Circumstances:
+    """With the version of the driver."""
+    found = history.circumstances(history.describe(device), PACKAGES)
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        driver = subprocess.run(query, capture_output=True, text=True, check=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return found
+    first, *_ = driver.stdout.split() or [""]
+    return dataclasses.replace(found, versions=found.versions | {"driver": first})
+
+
+def in_words(row: Row) -> str:
+    """A row on a line of the log."""
+    if "error" in row:
+        return row["error"]
+    shown = (
+        ("to_chain", "{:.1e} from the chain"),
+        ("to_float64", "{:.1e} from float64"),
+        ("median_ms", "{:.3g} ms"),
+        ("gb_per_s", "{:.0f} GB/s"),
+        ("of_copy", "{:.0%} of copy"),
+        ("drift", "{:.0e} from the chain"),
+    )
+    known = (text.format(row[key]) for key, text in shown if row.get(key) is not None)
+    return ", ".join([*known, *([] if row["passed"] else ["WRONG"])])
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = command_line.make_parser(BENCHMARK, __doc__)
+    command_line.add_sets(parser)
+    parser.add_argument(
+        "--optimizers",
+        nargs="+",
+        choices=CONTENDERS,
+        default=list(CONTENDERS),
+        metavar="NAME",
+        help=f"of {quoted(CONTENDERS)} (default: all)",
+    )
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=MINUTES,
+        help=f"after which no more is measured (default: {MINUTES})",
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="leave out what FOLDER has of the same code, versions and device",
+    )
+    return parser
