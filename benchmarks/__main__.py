@@ -21,9 +21,9 @@ class Benchmark(NamedTuple):
 BENCHMARKS = {
     "plan": Benchmark(
         "launches, bytes per parameter, temporary memory and compile time of steps compiled for an"
-        " H200, chain beside fused; no GPU is needed",
+        " H200, chain beside fused, or for a TPU v5e; neither is needed",
         "what can't be timed here can be counted: a copy, a pass over the parameters or a launch"
-        " per leaf too many shows in the compiled program",
+        " per leaf too many shows in the compiled program, and fails",
     ),
     "step": Benchmark(
         "time of one step, update and application in place, on the parameters of known networks:"

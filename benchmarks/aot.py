@@ -139,9 +139,9 @@ def compile_step(step: Step, params: Any, state: Any, target: Target = H200) -> 
       target: the device.
     """
     jax.clear_caches()  # a step must pay for what an earlier one has traced
-    with _compiled_anew():
+    with compiled_anew():
         start, cpu_start = time.perf_counter(), _cpu_seconds()
-        compiled = _lower(step, params, state, target).compile()
+        compiled = lower(step, params, state, target).compile()
         cpu_seconds, seconds = _cpu_seconds() - cpu_start, time.perf_counter() - start
     text, memory = compiled.as_text(), compiled.memory_analysis()
     assert text is not None
@@ -156,14 +156,14 @@ def compile_step(step: Step, params: Any, state: Any, target: Target = H200) -> 
 
 def ptx(step: Step, params: Any, state: Any) -> str:
     """The H200's assembly of the step's kernels; arguments as those of `compile_step`."""
-    with tempfile.TemporaryDirectory() as folder, _compiled_anew():
+    with tempfile.TemporaryDirectory() as folder, compiled_anew():
         options: dict[str, str | bool] = {"xla_dump_to": folder, "xla_dump_emitter_re": "ptx"}
-        _lower(step, params, state, H200).compile(compiler_options=options)
+        lower(step, params, state, H200).compile(compiler_options=options)
         return "\n".join(path.read_text() for path in sorted(Path(folder).glob("*.ptx")))
 
 
 @contextlib.contextmanager
-def _compiled_anew() -> Iterator[None]:
+def compiled_anew() -> Iterator[None]:
     """Without JAX's cache on disk, which would neither take time nor write assembly."""
     enabled = jax.config.values["jax_enable_compilation_cache"]
     jax.config.update("jax_enable_compilation_cache", False)
@@ -175,7 +175,7 @@ def _compiled_anew() -> Iterator[None]:
         compilation_cache.reset_cache()
 
 
-def _lower(step: Step, params: Any, state: Any, target: Target) -> jax.stages.Lowered:
+def lower(step: Step, params: Any, state: Any, target: Target) -> jax.stages.Lowered:
     sharding = target.sharding()
     arguments = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),

@@ -93,3 +93,22 @@ LEAF_SETS: dict[str, Leaves] = {
     "one of 4096 × 4096": leaves([(4096, 4096)]),
     "1000 of 64 KB": leaves([(128, 128)] * 1000),
 }
+
+# Of every kind that kernels tell apart: whole blocks, odd ones, single elements.
+RAGGED = leaves(
+    [
+        (512, 512),
+        (1023,),
+        (3, 3, 64, 64),
+        (64,),
+        (1000, 513),
+        (7,),
+        (2048, 300),
+        (1,),
+        (129, 129),
+        (512, 1000),
+    ]
+)
+
+# The first one is to be compiled in a second. A time of it would say nothing.
+COMPILED_SETS: dict[str, Leaves] = {"ragged": RAGGED} | LEAF_SETS

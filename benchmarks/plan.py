@@ -1,68 +1,173 @@
-"""Compiles optimizers' steps for an H200, chain and fused, and tabulates the programs.
+"""Compiles optimizers' steps for an H200 or a TPU, counts what they do, and guards the figures.
 
-`python -m benchmarks plan` writes `results/plan-h200.json` and, from it, `results/plan-h200.md`. A
-run replaces the rows that it measures and keeps the others, each with its own date and versions.
+No device is needed. A program that launches more kernels, moves more bytes or takes more memory
+than the recorded one is named, and the command fails. The recorded figures change with --record
+only: it replaces the rows that it measures and keeps the others, each with its date and versions.
 """
 
 import argparse
-import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+import shlex
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
+import optax
+from rich.console import Console
 
-from benchmarks import RESULTS, history
-from benchmarks.aot import compile_step
+from benchmarks import RESULTS, command_line, history
+from benchmarks.aot import H200, V5E, Target, compile_step
+from benchmarks.command_line import quoted
 from benchmarks.contenders import CONTENDERS
-from benchmarks.leaf_sets import LEAF_SETS, count, leaves
+from benchmarks.leaf_sets import COMPILED_SETS, Leaves, count, leaves
+from benchmarks.plan_figures import WAYS, Change, Row, changes, load, save
+from benchmarks.plan_report import markdown, terminal
+from benchmarks.timing import Times
 from pallas_kernels import explain, fuse
 
 # The report of a step can't be told of parameters and gradients that differ in structure.
 OPTIMIZERS = {name: x.tx for name, x in CONTENDERS.items() if x.floor_of is None}
 
-BACKENDS = {"chain": "xla", "triton": "triton", "mosaic": "mosaic"}
-ROUNDS = 2
+# A recorded time is the smaller one of these.
+RECORDED_ROUNDS = 2
 
-HEADER = """\
-# What a step is on an H200
-
-Compiled for an NVIDIA H200 on a machine without a GPU; nothing here was run, so nothing is said
-about time on the GPU. Parameters and state are float32 and donated.
-
-Three ways in each cell: the chain by XLA → the fused step by Triton's kernels / by Mosaic's.
-
-- kernels: all launches of a step; in parentheses those made by Pallas, the others are XLA's, for
-  scalars.
-- bytes: read and written per parameter, operands and results of all kernels counted once. "Skipped"
-  is the part of it that the fused step neither reads nor writes where nothing changes: the slow
-  weights, in all steps but every fifth. "Floor" is every array that the step depends on read once
-  and every one that changes written once; a norm that must be known first takes more.
-- temporary: memory beside arguments and results, relative to the parameters.
-- compile: seconds of CPU time in user mode, ptxas included, for tracing, lowering and compiling;
-  the smaller of two runs, the three ways by turns in one process.
-"""
+NOTES = (
+    "kernels: that a step launches. bytes: that they move for a parameter. floor: that any step"
+    " must move. temporary: memory beside arguments and results, relative to the parameters."
+    " compile: CPU time, which nothing is compared with."
+)
 
 
-def measure(name: str, params: Any) -> dict[str, Any]:
-    """One optimizer's step on one set of leaves, in all three ways."""
-    tx = OPTIMIZERS[name]
+class Device(NamedTuple):
+    """What the command line can name.
+
+    Attributes:
+      target: what is compiled for.
+      ways: to compile a step for it.
+      packages: whose versions say which compiler it was.
+    """
+
+    target: Target
+    ways: tuple[str, ...]
+    packages: tuple[str, ...]
+
+
+DEVICES = {
+    "h200-aot": Device(H200, tuple(WAYS), ("jax", "optax")),
+    # There the fused step is the chain.
+    "tpu-aot": Device(V5E, ("chain",), ("jax", "libtpu", "optax")),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Compares what the command line selects, everything by default, or records it."""
+    plan = Plan(read(argv))
+    sets, names = plan.options.sets, plan.options.optimizers
+    console, found = Console(), {}
+    versions = map(" ".join, plan.shared.versions.items())
+    console.print(plan.shared.device, *versions, sep=", ", highlight=False)
+    progress = command_line.progress_display(console)
+    task = progress.add_task("", total=len(sets) * len(names))
+    with progress:
+        plan.warm_up()
+        for leaf_set in sets:
+            lines = []
+            for name in names:
+                progress.update(task, description=f"{leaf_set}: {name}")
+                row, changed = plan.measure(leaf_set, name)
+                lines.append((row, changed))
+                found |= {f"{leaf_set} / {name}, {change}": change for change in changed}
+                progress.advance(task)
+            console.print(terminal(leaf_set, lines))
+    console.print(NOTES, highlight=False)
+    conclude(found, plan.options)
+
+
+def conclude(found: Mapping[str, Change], options: argparse.Namespace) -> None:
+    """Says what differs from the recorded figures, and ends the program where that is a failure."""
+    better = [text for text, change in found.items() if not change.worse]
+    worse = [text for text, change in found.items() if change.worse]
+    if better:
+        print("less than was recorded:", *better, sep="\n  ")
+    if worse:
+        print("more than was recorded:", *worse, sep="\n  ")
+    if worse and not options.record:
+        sys.exit(1)
+    programs = len(options.sets) * len(options.optimizers) * len(options.ways)
+    outcome = "recorded" if options.record else "none is more than was recorded"
+    print(f"{options.device}: {programs} programs, {outcome}")
+
+
+class Plan:
+    """Steps compiled for one device, beside the recorded ones or in place of them."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.options, self.target = options, DEVICES[options.device].target
+        self.rows = load(recorded(options))
+        self.shared = history.circumstances(
+            f"compiled for {self.target.name}", DEVICES[options.device].packages
+        )
+
+    def warm_up(self) -> None:
+        """The compiler's own start is nobody's cost."""
+        measure(OPTIMIZERS["lamb"], leaves([(64, 64)]), self.target, self.options.ways)
+
+    def measure(self, leaf_set: str, name: str) -> tuple[Row, list[Change]]:
+        """A row, and how it differs from the recorded one, which it may replace."""
+        case, params = f"{leaf_set} / {name}", COMPILED_SETS[leaf_set]
+        rounds = RECORDED_ROUNDS if self.options.record else 1
+        row = {"optimizer": name}
+        row |= measure(OPTIMIZERS[name], params, self.target, self.options.ways, rounds)
+        changed = list(changes(self.rows.get(case, {}), row, params))
+        if self.options.record:
+            versions = ", ".join(map(" ".join, self.shared.versions.items()))
+            self.rows[case] = row | {"date": self.shared.date, "versions": versions}
+            self.save(case)
+        return row, changed
+
+    def save(self, case: str) -> None:
+        """Writes all rows, and adds the times of one to the history."""
+        path = recorded(self.options)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save(path, self.rows)
+        text = markdown(self.options.device, self.rows)
+        path.with_suffix(".md").write_text(text, encoding="utf-8")
+        # What is counted doesn't spread: its history is the file's.
+        times = {way: Times(tuple(self.rows[case][way]["compile"])) for way in self.options.ways}
+        history.append(
+            path.with_name("history.jsonl"),
+            [
+                history.Measurement("plan", f"{case}, {way}", "s", x.median, x.spread)
+                for way, x in times.items()
+            ],
+            self.shared,
+        )
+
+
+def measure(
+    tx: optax.GradientTransformation,
+    params: Leaves,
+    target: Target,
+    ways: Sequence[str],
+    rounds: int = 1,
+) -> Row:
+    """An optimizer's step on a set of leaves, compiled in several ways by turns."""
     state = jax.eval_shape(tx.init, params)
-    parameters = count(params)
-    report = explain(tx, params)
-    row: dict[str, Any] = {
-        "floor": report.floor_per_parameter,
-        "skipped": sum(phase.predicated for phase in report.phases) / parameters,
-    }
-    seconds: dict[str, list[float]] = {way: [] for way in BACKENDS}
-    for _ in range(ROUNDS):
-        for way, backend in BACKENDS.items():
-            program = compile_step(fuse(tx, backend=backend).step, params, state)
+    parameters, report = count(params), explain(tx, params)
+    row: Row = {"floor": report.floor_per_parameter}
+    if target is H200:
+        row["skipped"] = sum(phase.predicated for phase in report.phases) / parameters
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    for _ in range(rounds):
+        for way in ways:
+            program = compile_step(fuse(tx, backend=WAYS[way]).step, params, state, target)
             seconds[way].append(round(program.cpu_seconds, 2))
             row[way] = {
-                "kernels": len(program.kernels),
+                "kernels": program.launches,
                 "pallas": len(program.of_kind("pallas")),
                 "bytes": program.bytes / parameters,
                 "temporary": program.temporary / (4 * parameters),
@@ -71,93 +176,66 @@ def measure(name: str, params: Any) -> dict[str, Any]:
     return row
 
 
-def table(rows: Iterable[dict[str, Any]]) -> str:
-    """Rows of one set of leaves, in Markdown."""
-    lines = [
-        "| optimizer | kernels | bytes | skipped | floor | temporary | compile | measured |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    return "\n".join([*lines, *map(line, rows)])
+def recorded(options: argparse.Namespace) -> Path:
+    """The file of the recorded figures."""
+    return options.out / f"plan-{options.device}.json"
 
 
-def line(row: dict[str, Any]) -> str:
-    """One optimizer's row of the table."""
-    chain, *fused = (row[way] for way in BACKENDS)
-    slow = min(chain["compile"])
-
-    def cell(before: str, after: str) -> str:
-        return f"{before.format(**chain)} → {' / '.join(after.format(**x) for x in fused)}"
-
-    times = (f"{min(x['compile']):.1f} ({min(x['compile']) / slow:.1f} ×)" for x in fused)
-    return (
-        f"| {row['optimizer']}"
-        f" | {cell('{kernels}', '{kernels} ({pallas})')}"
-        f" | {cell('{bytes:.1f}', '{bytes:.1f}')}"
-        f" | {row['skipped']:.1f} | {row['floor']:.1f}"
-        f" | {cell('{temporary:.2%}', '{temporary:.2%}')}"
-        f" | {slow:.1f} → {' / '.join(times)}"
-        f" | {row['date']}, {row['versions']} |"
-    )
-
-
-def summary(rows: dict[str, dict[str, Any]]) -> str:
-    """The table of the README: ResNet-50, the chain → Triton's kernels."""
-    lines = [
-        "| optimizer | kernels | bytes/parameter | skipped between syncs | compile |",
-        "|---|---|---|---|---|",
-    ]
-    for row in in_order(rows, "ResNet-50"):
-        chain, fused = row["chain"], row["triton"]
-        lines.append(
-            f"| {row['optimizer']} | {chain['kernels']} → {fused['kernels']}"
-            f" | {chain['bytes']:.1f} → {fused['bytes']:.1f} | {row['skipped']:.0f}"
-            f" | {min(fused['compile']) / min(chain['compile']):.1f} × |"
-        )
-    return "\n".join(lines)
-
-
-def in_order(rows: Mapping[str, dict[str, Any]], leaf_set: str) -> list[dict[str, Any]]:
-    """The rows of one set of leaves, as far as there are any."""
-    return [rows[key] for name in OPTIMIZERS if (key := f"{leaf_set} / {name}") in rows]
-
-
-def write(rows: dict[str, dict[str, Any]]) -> None:
-    """Both files, from all rows that there are."""
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "plan-h200.json").write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
-    parts = [HEADER]
-    for leaf_set, params in LEAF_SETS.items():
-        known = in_order(rows, leaf_set)
-        if known:
-            millions = f"{count(params) / 1e6:.1f} million parameters"
-            title = f"## {leaf_set}: {len(params)} leaves, {millions}"
-            parts.append(f"{title}\n\n{table(known)}\n")
-    (RESULTS / "plan-h200.md").write_text("\n".join(parts))
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Measures what the command line selects; everything by default."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks plan", description=__doc__)
-    parser.add_argument("--sets", nargs="+", choices=LEAF_SETS, default=list(LEAF_SETS))
-    parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS))
+def read(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; one that can't be followed ends the program with a message."""
+    parser = make_parser()
     options = parser.parse_args(argv)
+    target, ways, _ = DEVICES[options.device]
+    selected = options.ways or ways
+    options.ways = [way for way in ways if way in selected]
+    foreign = [way for way in selected if way not in ways]
+    if foreign:
+        parser.error(f"{options.device} compiles {quoted(ways)} only, not {quoted(foreign)}")
+    if options.record and len(options.ways) < len(ways):
+        parser.error("a row is recorded with all of its ways: leave out --ways")
+    if target.missing():
+        parser.error(f"{options.device} needs the extra `aot`, which is not installed")
+    if not options.record:
+        unknown = list(unrecorded(options))
+        if unknown:
+            parser.error("\n".join(["not recorded so far, which these would do:", *unknown]))
+    return options
 
-    file = RESULTS / "plan-h200.json"
-    rows = json.loads(file.read_text()) if file.exists() else {}
-    circumstances = history.circumstances("compiled for an H200", ("jax", "optax"))
-    versions = ", ".join(map(" ".join, circumstances.versions.items()))
-    stamp = {"date": circumstances.date, "versions": versions}
-    warm_up = leaves([(64, 64)])
-    for backend in BACKENDS.values():  # the compiler's own start is nobody's cost
-        step = fuse(OPTIMIZERS["lamb"], backend=backend).step
-        compile_step(step, warm_up, jax.eval_shape(OPTIMIZERS["lamb"].init, warm_up))
+
+def unrecorded(options: argparse.Namespace) -> Iterator[str]:
+    """Commands to record the selected cases that there are no figures of."""
+    rows = load(recorded(options))
     for leaf_set in options.sets:
-        for name in options.optimizers:
-            row = measure(name, LEAF_SETS[leaf_set])
-            rows[f"{leaf_set} / {name}"] = {"optimizer": name, **row, **stamp}
-            write(rows)
-            print(leaf_set, line(rows[f"{leaf_set} / {name}"]), flush=True)
+        names = [name for name in options.optimizers if f"{leaf_set} / {name}" not in rows]
+        words = ["python", "-m", "benchmarks", "plan", "--record", "--device", options.device]
+        words += ["--out", str(options.out)] if options.out != RESULTS else []
+        if names:
+            yield shlex.join([*words, "--sets", leaf_set, "--optimizers", *names])
 
 
-if __name__ == "__main__":
-    main()
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = command_line.make_parser("plan", __doc__)
+    parser.add_argument(
+        "--device", choices=DEVICES, default="h200-aot", help="default: %(default)s"
+    )
+    command_line.add_sets(parser, COMPILED_SETS)
+    parser.add_argument(
+        "--optimizers",
+        nargs="+",
+        choices=OPTIMIZERS,
+        default=list(OPTIMIZERS),
+        metavar="NAME",
+        help=f"of {quoted(OPTIMIZERS)} (default: all)",
+    )
+    parser.add_argument(
+        "--ways",
+        nargs="+",
+        choices=WAYS,
+        metavar="WAY",
+        help=f"of {quoted(WAYS)} (default: all of the device)",
+    )
+    parser.add_argument(
+        "--record", action="store_true", help="make these the recorded figures, in --out"
+    )
+    return parser

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from rich.table import Table
 
 from benchmarks import command_line, contenders, history, latest, timing
-from benchmarks.aot import _compiled_anew as compiled_anew
+from benchmarks.aot import compiled_anew
 from benchmarks.contenders import CONTENDERS, REFERENCE
 from benchmarks.latest import Row
 from benchmarks.leaf_sets import Leaves, leaves

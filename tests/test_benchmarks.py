@@ -223,6 +223,9 @@ def test_options_reach_the_benchmark(name, monkeypatch, capsys):
         (["step", "--device", "gpu", "--optimizers", "torch adamw, fused"], "on a CPU only"),
         (["step", "--repeats", "1"], "above 1"),
         (["plan", "--sets", "ResNet-51"], "invalid choice: 'ResNet-51'"),
+        (["plan", "--device", "gpu"], "invalid choice: 'gpu'"),
+        (["plan", "--device", "tpu-aot", "--ways", "chain", "mosaic"], "not mosaic"),
+        (["plan", "--record", "--ways", "chain"], "leave out --ways"),
     ],
 )
 def test_bad_names_are_errors(arguments, message, monkeypatch, capsys):

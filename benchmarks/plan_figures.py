@@ -1,0 +1,86 @@
+"""The figures of a compiled step that must not grow, and how they are compared with recorded ones.
+
+A row holds an optimizer's figures on one set of leaves: for each way to compile it ("chain",
+"triton", "mosaic") three figures, and the seconds that it took, which machines differ in.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.leaf_sets import Leaves, count
+
+Row = dict[str, Any]
+
+# How a step is compiled, and which of the fuser's backends does it.
+WAYS = {"chain": "xla", "triton": "triton", "mosaic": "mosaic"}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number of a compiled step.
+
+    Attributes:
+      key: of it in a row.
+      meaning: what it counts.
+      digits: how it is printed, as a format.
+      slack: by how much XLA's versions may differ, on a set of leaves.
+    """
+
+    key: str
+    meaning: str
+    digits: str
+    slack: Callable[[Leaves], float]
+
+
+# In scalars and partial results of norms, JAX 0.10.2 and 0.12.0 differ by up to 1 kernel, 8 bytes
+# and, for each leaf, 700 bytes of memory. A kernel for each leaf is more, and so is a leaf's copy.
+KERNELS = Figure("kernels", "kernels", "d", lambda leaves: 1)
+BYTES = Figure("bytes", "bytes/parameter", ".4f", lambda leaves: 64 * len(leaves) / count(leaves))
+TEMPORARY = Figure(
+    "temporary",
+    "temporary memory/parameters",
+    ".4%",
+    lambda leaves: 1024 * len(leaves) / (4 * count(leaves)),
+)
+
+
+@dataclass(frozen=True)
+class Change:
+    """A figure that is not the recorded one."""
+
+    way: str
+    figure: Figure
+    recorded: float
+    measured: float
+
+    @property
+    def worse(self) -> bool:
+        """More of anything is."""
+        return self.measured > self.recorded
+
+    def __str__(self) -> str:
+        recorded, measured = (format(x, self.figure.digits) for x in (self.recorded, self.measured))
+        return f"{self.way}, {self.figure.meaning}: recorded {recorded}, measured {measured}"
+
+
+def changes(recorded: Row, measured: Row, leaves: Leaves) -> Iterator[Change]:
+    """What differs between two rows of a set of leaves by more than versions of XLA do."""
+    for way in (way for way in WAYS if way in recorded and way in measured):
+        for figure in (KERNELS, BYTES, TEMPORARY):
+            before, after = recorded[way][figure.key], measured[way][figure.key]
+            if abs(after - before) > figure.slack(leaves):
+                yield Change(way, figure, before, after)
+
+
+def load(path: Path) -> dict[str, Row]:
+    """The recorded rows, by "set / optimizer"."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def save(path: Path, rows: Mapping[str, Row]) -> None:
+    """Writes them."""
+    text = json.dumps(rows, indent=1, ensure_ascii=False)
+    path.write_text(f"{text}\n", encoding="utf-8")

@@ -1,0 +1,147 @@
+"""What the rows of compiled steps look like: on the terminal, in Markdown, and in the README."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from benchmarks.contenders import CONTENDERS
+from benchmarks.leaf_sets import COMPILED_SETS, count
+from benchmarks.plan_figures import BYTES, KERNELS, TEMPORARY, WAYS, Change, Row
+
+HEADERS = {
+    "h200-aot": """\
+# What a step is on an H200
+
+Compiled for an NVIDIA H200 on a machine without a GPU; nothing here was run, so nothing is said
+about time on the GPU. Parameters and state are float32 and donated.
+
+Three ways in each cell: the chain by XLA → the fused step by Triton's kernels / by Mosaic's.
+
+- kernels: all launches of a step; in parentheses those made by Pallas, the others are XLA's, for
+  scalars.
+- bytes: read and written per parameter, operands and results of all kernels counted once. "Skipped"
+  is the part of it that the fused step neither reads nor writes where nothing changes: the slow
+  weights, in all steps but every fifth. "Floor" is every array that the step depends on read once
+  and every one that changes written once; a norm that must be known first takes more.
+- temporary: memory beside arguments and results, relative to the parameters.
+- compile: seconds of CPU time in user mode, ptxas included, for tracing, lowering and compiling;
+  the smaller of two runs, the three ways by turns in one process.
+""",
+    "tpu-aot": """\
+# What a step is on a TPU
+
+Compiled for one chip of a TPU v5e on a machine without one; nothing here was run, so nothing is
+said about time on the TPU. Parameters and state are float32 and donated. There the fused step is
+the chain: XLA compiles it.
+
+- kernels: what takes its turn on the vector unit, fusions for the most part. Arithmetic of the
+  scalar unit is not counted, nor are arrays on their way between the chip's memory and the large
+  one.
+- bytes: read from the large memory and written to it, per parameter, without the padding of
+  layouts; read off the program, for the compiler's own estimate counts what stays on the chip too.
+  "Floor" is every array that the step depends on read once and every one that changes written once;
+  small networks stay on the chip between a norm and its use, large ones are read again.
+- temporary: what lives in the large memory at any time beside arguments and results, relative to
+  the parameters; read off the program, for the compiler reserves more where it then needs none.
+- compile: seconds of CPU time in user mode, for tracing, lowering and compiling; the smaller of two
+  runs.
+""",
+}
+
+
+def title(leaf_set: str) -> str:
+    """A set of leaves and its size."""
+    leaves = COMPILED_SETS[leaf_set]
+    return f"{leaf_set}: {len(leaves)} leaves, {count(leaves) / 1e6:.1f} million parameters"
+
+
+def in_order(rows: Mapping[str, Row], leaf_set: str) -> list[Row]:
+    """The rows of one set of leaves, as far as there are any."""
+    return [rows[key] for name in CONTENDERS if (key := f"{leaf_set} / {name}") in rows]
+
+
+def markdown(device: str, rows: Mapping[str, Row]) -> str:
+    """The file beside the rows: a table for each set of leaves."""
+    parts = [HEADERS[device]]
+    for leaf_set in COMPILED_SETS:
+        known = in_order(rows, leaf_set)
+        if known:
+            parts.append(f"## {title(leaf_set)}\n\n{_table(list(map(_cells, known)))}\n")
+    return "\n".join(parts)
+
+
+def summary(rows: Mapping[str, Row]) -> str:
+    """The table of the README: ResNet-50, the chain → Triton's kernels."""
+    lines = []
+    for row in in_order(rows, "ResNet-50"):
+        chain, fused = row["chain"], row["triton"]
+        lines.append(
+            {
+                "optimizer": row["optimizer"],
+                "kernels": f"{chain['kernels']} → {fused['kernels']}",
+                "bytes/parameter": f"{chain['bytes']:.1f} → {fused['bytes']:.1f}",
+                "skipped between syncs": f"{row['skipped']:.0f}",
+                "compile": f"{min(fused['compile']) / min(chain['compile']):.1f} ×",
+            }
+        )
+    return _table(lines)
+
+
+def _table(lines: Sequence[Mapping[str, str]]) -> str:
+    """In Markdown, from cells by column."""
+    rows = [list(lines[0]), *(line.values() for line in lines)]
+    header, *body = (f"| {' | '.join(row)} |" for row in rows)
+    return "\n".join([header, "|" + "---|" * len(lines[0]), *body])
+
+
+def _cells(row: Row) -> dict[str, str]:
+    """One optimizer's, by column: the chain, and beside it the fused steps where there are any."""
+    chain, *fused = (row[way] for way in WAYS if way in row)
+
+    def cell(before: str, after: str) -> str:
+        parts = [before.format(**chain), " / ".join(after.format(**x) for x in fused)]
+        return " → ".join(filter(None, parts))
+
+    slow = min(chain["compile"])
+    times = (f"{min(x['compile']):.1f} ({min(x['compile']) / slow:.1f} ×)" for x in fused)
+    return {
+        "optimizer": row["optimizer"],
+        "kernels": cell("{kernels}", "{kernels} ({pallas})"),
+        "bytes": cell("{bytes:.1f}", "{bytes:.1f}"),
+        **({"skipped": f"{row['skipped']:.1f}"} if fused else {}),
+        "floor": f"{row['floor']:.1f}",
+        "temporary": cell("{temporary:.2%}", "{temporary:.2%}"),
+        "compile": " → ".join(filter(None, [f"{slow:.1f}", " / ".join(times)])),
+        "measured": f"{row['date']}, {row['versions']}",
+    }
+
+
+def terminal(leaf_set: str, measured: Iterable[tuple[Row, Sequence[Change]]]) -> Table:
+    """The rows of one set of leaves: a line for each way, and what differs from the recorded one.
+
+    Args:
+      leaf_set: its name.
+      measured: rows, each with its changes.
+    """
+    drawn = Table(
+        title=title(leaf_set), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
+    drawn.add_column("optimizer", no_wrap=True)
+    drawn.add_column("way", no_wrap=True)
+    for column in ("kernels", "bytes", "floor", "temporary", "compile"):
+        drawn.add_column(column, justify="right", no_wrap=True)
+    for row, changed in measured:
+        for way in (way for way in WAYS if way in row):
+            colors = {x.figure: "red" if x.worse else "green" for x in changed if x.way == way}
+            drawn.add_row(
+                row["optimizer"],
+                way,
+                Text(f"{row[way]['kernels']}", colors.get(KERNELS, "")),
+                Text(f"{row[way]['bytes']:.2f}", colors.get(BYTES, "")),
+                f"{row['floor']:.2f}",
+                Text(f"{row[way]['temporary']:.2%}", colors.get(TEMPORARY, "")),
+                f"{min(row[way]['compile']):.1f} s",
+            )
+    return drawn

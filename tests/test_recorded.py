@@ -1,0 +1,136 @@
+"""What is recorded of compiled steps: beside a calculation by hand, and as a measure of others."""
+
+import copy
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import pytest
+
+from benchmarks import RESULTS
+from benchmarks.leaf_sets import COMPILED_SETS, RAGGED, count
+from benchmarks.plan_figures import BYTES, KERNELS, TEMPORARY, Row, changes, load
+from benchmarks.plan_report import markdown
+
+RECORDED = {device: load(RESULTS / f"plan-{device}.json") for device in ("h200-aot", "tpu-aot")}
+LARGE = "one of 4096 × 4096"
+
+
+class Expected(NamedTuple):
+    """Of an optimizer's fused step.
+
+    Attributes:
+      bytes: moved for each parameter, slow weights included.
+      launches: kernels on ResNet-50's leaves, XLA's for scalars included, at most.
+    """
+
+    bytes: int
+    launches: int = 12
+
+
+# Reads and writes of float32 by hand: gradient, parameter and each moment in, all but the gradient
+# out; slow weights in and out. A norm of the gradient reads 4 more, of a new moment 8; one of
+# Adam's step and the parameter reads the four and writes the moments, so the parameter and both
+# moments are read once more.
+BY_HAND = {
+    "adamw": Expected(28),
+    "clip + adamw": Expected(28 + 4, launches=26),
+    "lamb": Expected(28 + 12, launches=26),
+    "lookahead(adamw)": Expected(28 + 8),
+    "fame": Expected(28 + 2 * 8),
+    "vradam": Expected(28 + 8, launches=26),
+    "invadam": Expected(28),
+    "dualadam": Expected(28),
+    "novak": Expected(28 + 8),
+    "novak, trust ratio": Expected(28 + 8 + 12, launches=26),
+    "caadam": Expected(28),
+}
+
+# A TPU keeps one array of the large leaf on the chip, and so need not read it again.
+KEPT_ON_TPU = {"lamb": 4, "novak, trust ratio": 4}
+# XLA computes FAME's averages in two passes there, and copies one.
+WORSE_ON_TPU = {"fame"}
+
+
+def steps(name: str) -> Iterator[tuple[str, Row]]:
+    """An optimizer's rows of the H200, by sets of leaves."""
+    for leaf_set in COMPILED_SETS:
+        case = f"{leaf_set} / {name}"
+        if case in RECORDED["h200-aot"]:
+            yield leaf_set, RECORDED["h200-aot"][case]
+
+
+every_optimizer = pytest.mark.parametrize("name", BY_HAND)
+
+
+@every_optimizer
+def test_what_every_change_is_judged_by_is_there(name):
+    assert f"ragged / {name}" in RECORDED["h200-aot"]
+    assert f"{LARGE} / {name}" in RECORDED["tpu-aot"]
+
+
+@every_optimizer
+def test_the_bytes_are_those_of_a_calculation_by_hand(name):
+    for _, row in steps(name):
+        for way in ("triton", "mosaic"):
+            assert row[way]["bytes"] == pytest.approx(BY_HAND[name].bytes, rel=0.005)
+
+
+@pytest.mark.parametrize("name", sorted(BY_HAND.keys() - WORSE_ON_TPU))
+def test_the_bytes_are_those_of_a_calculation_for_a_tpu(name):
+    expected = BY_HAND[name].bytes - KEPT_ON_TPU.get(name, 0)
+    row = RECORDED["tpu-aot"][f"{LARGE} / {name}"]
+    assert row["chain"]["bytes"] == pytest.approx(expected, rel=0.005)
+
+
+@every_optimizer
+def test_fused_steps_move_no_more_than_the_chain(name):
+    for _, row in steps(name):
+        # Scalars between launches may cost a little.
+        assert row["triton"]["bytes"] <= 1.002 * row["chain"]["bytes"]
+
+
+@every_optimizer
+def test_fused_steps_need_no_memory_beside_arguments_and_results(name):
+    for _, row in steps(name):
+        assert max(row["triton"]["temporary"], row["mosaic"]["temporary"]) < 0.01
+
+
+@every_optimizer
+def test_mosaic_runs_the_same_program(name):
+    for _, row in steps(name):
+        assert 0 < row["triton"]["pallas"] == row["mosaic"]["pallas"]
+
+
+@every_optimizer
+def test_a_network_takes_few_launches(name):
+    for leaf_set, row in steps(name):
+        if leaf_set == "ResNet-50":
+            assert row["triton"]["kernels"] <= BY_HAND[name].launches
+
+
+@pytest.mark.parametrize("device", RECORDED)
+def test_tables_show_the_rows(device):
+    text = (RESULTS / f"plan-{device}.md").read_text(encoding="utf-8")
+    assert text == markdown(device, RECORDED[device])
+
+
+@pytest.mark.parametrize("figure", [KERNELS, BYTES, TEMPORARY], ids=lambda figure: figure.key)
+@pytest.mark.parametrize("way", ["chain", "triton"])
+@pytest.mark.parametrize(
+    ("slacks", "worse"), [(0, []), (0.9, []), (-0.9, []), (1.1, [True]), (-1.1, [False])]
+)
+def test_each_figure_of_each_way_is_judged(figure, way, slacks, worse):
+    recorded = RECORDED["h200-aot"]["ragged / adamw"]
+    measured: Any = copy.deepcopy(recorded)
+    measured[way][figure.key] += slacks * figure.slack(RAGGED)
+    found = list(changes(recorded, measured, RAGGED))
+    assert [change.worse for change in found] == worse
+    assert all((change.way, change.figure) == (way, figure) for change in found)
+
+
+@pytest.mark.parametrize("leaf_set", COMPILED_SETS)
+def test_the_copy_of_an_average_leaf_is_more_than_the_slack(leaf_set):
+    leaves = COMPILED_SETS[leaf_set]
+    read_and_written = 2 * 4 / len(leaves)
+    assert read_and_written > BYTES.slack(leaves)
+    assert count(leaves) * BYTES.slack(leaves) < 100_000
