@@ -32,15 +32,15 @@ def make_parser(benchmark: str, description: str | None) -> argparse.ArgumentPar
     return parser
 
 
-def add_sets(parser: argparse.ArgumentParser, sets: Iterable[str] = LEAF_SETS) -> None:
+def add_sets(parser: argparse.ArgumentParser) -> None:
     """Sets of leaves, all by default."""
     parser.add_argument(
         "--sets",
         nargs="+",
-        choices=list(sets),
-        default=list(sets),
+        choices=LEAF_SETS,
+        default=list(LEAF_SETS),
         metavar="SET",
-        help=f"of {quoted(sets)} (default: all)",
+        help=f"of {quoted(LEAF_SETS)} (default: all)",
     )
 
 

@@ -64,17 +64,16 @@ DEVICES = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Compares what the command line selects, everything by default, or records it."""
+    """Compares what the command line selects, all that is recorded by default, or records it."""
     plan = Plan(read(argv))
-    sets, names = plan.options.sets, plan.options.optimizers
     console, found = Console(), {}
     versions = map(" ".join, plan.shared.versions.items())
     console.print(plan.shared.device, *versions, sep=", ", highlight=False)
     progress = command_line.progress_display(console)
-    task = progress.add_task("", total=len(sets) * len(names))
+    task = progress.add_task("", total=sum(map(len, plan.options.cases.values())))
     with progress:
         plan.warm_up()
-        for leaf_set in sets:
+        for leaf_set, names in plan.options.cases.items():
             lines = []
             for name in names:
                 progress.update(task, description=f"{leaf_set}: {name}")
@@ -97,7 +96,7 @@ def conclude(found: Mapping[str, Change], options: argparse.Namespace) -> None:
         print("more than was recorded:", *worse, sep="\n  ")
     if worse and not options.record:
         sys.exit(1)
-    programs = len(options.sets) * len(options.optimizers) * len(options.ways)
+    programs = sum(map(len, options.cases.values())) * len(options.ways)
     outcome = "recorded" if options.record else "none is more than was recorded"
     print(f"{options.device}: {programs} programs, {outcome}")
 
@@ -195,18 +194,23 @@ def read(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("a row is recorded with all of its ways: leave out --ways")
     if target.missing():
         parser.error(f"{options.device} needs the extra `aot`, which is not installed")
+    rows = load(recorded(options))
+    names = options.optimizers or list(OPTIMIZERS)
+    options.cases = dict.fromkeys(options.sets or COMPILED_SETS, names)
+    if not (options.record or options.sets or options.optimizers):
+        known = {x: [n for n in names if f"{x} / {n}" in rows] for x in options.cases}
+        options.cases = {leaf_set: names for leaf_set, names in known.items() if names}
     if not options.record:
-        unknown = list(unrecorded(options))
+        unknown = list(unrecorded(options, rows))
         if unknown:
             parser.error("\n".join(["not recorded so far, which these would do:", *unknown]))
     return options
 
 
-def unrecorded(options: argparse.Namespace) -> Iterator[str]:
+def unrecorded(options: argparse.Namespace, rows: Mapping[str, Row]) -> Iterator[str]:
     """Commands to record the selected cases that there are no figures of."""
-    rows = load(recorded(options))
-    for leaf_set in options.sets:
-        names = [name for name in options.optimizers if f"{leaf_set} / {name}" not in rows]
+    for leaf_set, selected in options.cases.items():
+        names = [name for name in selected if f"{leaf_set} / {name}" not in rows]
         words = ["python", "-m", "benchmarks", "plan", "--record", "--device", options.device]
         words += ["--out", str(options.out)] if options.out != RESULTS else []
         if names:
@@ -219,15 +223,17 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--device", choices=DEVICES, default="h200-aot", help="default: %(default)s"
     )
-    command_line.add_sets(parser, COMPILED_SETS)
-    parser.add_argument(
-        "--optimizers",
-        nargs="+",
-        choices=OPTIMIZERS,
-        default=list(OPTIMIZERS),
-        metavar="NAME",
-        help=f"of {quoted(OPTIMIZERS)} (default: all)",
-    )
+    for option, choices, metavar in (
+        ("--sets", COMPILED_SETS, "SET"),
+        ("--optimizers", OPTIMIZERS, "NAME"),
+    ):
+        parser.add_argument(
+            option,
+            nargs="+",
+            choices=choices,
+            metavar=metavar,
+            help=f"of {quoted(choices)} (default: all that is recorded)",
+        )
     parser.add_argument(
         "--ways",
         nargs="+",
