@@ -1,17 +1,14 @@
-"""Draws the figures from the latest results and fills README's table; measures nothing."""
+"""Draws the figures from the latest results and fills README's tables; measures nothing."""
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from benchmarks import command_line, figures, latest, scaling, step
+from benchmarks import command_line, figures, latest, plan_report, scaling, step
 from benchmarks.latest import Row
 from benchmarks.peers import PEERS
 
 README = Path(__file__).parents[1] / "README.md"
-
-# Of the README's part that is filled; HTML comments, which its readers don't see.
-BEGIN, END = "<!-- step-table -->\n", "<!-- /step-table -->\n"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -22,10 +19,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         for path in sorted(options.out.glob(f"{benchmark}-*.json")):
             draw_results(path)
             print(path.with_suffix(".svg"))
-    if rows := latest.load(latest.path(options.out, "step", "cpu")):
-        text = options.readme.read_text(encoding="utf-8")
-        options.readme.write_text(fill(text, table(rows)), encoding="utf-8")
-        print(options.readme)
+    text = options.readme.read_text(encoding="utf-8")
+    for name, content in contents(options.out).items():
+        text = fill(text, name, content)
+    options.readme.write_text(text, encoding="utf-8")
+    print(options.readme)
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """The README's tables that there are results for, by the names of their places in it."""
+    tables = {
+        "step-table": (latest.path(folder, "step", "cpu"), table),
+        "plan-table": (latest.path(folder, "plan", "h200-aot"), plan_report.summary),
+    }
+    return {
+        name: make(rows) for name, (path, make) in tables.items() if (rows := latest.load(path))
+    }
 
 
 def draw_steps(path: Path) -> None:
@@ -65,12 +74,16 @@ def measured(row: Row) -> str:
     return f"{cores} with {', '.join(map(' '.join, row['versions'].items()))}, {row['date']}"
 
 
-def fill(text: str, content: str) -> str:
-    """The README's text, with this content between its two marks; `ValueError` without them."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"README must have a line {BEGIN.strip()} and, below it, {END.strip()}")
+def fill(text: str, name: str, content: str) -> str:
+    """The README's text, with this content between two marks; `ValueError` without them.
+
+    They are HTML comments, which its readers don't see.
+    """
+    begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->\n"
+    before, found, rest = text.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not (found and closed):
+        raise ValueError(f"README must have a line {begin.strip()} and, below it, {end.strip()}")
     return f"{before}{begin}\n{content}\n\n{end}{after}"
 
 

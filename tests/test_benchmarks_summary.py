@@ -6,7 +6,8 @@ import re
 import pytest
 
 from benchmarks import RESULTS, latest, summary
-from benchmarks.summary import BEGIN, END
+
+BEGIN, END = "<!-- table -->\n", "<!-- /table -->\n"
 
 ROW = {
     "median_ms": 2.5,
@@ -18,10 +19,13 @@ ROW = {
 }
 
 
-def test_readme_shows_the_times_of_a_step():
+def test_readme_shows_what_was_measured():
     text = summary.README.read_text(encoding="utf-8")
+    contents = summary.contents(RESULTS)
+    assert contents.keys() == {"step-table", "plan-table"}
+    for name, content in contents.items():
+        assert summary.fill(text, name, content) == text
     rows = latest.load(latest.path(RESULTS, "step", "cpu"))
-    assert summary.fill(text, summary.table(rows)) == text
     assert all(f"| {case.partition(' / ')[2]} |" in text for case in rows)
 
 
@@ -51,15 +55,15 @@ def test_the_table_takes_what_is_there():
 
 def test_what_is_around_the_table_stays():
     text = f"# Title\n\n{BEGIN}\nold\n\n{END}\nbelow\n"
-    filled = summary.fill(text, "| new |")
+    filled = summary.fill(text, "table", "| new |")
     assert filled == f"# Title\n\n{BEGIN}\n| new |\n\n{END}\nbelow\n"
-    assert summary.fill(filled, "| new |") == filled
+    assert summary.fill(filled, "table", "| new |") == filled
 
 
 @pytest.mark.parametrize("text", ["", BEGIN, END, f"{END}{BEGIN}"])
 def test_a_readme_without_marks_is_an_error(text):
-    with pytest.raises(ValueError, match="must have a line <!-- step-table -->"):
-        summary.fill(text, "| new |")
+    with pytest.raises(ValueError, match="must have a line <!-- table -->"):
+        summary.fill(text, "table", "| new |")
 
 
 def test_figures_are_the_same_each_time(tmp_path):
