@@ -5,6 +5,7 @@ from optax_ext.methods.dualadam import dualadam, invadam
 from optax_ext.methods.fame import fame
 from optax_ext.methods.novak import novak
 from optax_ext.methods.vradam import vradam
+from optax_ext.shardings import state_shardings
 from optax_ext.transforms.autoscaling import autoscale
 from optax_ext.transforms.bias_correction import correct_bias
 from optax_ext.transforms.connections import connection_table, scale_by_connections
@@ -55,6 +56,7 @@ __all__ = [
     "scale_by_moments",
     "scale_by_trust_ratio",
     "scheduled_nesterov_ema",
+    "state_shardings",
     "triple_ema",
     "triple_ema_of_squares",
     "velocity_regularized",

@@ -1,6 +1,5 @@
 """`fuse`: any Optax chain as a few multi-leaf launches, executed from the chain's own code."""
 
-import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,6 +12,7 @@ from jax.custom_batching import custom_vmap
 
 from pallas_kernels import launch
 from pallas_kernels.grouping import launches
+from pallas_kernels.placement import Placement, Shardings, of_parameters, place
 from pallas_kernels.plan import Plan, plan
 from pallas_kernels.trace import Graph, Kind, Node, Traced, trace
 
@@ -31,7 +31,11 @@ class FusedTransformation(optax.GradientTransformationExtraArgs):
 
 
 def fuse(
-    tx: optax.GradientTransformation, *, backend: str = "auto", strict: bool = False
+    tx: optax.GradientTransformation,
+    *,
+    backend: str = "auto",
+    strict: bool = False,
+    shardings: Shardings = None,
 ) -> FusedTransformation:
     r"""Runs an optimizer's step over all leaves in a handful of Pallas launches.
 
@@ -57,10 +61,15 @@ def fuse(
         "interpret" or "interpret-mosaic", for them in Pallas' interpreter (tests); "xla", for the
         chain.
       strict: whether to raise where "auto" leaves something to XLA.
+      shardings: where the parameters lie on a mesh of devices: one `NamedSharding` (or, under
+        `jax.set_mesh`, a `PartitionSpec`) for all, or a tree of them like the parameters. Kernels
+        then run on each device's shards, and norms are summed over the devices. Arrays themselves
+        tell it outside of `jit`, and their types on a mesh with explicit axes; inside `jit` on
+        automatic axes nothing does, and without `shardings` XLA gathers every leaf.
 
     Raises:
       ValueError: `backend` is unknown; or, from `step` and `update` if `strict`, a leaf can't be
-        fused: its path and the reason.
+        fused: its path and the reason; or `shardings` does not fit the parameters.
 
     >>> import jax, jax.numpy as jnp, optax
     >>> tx = fuse(optax.adamw(1e-3))
@@ -80,15 +89,19 @@ def fuse(
         updates, state = tx.update(updates, state, params, **extra_args)
         return state, updates
 
+    def given_for(position, params):
+        given = {} if shardings is None else of_parameters(params, shardings)
+        return {f"{position}/{path}".rstrip("/"): sharding for path, sharding in given.items()}
+
     def step(params, state, grads, **extra_args):
         arguments = (params, state, grads, extra_args)
-        return _execute(chain_step, arguments, backend=backend, strict=strict, written=2)
+        placed = given_for(0, params)
+        return _execute(chain_step, arguments, backend, strict, placed, written=2)
 
     def update(updates, state, params=None, **extra_args):
         arguments = (state, updates, params, extra_args)
-        state, updates = _execute(
-            chain_update, arguments, backend=backend, strict=strict, written=1
-        )
+        placed = given_for(1, updates)
+        state, updates = _execute(chain_update, arguments, backend, strict, placed, written=1)
         return updates, state
 
     fused = FusedTransformation(tx.init, update)
@@ -107,12 +120,14 @@ def whole_step(tx: optax.GradientTransformation) -> Callable[..., Any]:
     return chain_step
 
 
-def _execute(function, arguments, *, backend, strict, written):
+def _execute(function, arguments, backend, strict, placed, *, written):
     """`function(*arguments)`, fused; the first `written` results take those arguments' memory."""
     if backend == launch.CHAIN:
         return function(*arguments)
     traced, in_place, values = trace_step(function, arguments, written)
-    planned = plan(traced.graph, in_place, launch.supports(backend))
+    flat = (*traced.constants, *values)
+    placement = place(traced.graph, flat, placed)
+    planned = plan(traced.graph, in_place, launch.supports(backend), placement)
     if strict and (left := left_to_xla(traced.graph, planned)):
         raise ValueError(f"strict=True, but {'; '.join(left)}")
 
@@ -120,7 +135,7 @@ def _execute(function, arguments, *, backend, strict, written):
 
     @custom_vmap
     def by_kernels(*flat):
-        results = run(traced.graph, planned, flat, backend)
+        results = run(traced.graph, planned, placement, flat, backend)
         return jax.tree.unflatten(structure, results)
 
     @by_kernels.def_vmap
@@ -135,7 +150,6 @@ def _execute(function, arguments, *, backend, strict, written):
     def differentiated(primals, tangents):
         return jax.jvp(traced.by_xla, primals, tangents)
 
-    flat = (*traced.constants, *values)
     if backend == "auto":
         results = lax.platform_dependent(*flat, cuda=differentiable, default=traced.by_xla)
     else:
@@ -192,7 +206,11 @@ def _origin(node: Node) -> str:
 
 
 def run(
-    graph: Graph, planned: Plan, arguments: Sequence[jax.Array], backend: str
+    graph: Graph,
+    planned: Plan,
+    placement: Placement,
+    arguments: Sequence[jax.Array],
+    backend: str,
 ) -> list[jax.Array]:
     """The step's results, by launches, and by XLA for what is between them."""
     values: dict[Node, Any] = dict(zip(graph.inputs, arguments, strict=False))
@@ -209,11 +227,9 @@ def run(
                     values[top] = _by_xla(top, values)
         return values[node]
 
-    flat = functools.cache(lambda node: value(node).reshape(-1))
     calls: dict[Any, Callable[..., Any]] = {}
     for phase in planned.phases:
-        found = launch.run(backend, launches(phase), flat, value, calls)
-        values |= {node: x.astype(node.dtype).reshape(node.shape) for node, x in found.items()}
+        values |= placement.run(graph, backend, launches(phase), value, calls)
     for effect in graph.effects:
         _bind(effect, [value(a) for a in effect.args])
     return [value(node) for node in graph.outputs]

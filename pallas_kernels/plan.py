@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pallas_kernels import program
+from pallas_kernels.placement import Placement
 from pallas_kernels.program import Program
 from pallas_kernels.trace import Graph, Kind, Node
 
@@ -31,16 +32,23 @@ class Plan:
     reasons: dict[Node, str]
 
 
-def plan(graph: Graph, in_place: Mapping[int, int], supports: Callable[[str], bool]) -> Plan:
+def plan(
+    graph: Graph,
+    in_place: Mapping[int, int],
+    supports: Callable[[str], bool],
+    placement: Placement | None = None,
+) -> Plan:
     """Decides what runs where.
 
     Args:
       graph: the step.
       in_place: for results that may take the memory of an argument, the positions of both.
       supports: whether the backend knows a primitive.
+      placement: where leaves lie; `None` is whole on one device.
     """
+    placement = placement or Placement()
     reachable = _reachable(graph.outputs)
-    reasons = _left_to_xla(graph, reachable, supports)
+    reasons = _left_to_xla(graph, reachable, supports, placement)
 
     # Arrays that come from no argument, such as the list of all leaves' norms, are small.
     leaves = {graph.component(node) for node in graph.inputs if node.on_leaf}
@@ -62,14 +70,16 @@ def plan(graph: Graph, in_place: Mapping[int, int], supports: Callable[[str], bo
     levels = 1 + max((n.args[0].level for n in reduced), default=-1)
     phases: list[list[Program]] = [[] for _ in range(levels + 1)]
     for component in statistics | writes:
-        passes = _passes(statistics.get(component, []), writes.get(component, []), targets)
+        reduced, written = statistics.get(component, []), writes.get(component, [])
+        example = written[0] if written else reduced[0].args[0]
+        passes = _passes(reduced, written, placement.size(component, example), targets)
         for level, each in passes.items():
             phases[levels if level is None else level].append(each)
     return Plan([phase for phase in phases if phase], reasons)
 
 
 def _passes(
-    reduced: Sequence[Node], written: Sequence[Node], targets: Mapping[Node, Node]
+    reduced: Sequence[Node], written: Sequence[Node], size: int, targets: Mapping[Node, Node]
 ) -> dict[int | None, Program]:
     """A component's programs: for each level with statistics, and for what comes last (`None`).
 
@@ -80,9 +90,9 @@ def _passes(
     by_level: dict[int | None, list[Node]] = {}
     for node in reduced:
         by_level.setdefault(node.args[0].level, []).append(node)
-    passes = {level: program.make(nodes, targets) for level, nodes in by_level.items()}
+    passes = {level: program.make(nodes, size, targets) for level, nodes in by_level.items()}
     if written:
-        passes[None] = program.make(written, targets)
+        passes[None] = program.make(written, size, targets)
     if not reduced or not written:
         return passes
 
@@ -92,8 +102,8 @@ def _passes(
     if not early or not late:
         return passes
     sooner = {
-        last: program.make([*by_level[last], *early], targets),
-        None: program.make(late, targets, given=early),
+        last: program.make([*by_level[last], *early], size, targets),
+        None: program.make(late, size, targets, given=early),
     }
     overwritten = {targets[n] for n in early}
     if overwritten.isdisjoint(sooner[None].inputs) and _moved(passes | sooner) < _moved(passes):
@@ -116,7 +126,7 @@ def _reachable(outputs: Sequence[Node]) -> list[Node]:
     return sorted(seen, key=lambda n: n.index)
 
 
-def _left_to_xla(graph, reachable, supports) -> dict[Node, str]:
+def _left_to_xla(graph, reachable, supports, placement) -> dict[Node, str]:
     blocks = [n for n in reachable if n.kind is Kind.BLOCK]
     computed = {graph.component(n) for n in blocks}
     reasons: dict[Node, str] = {}
@@ -135,8 +145,11 @@ def _left_to_xla(graph, reachable, supports) -> dict[Node, str]:
         for value in (node, *node.args):
             if str(value.dtype) not in DTYPES:
                 leave(node, f"no kernel for {value.dtype}")
-        if node.size > _LARGEST:
-            leave(node, f"{node.size} elements are more than a 32-bit index reaches")
+        component = graph.component(node)
+        if (size := placement.size(component, node)) > _LARGEST:
+            leave(node, f"{size} elements are more than a 32-bit index reaches")
+        if (why := placement.reason(component, node)) is not None:
+            leave(node, why)
     return reasons
 
 

@@ -42,6 +42,7 @@ class Program:
 
     Attributes:
       results: the nodes that the roots compute.
+      size: number of elements of the leaf, or of what one device holds of it.
       inputs: arrays that are read block by block.
       loads: when each of them is needed; `None` is always.
       scalars: values that are the same for all blocks.
@@ -50,17 +51,12 @@ class Program:
     """
 
     results: list[Node]
+    size: int
     inputs: list[Node] = field(default_factory=list)
     loads: list[Predicate | None] = field(default_factory=list)
     scalars: list[Node] = field(default_factory=list)
     ops: list[tuple[Any, dict[str, Any], tuple[Ref, ...]]] = field(default_factory=list)
     roots: list[Root] = field(default_factory=list)
-
-    @property
-    def size(self) -> int:
-        """Number of elements of the leaf."""
-        first = self.results[0]
-        return (first.args[0] if first.kind is Kind.REDUCED else first).size
 
     def stored(self) -> list[tuple[Node, Root]]:
         """Results that are leaves, and their roots."""
@@ -74,8 +70,8 @@ class Program:
         """Bytes of a leaf read and written, and those among them that some steps skip."""
         moved = [*zip(self.inputs, self.loads, strict=True)]
         moved += [(node, root.needed) for node, root in self.stored()]
-        skipped = sum(node.bytes for node, needed in moved if needed is not None)
-        return sum(node.bytes for node, _ in moved), skipped
+        skipped = sum(node.dtype.itemsize for node, needed in moved if needed is not None)
+        return self.size * sum(node.dtype.itemsize for node, _ in moved), self.size * skipped
 
     def form(self) -> Any:
         """Equal for programs that one kernel body can serve."""
@@ -87,16 +83,17 @@ class Program:
 
 
 def make(
-    results: Sequence[Node], targets: Mapping[Node, Node], given: Sequence[Node] = ()
+    results: Sequence[Node], size: int, targets: Mapping[Node, Node], given: Sequence[Node] = ()
 ) -> Program:
     """The program that computes `results` from arguments and from what earlier ones computed.
 
     Args:
       results: values of one component, all known at the level of the last.
+      size: number of elements that it runs on.
       targets: arguments whose memory a result takes.
       given: values that are read instead of computed.
     """
-    program = Program(list(results))
+    program = Program(list(results), size)
     refs: dict[Node, Ref] = {}
 
     def visit(node: Node) -> Ref:

@@ -1,5 +1,6 @@
 """`explain`: what `fuse` makes of an optimizer on given parameters, as a table or as data."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ import optax
 from pallas_kernels import launch
 from pallas_kernels.fuse import left_to_xla, trace_step, whole_step
 from pallas_kernels.grouping import launches
+from pallas_kernels.placement import Placement, of_value, place
 from pallas_kernels.plan import plan
 from pallas_kernels.program import Program
 from pallas_kernels.trace import Graph, Kind, Node
@@ -26,6 +28,8 @@ class Phase:
       launches: number of kernels.
       bytes: read and written, all launches together.
       predicated: bytes of those that some steps skip, such as lookahead's slow weights.
+      sums: vectors of statistics that the devices add up: one for all leaves that are cut along
+        the same axes.
     """
 
     work: str
@@ -34,20 +38,23 @@ class Phase:
     launches: int
     bytes: int
     predicated: int
+    sums: int
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a fused step does.
+    """What a fused step does, on each device.
 
     Attributes:
-      parameters: number of them.
+      devices: number of them.
+      parameters: number of them that a device holds.
       phases: in order of execution.
       floor: bytes that any step must move: every array it depends on read once, every one that
         changes written once. A statistic that must be known first costs another pass, not in here.
       left_to_xla: a line for each component that is not fused, with the reason.
     """
 
+    devices: int
     parameters: int
     phases: tuple[Phase, ...]
     floor: int
@@ -81,6 +88,9 @@ class Report:
             f"{self.launches} launches, {self.bytes_per_parameter:.2f} bytes/parameter,"
             f" floor {self.floor_per_parameter:.2f}"
         )
+        if self.devices > 1:
+            sums = sum(phase.sums for phase in self.phases)
+            lines.append(f"on each of {self.devices} devices, which add up {sums} vectors of norms")
         return "\n".join([*lines, *(f"left to XLA: {line}" for line in self.left_to_xla)])
 
 
@@ -91,7 +101,8 @@ def explain(
 
     Args:
       tx: an optimizer, fused or not.
-      params: the parameters, or their shapes; gradients are taken to be of the same dtypes.
+      params: the parameters, or their shapes; gradients are taken to be of the same dtypes. Where
+        they have a `NamedSharding`, the report is of a device and its shards.
       backend: that of `fuse`, for what its kernels can do.
       **extra_args: what the optimizer's update takes beside gradients, or the shapes of it.
 
@@ -106,20 +117,28 @@ def explain(
     """
     launch.check(backend, or_chain=False)
     tx = getattr(tx, "chain", tx)
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=of_value(x)), params
+    )
     state = jax.eval_shape(tx.init, shapes)
     arguments = (shapes, state, shapes, extra_args)
-    traced, in_place, _ = trace_step(whole_step(tx), arguments, written=2)
-    planned = plan(traced.graph, in_place, launch.supports(backend))
+    traced, in_place, values = trace_step(whole_step(tx), arguments, written=2)
+    placement = place(traced.graph, [*traced.constants, *values], {})
+    planned = plan(traced.graph, in_place, launch.supports(backend), placement)
     return Report(
-        parameters=sum(x.size for x in jax.tree.leaves(shapes)),
-        phases=tuple(map(_phase, planned.phases)),
-        floor=_floor(traced.graph),
+        devices=1 if placement.mesh is None else placement.mesh.size,
+        parameters=sum(math.prod(_shard(x)) for x in jax.tree.leaves(shapes)),
+        phases=tuple(_phase(programs, traced.graph, placement) for programs in planned.phases),
+        floor=_floor(traced.graph, placement),
         left_to_xla=tuple(left_to_xla(traced.graph, planned)),
     )
 
 
-def _phase(programs: Sequence[Program]) -> Phase:
+def _shard(x: jax.ShapeDtypeStruct) -> tuple[int, ...]:
+    return x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
+
+
+def _phase(programs: Sequence[Program], graph: Graph, placement: Placement) -> Phase:
     reduces = any(root.reduction for program in programs for root in program.roots)
     traffic = [program.traffic() for program in programs]
     return Phase(
@@ -129,10 +148,11 @@ def _phase(programs: Sequence[Program]) -> Phase:
         launches=len(launches(programs)) + reduces,  # one launch adds up what the others found
         bytes=sum(moved for moved, _ in traffic),
         predicated=sum(skipped for _, skipped in traffic),
+        sums=len(placement.sums(graph, programs)),
     )
 
 
-def _floor(graph: Graph) -> int:
+def _floor(graph: Graph, placement: Placement) -> int:
     """All arguments that results depend on, once, and all results that are no argument, once."""
     seen: set[Node] = set()
     pending = [node for node in graph.outputs if node.kind is not Kind.INPUT]
@@ -143,4 +163,7 @@ def _floor(graph: Graph) -> int:
             seen.add(node)
             pending.extend(node.args)
     read = [node for node in seen if node.kind is Kind.INPUT]
-    return sum(node.bytes for node in (*read, *results))
+    return sum(
+        placement.size(graph.component(node), node) * node.dtype.itemsize
+        for node in (*read, *results)
+    )

@@ -141,7 +141,7 @@ class Graph:
         """The results of one operation."""
         args, aval = tuple(args), avals[0]
         size = math.prod(aval.shape)
-        if primitive is lax.optimization_barrier_p:
+        if primitive.name in _WHERE_AND_WHEN:
             return list(args)
         on_leaf = [a for a in args if a.on_leaf]
         if not on_leaf:
@@ -370,6 +370,10 @@ ELEMENTWISE = frozenset(_ELEMENTWISE.split())
 
 # Operations that keep the elements in their order in memory.
 SAME_ORDER = frozenset(("reshape", "squeeze", "expand_dims", "broadcast_in_dim"))
+
+
+# Operations that keep the values, and say where they shall lie or when they are computed.
+_WHERE_AND_WHEN = frozenset(("mesh_cast", "optimization_barrier", "reshard", "sharding_constraint"))
 
 
 def is_fusible(primitive: str) -> bool:

@@ -10,7 +10,6 @@ import optax
 import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import optax_ext
 from cases import CASES, METHODS
@@ -224,35 +223,3 @@ def test_connection_table_of_an_nnx_module():
     table = optax_ext.connection_table(state, **options)
     assert [(row.path, row.connections) for row in table] == [("conv2", 20), ("conv10", 10)]
     assert table == optax_ext.connection_table(nnx.to_pure_dict(state), **options)
-
-
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("case", [*METHODS, CASE["novak-full"]], ids=str)
-def test_sharded_parameters(case, axis_type):
-    """Fully sharded over 8 devices: the state lies where the parameters lie."""
-    mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(axis_type,))
-    placement = {
-        "bias": NamedSharding(mesh, PartitionSpec("fsdp")),
-        "kernel": NamedSharding(mesh, PartitionSpec(None, "fsdp")),
-    }
-    tree = {"bias": shape(8), "kernel": shape(3, 16)}
-    params, *grads = [filled(tree, seed) for seed in range(5)]
-    optimizer = build(case)
-
-    def assert_in_place(params, state):
-        for path, leaf in jax.tree_util.tree_leaves_with_path((params, state)):
-            name = getattr(path[-1], "key", None)
-            if name in tree and leaf.shape == tree[name].shape:
-                assert leaf.sharding.is_equivalent_to(placement[name], leaf.ndim), path
-
-    with jax.set_mesh(mesh):
-        sharded = jax.device_put(params, placement)
-        # Under `jit`, zeros learn their place from the parameters' type or not at all.
-        init = jax.jit(optimizer.init) if axis_type == AxisType.Explicit else optimizer.init
-        state = init(sharded)
-        assert_in_place(sharded, state)
-        train_step = jax.jit(partial(step, optimizer))
-        for gradient in grads:
-            sharded, state = train_step(sharded, state, jax.device_put(gradient, placement))
-        assert_in_place(sharded, state)
-    assert_equal(jax.device_get(sharded), run(optimizer, params, grads), rtol=1e-5)

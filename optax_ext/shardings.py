@@ -1,0 +1,78 @@
+"""Where an optimizer's state lies on a mesh of devices: beside the parameters."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+
+def state_shardings(tx: optax.GradientTransformation, params: optax.Params) -> optax.OptState:
+    """The shardings of the state that keep it beside the parameters.
+
+    An array that belongs to a parameter is cut as it is, along the axes on which both are equally
+    long; all else is whole on every device. Nothing is computed, so shapes will do as parameters,
+    and a state can be made in place, or restored from a checkpoint, that fits on no single device.
+
+    Args:
+      tx: an optimizer.
+      params: arrays or `jax.ShapeDtypeStruct`, each with a `NamedSharding`, on one mesh.
+
+    Returns:
+      A tree of `NamedSharding` like the state.
+
+    Raises:
+      ValueError: a parameter has no `NamedSharding`, or lies on another mesh than the others.
+
+    >>> import jax.numpy as jnp, optax_ext
+    >>> mesh = jax.make_mesh((1,), ("data",))
+    >>> sharding = NamedSharding(mesh, PartitionSpec("data"))
+    >>> params = {"w": jax.ShapeDtypeStruct((8, 4), jnp.float32, sharding=sharding)}
+    >>> tx = optax_ext.invadam(1e-3)
+    >>> placed = state_shardings(tx, params)
+    >>> print(tuple(optax.tree.get(placed, "mu")["w"].spec))
+    ('data', None)
+    >>> state = jax.jit(tx.init, out_shardings=placed)({"w": jnp.ones((8, 4))})
+    """
+    mesh = _mesh(params)
+    return optax.tree.map_params(
+        tx,
+        _beside,
+        jax.eval_shape(tx.init, params),
+        params,
+        transform_non_params=lambda _: NamedSharding(mesh, PartitionSpec()),
+        is_leaf=lambda x: isinstance(x, optax.MaskedNode),
+    )
+
+
+def _mesh(params: optax.Params) -> Any:
+    """The one on which all parameters lie."""
+    name = partial(jax.tree_util.keystr, simple=True, separator="/")
+    mesh = None
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        sharding = getattr(leaf, "sharding", None)
+        if not isinstance(sharding, NamedSharding):
+            raise ValueError(f"params must have a NamedSharding, got {sharding} for {name(path)}")
+        if mesh is not None and sharding.mesh != mesh:
+            raise ValueError(
+                f"params must lie on one mesh, got {sharding.mesh} for {name(path)} beside {mesh}"
+            )
+        mesh = sharding.mesh
+    if mesh is None:
+        raise ValueError("params must hold at least one array")
+    return mesh
+
+
+def _beside(leaf: Any, param: Any) -> Any:
+    """The parameter's sharding, but for axes of which the leaf holds a part."""
+    if isinstance(leaf, optax.MaskedNode):
+        return leaf
+    spec = (*param.sharding.spec, *[None] * (len(param.shape) - len(param.sharding.spec)))
+    if len(leaf.shape) != len(param.shape):
+        spec = ()
+    kept = [
+        axes if ours == theirs else None
+        for axes, ours, theirs in zip(spec, leaf.shape, param.shape, strict=False)
+    ]
+    return NamedSharding(param.sharding.mesh, PartitionSpec(*kept))

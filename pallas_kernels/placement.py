@@ -1,0 +1,229 @@
+"""Where leaves lie on a mesh of devices, and launches on what each device holds of them.
+
+A step is traced in the leaves' own shapes. Only launches know of shards: they run inside
+`shard_map`, where statistics of leaves that are cut are added up over the devices. What XLA
+computes between launches, it partitions itself.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.core import Tracer
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+from pallas_kernels import launch
+from pallas_kernels.program import Program
+from pallas_kernels.trace import Graph, Node
+
+# One sharding for all parameters, or a tree of them like the parameters.
+Shardings = Any
+
+_COLLECTIVES: Mapping[str, Callable[..., jax.Array]] = {
+    "sum": lax.psum,
+    "max": lax.pmax,
+    "min": lax.pmin,
+}
+
+
+@dataclass
+class Placement:
+    """Where a step's leaves lie; without a mesh, all of them whole on one device.
+
+    Attributes:
+      mesh: the devices.
+      shardings: of components, by their representative; others are whole on every device.
+      leaves: of these components, the leaf whose sharding it is.
+    """
+
+    mesh: Mesh | AbstractMesh | None = None
+    shardings: dict[Node, NamedSharding] = field(default_factory=dict)
+    leaves: dict[Node, Node] = field(default_factory=dict)
+
+    def size(self, component: Node, node: Node) -> int:
+        """Elements of the component's `node` that one device holds."""
+        return math.prod(self._shard(component, node.shape))
+
+    def reason(self, component: Node, node: Node) -> str | None:
+        """Why a launch can't compute the component's `node` where it lies, if it can't."""
+        leaf = self.leaves.get(component)
+        if leaf is not None and node.shape not in ((), leaf.shape):
+            return f"sharded as {leaf.shape}, used as {node.shape}"
+        return None
+
+    def axes(self, component: Node) -> tuple[str, ...]:
+        """The axes of the mesh along which the component is cut."""
+        spec = self.shardings[component].spec if component in self.shardings else ()
+        named = (axes if isinstance(axes, tuple) else (axes,) for axes in spec if axes is not None)
+        return tuple(itertools.chain.from_iterable(named))
+
+    def run(
+        self,
+        graph: Graph,
+        backend: str,
+        phase: Sequence[Sequence[Program]],
+        value: Callable[[Node], Any],
+        calls: dict[Any, Callable[..., Any]],
+    ) -> dict[Node, jax.Array]:
+        """`launch.run` on every device's shards; all results in the leaves' own shapes."""
+        if self.mesh is None:
+            found = launch.run(backend, phase, lambda n: value(n).reshape(-1), value, calls)
+            return {node: x.astype(node.dtype).reshape(node.shape) for node, x in found.items()}
+
+        programs = [*itertools.chain(*phase)]
+        arrays = [*dict.fromkeys(node for p in programs for node in p.inputs)]
+        scalars = [*dict.fromkeys(node for p in programs for node in p.scalars)]
+        stored = [node for p in programs for node, _ in p.stored()]
+        reduced = [node for p in programs for node, _ in p.reduced()]
+
+        def on_shards(given, numbers):
+            leaf = dict(zip(arrays, given, strict=True))
+            number = dict(zip(scalars, numbers, strict=True))
+            found = launch.run(
+                backend, phase, lambda n: leaf[n].reshape(-1), number.__getitem__, calls
+            )
+            shards = [
+                found[n].astype(n.dtype).reshape(self._shard(graph.component(n), n.shape))
+                for n in stored
+            ]
+            total = self._add_up(graph, programs, found)
+            return shards, [total[n].astype(n.dtype).reshape(n.shape) for n in reduced]
+
+        def specs(nodes):
+            return [self._spec(graph.component(node)) for node in nodes]
+
+        whole = PartitionSpec()
+        launched = jax.shard_map(
+            on_shards,
+            mesh=self.mesh,
+            in_specs=(specs(arrays), [whole] * len(scalars)),
+            out_specs=(specs(stored), [whole] * len(reduced)),
+            check_vma=False,
+        )
+        shards, totals = launched([value(n) for n in arrays], [value(n) for n in scalars])
+        return dict(zip([*stored, *reduced], [*shards, *totals], strict=True))
+
+    def sums(
+        self, graph: Graph, programs: Sequence[Program]
+    ) -> dict[tuple[tuple[str, ...], str], list[Node]]:
+        """What devices must tell each other: statistics, by the axes that they go over and kind."""
+        alike: dict[Any, list[Node]] = {}
+        for program in programs:
+            for node, root in program.reduced():
+                if axes := self.axes(graph.component(node.args[0])):
+                    alike.setdefault((axes, root.reduction), []).append(node)
+        return alike
+
+    def _add_up(self, graph, programs, found) -> dict[Node, jax.Array]:
+        """Statistics of whole leaves, from those of the shards."""
+        totals = dict(found)
+        for (axes, reduction), nodes in self.sums(graph, programs).items():
+            vector = jnp.stack([found[node].reshape(()) for node in nodes])
+            totals |= dict(zip(nodes, _COLLECTIVES[reduction](vector, axes), strict=True))
+        return totals
+
+    def _spec(self, component: Node) -> PartitionSpec:
+        sharding = self.shardings.get(component)
+        return PartitionSpec() if sharding is None else sharding.spec
+
+    def _shard(self, component: Node, shape: tuple[int, ...]) -> tuple[int, ...]:
+        sharding = self.shardings.get(component)
+        return shape if sharding is None or not shape else sharding.shard_shape(shape)
+
+
+def place(graph: Graph, values: Sequence[Any], given: Mapping[str, NamedSharding]) -> Placement:
+    """The placement of a graph's components; of several shardings in one the first counts.
+
+    Args:
+      graph: the step.
+      values: its inputs, or their shapes.
+      given: shardings by the inputs' names; others are what the values tell.
+
+    Raises:
+      ValueError: two leaves lie on different meshes, or one can't be cut as it should be.
+    """
+    placement, first = Placement(), graph.inputs[0]
+    for leaf, value in zip(graph.inputs, values, strict=False):
+        component = graph.component(leaf)
+        sharding = given.get(graph.names[leaf]) or of_value(value)
+        if sharding is None or not leaf.on_leaf or component in placement.shardings:
+            continue
+        if placement.mesh is None:
+            placement.mesh, first = sharding.mesh, leaf
+        elif sharding.mesh != placement.mesh:
+            raise ValueError(
+                f"all leaves must lie on one mesh, but {graph.names[first]} lies on"
+                f" {placement.mesh}, {graph.names[leaf]} on {sharding.mesh}"
+            )
+        check(graph.names[leaf], leaf.shape, sharding)
+        placement.shardings[component] = sharding
+        placement.leaves[component] = leaf
+    return placement
+
+
+def check(name: str, shape: tuple[int, ...], sharding: NamedSharding) -> None:
+    """Refuses a sharding that doesn't cut the shape into equal parts."""
+    try:
+        sharding.shard_shape(shape)
+    except (ValueError, IndexError) as error:
+        raise ValueError(
+            f"{name} of shape {shape} can't be sharded by {sharding.spec} on {sharding.mesh}"
+        ) from error
+
+
+def of_value(x: Any) -> NamedSharding | None:
+    """The sharding that an array, or the type of a tracer on an explicit mesh, tells."""
+    sharding = jax.typeof(x).sharding if isinstance(x, Tracer) else getattr(x, "sharding", None)
+    if not isinstance(sharding, NamedSharding) or sharding.mesh.size == 1:
+        return None
+    if isinstance(x, Tracer) and AxisType.Explicit not in sharding.mesh.axis_types:
+        return None  # where `jit` will put it is not known yet
+    return sharding
+
+
+def of_parameters(params: Any, shardings: Shardings) -> dict[str, NamedSharding]:
+    """The shardings that a user gives, by the paths of the parameters.
+
+    Raises:
+      ValueError: one is missing, stands for no parameter, or is none.
+    """
+    leaves = [_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    if _is_sharding(shardings):
+        return {name: _named(name, shardings) for name in leaves}
+    given = {
+        _name(path): sharding
+        for path, sharding in jax.tree_util.tree_leaves_with_path(shardings, is_leaf=_is_sharding)
+    }
+    for name in leaves:
+        if name not in given:
+            raise ValueError(f"shardings must have one for each parameter, but none for {name}")
+    for name in given:
+        if name not in leaves:
+            raise ValueError(f"shardings has one for {name}, which is no parameter")
+    return {name: _named(name, given[name]) for name in leaves}
+
+
+def _named(name: str, sharding: Any) -> NamedSharding:
+    if isinstance(sharding, NamedSharding):
+        return sharding
+    if not isinstance(sharding, PartitionSpec):
+        raise ValueError(
+            f"shardings must be NamedSharding or PartitionSpec, got {sharding!r} for {name}"
+        )
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        raise ValueError(
+            f"a PartitionSpec in shardings needs jax.set_mesh around the step, got {sharding}"
+            f" for {name}"
+        )
+    return NamedSharding(mesh, sharding)
+
+
+_is_sharding = partial(lambda kinds, x: isinstance(x, kinds), (NamedSharding, PartitionSpec))
+_name = partial(jax.tree_util.keystr, simple=True, separator="/")

@@ -1,0 +1,286 @@
+"""Steps on eight virtual devices: the same chains, kernels on each device's shards."""
+
+import re
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import optax_ext
+from cases import METHODS
+from fused import SUMMED, chain_step
+from pallas_kernels import explain, fuse
+from runs import build
+from strategies import shape
+
+P = PartitionSpec
+# Where XLA makes one operation of two, a quotient into a product or a product and a sum into one
+# with one rounding, it rounds otherwise; and it looks at shapes before it does.
+EXACT = {"xla_disable_hlo_passes": "algsimp,fusion"}
+TREE = {"bias": shape(8), "kernel": shape(16, 24), "odd": shape(5, 3), "out": shape(8, 32)}
+
+
+class Layout(NamedTuple):
+    """A mesh, and how parameters lie on it."""
+
+    axes: dict[str, int]
+    axis_type: AxisType
+    specs: dict[str, PartitionSpec]
+
+    @property
+    def mesh(self) -> Any:
+        types = (self.axis_type,) * len(self.axes)
+        return jax.make_mesh(tuple(self.axes.values()), tuple(self.axes), axis_types=types)
+
+    @property
+    def shardings(self) -> dict[str, NamedSharding]:
+        return {name: NamedSharding(self.mesh, spec) for name, spec in self.specs.items()}
+
+
+FULLY = {"bias": P("data"), "kernel": P(None, "data"), "odd": P(), "out": P("data")}
+BOTH = {"bias": P("model"), "kernel": P("data", "model"), "odd": P(), "out": P(None, "model")}
+AXES = {"data": 4, "model": 2}
+LAYOUTS = {
+    "fully sharded": Layout({"data": 8}, AxisType.Auto, FULLY),
+    "replicated": Layout({"data": 8}, AxisType.Auto, dict.fromkeys(TREE, P())),
+    "fully and by tensor": Layout(AXES, AxisType.Auto, BOTH),
+    "explicit": Layout(AXES, AxisType.Explicit, BOTH),
+}
+every_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+
+OPTIMIZERS = {
+    **{case.method: build(case) for case in METHODS},
+    "novak, norms": optax_ext.novak(0.01, sync_period=2, trust_ratio=True, autoscale=True),
+}
+OPTAXES = {
+    "adamw": optax.adamw(0.1),
+    "clip": optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(0.1)),
+    "lamb": optax.lamb(0.1),
+}
+# Of all tensors in one vector, where all are cut along the same axes.
+SUMS = {"vradam": 1, "novak, norms": 1}
+
+
+def arrays(seed: int) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(seed)
+    return {name: random.standard_normal(x.shape, np.float32) for name, x in TREE.items()}
+
+
+def train(make_step: Callable[..., Any], tx, params, state, place=lambda tree: tree):
+    """Parameters and state after four steps, and the compiled step."""
+    compiled: Any = None
+    for seed in range(1, 5):
+        grads = place(arrays(seed))
+        if compiled is None:
+            lowered = jax.jit(make_step(tx), donate_argnums=(0, 1)).lower(params, state, grads)
+            compiled = lowered.compile(EXACT)
+        params, state = compiled(params, state, grads)
+    return params, state, compiled
+
+
+def alone(tx):
+    params = jax.tree.map(jnp.asarray, arrays(0))
+    return train(chain_step, tx, params, tx.init(params))[0]
+
+
+def on_mesh(layout: Layout, make_step, tx):
+    place = partial(jax.device_put, device=layout.shardings)
+    with jax.set_mesh(layout.mesh):
+        params = place(arrays(0))
+        placed = optax_ext.state_shardings(tx, params)
+        state = jax.jit(tx.init, out_shardings=placed)(params)
+        params, state, compiled = train(make_step, tx, params, state, place)
+    assert_beside(layout, params, state)
+    return params, compiled.as_text()
+
+
+def assert_beside(layout: Layout, params, state) -> None:
+    for path, leaf in jax.tree_util.tree_leaves_with_path((params, state)):
+        name = getattr(path[-1], "key", None)
+        if name in TREE and leaf.shape == TREE[name].shape:
+            assert leaf.sharding.is_equivalent_to(layout.shardings[name], leaf.ndim), path
+
+
+def collectives(program: str) -> list[tuple[str, str]]:
+    """Kind, and type of the result, of everything that devices tell each other."""
+    kinds = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
+    found = re.findall(rf"= (\(.*?\)|\S+) ({kinds})(?:-start)?\(", program)
+    return [(kind, type_) for type_, kind in found]
+
+
+def assert_scalar_sums(program: str) -> None:
+    for kind, type_ in collectives(program):
+        assert kind == "all-reduce"
+        assert not re.search(r"\[\d+,", type_)
+        sizes = [int(size or 1) for size in re.findall(r"\[(\d*)\]", type_)]
+        assert max(sizes) <= 3 * len(TREE)  # at most three norms of a tensor
+
+
+def largest_error(ours, expected) -> float:
+    errors = jax.tree.map(
+        lambda x, y: np.max(np.abs(x - y)) / np.max(np.abs(y)), *jax.device_get((ours, expected))
+    )
+    return max(jax.tree.leaves(errors))
+
+
+@every_layout
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_chain(name, layout):
+    """The same numbers, beside the parameters, and nothing said between devices but norms."""
+    tx = OPTIMIZERS[name]
+    params, program = on_mesh(layout, chain_step, tx)
+    assert largest_error(params, alone(tx)) <= (1e-6 if name in SUMS else 0)
+    if layout is LAYOUTS["fully sharded"]:
+        assert len(collectives(program)) == SUMS.get(name, 0)
+    assert_scalar_sums(program)
+
+
+# One phase, two with one norm of all leaves, and two with norms of each.
+PATHS = {"fame", "vradam", "lamb"}
+
+
+@every_layout
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in PATHS else [pytest.mark.slow])
+        for name in (*OPTIMIZERS, *OPTAXES)
+    ],
+)
+def test_a_fused_step(name, layout):
+    tx = (OPTIMIZERS | OPTAXES)[name]
+    told = None if layout.axis_type == AxisType.Explicit else layout.shardings
+
+    def make_step(tx):
+        return fuse(tx, backend="interpret", strict=True, shardings=told).step
+
+    params, program = on_mesh(layout, make_step, tx)
+    assert largest_error(params, alone(tx)) <= SUMMED
+    assert_scalar_sums(program)
+
+
+SPECS: dict[str, Any] = {
+    "specs": FULLY,
+    "shardings": LAYOUTS["fully sharded"].shardings,
+    "the arrays themselves": None,
+}
+
+
+@pytest.mark.parametrize("told", SPECS.values(), ids=SPECS)
+def test_how_a_fused_step_is_told(told):
+    layout, tx = LAYOUTS["fully sharded"], optax.lamb(0.1)
+    place = partial(jax.device_put, device=layout.shardings)
+    step = fuse(tx, backend="interpret", shardings=told).step
+    with jax.set_mesh(layout.mesh):
+        params, grads = place(arrays(0)), place(arrays(1))
+        state = tx.init(params)
+        # `jit` hides where arrays lie.
+        params, _ = (step if told is None else jax.jit(step))(params, state, grads)
+    alone = jax.tree.map(jnp.asarray, arrays(0))
+    expected, _ = chain_step(tx)(alone, tx.init(alone), arrays(1))
+    assert_beside(layout, params, ())
+    assert largest_error(params, expected) <= SUMMED
+
+
+def test_updates_of_a_fused_chain():
+    layout, tx = LAYOUTS["fully and by tensor"], optax_ext.vradam(0.1)
+    fused = fuse(tx, backend="interpret", strict=True, shardings=layout.shardings)
+    grads = jax.device_put(arrays(1), layout.shardings)
+    params = jax.device_put(arrays(0), layout.shardings)
+    updates, _ = jax.jit(fused.update)(grads, tx.init(params), params)
+    alone = jax.tree.map(jnp.asarray, arrays(0))
+    expected, _ = tx.update(arrays(1), tx.init(alone), alone)
+    assert_beside(layout, updates, ())
+    assert largest_error(updates, expected) <= SUMMED
+
+
+def test_explain_shows_what_each_device_does():
+    shardings = LAYOUTS["fully sharded"].shardings
+    params = {name: of_shape(x, shardings[name]) for name, x in TREE.items()}
+    whole, shards = (explain(optax.lamb(0.1), tree) for tree in (TREE, params))
+    held = 8 // 8 + 16 * 24 // 8 + 5 * 3 + 8 * 32 // 8
+    assert (whole.parameters, shards.parameters) == (8 + 16 * 24 + 5 * 3 + 8 * 32, held)
+    assert shards.bytes_per_parameter == pytest.approx(whole.bytes_per_parameter, rel=0.1)
+    assert [phase.sums for phase in whole.phases] == [0, 0]
+    assert [phase.sums for phase in shards.phases] == [1, 0]
+    assert "8 devices" in str(shards)
+
+
+def of_shape(x: jax.ShapeDtypeStruct, sharding: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+def other_mesh() -> Any:
+    return jax.make_mesh((2,), ("other",), devices=jax.devices()[:2])
+
+
+WRONG: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "missing": (lambda given: {k: v for k, v in given.items() if k != "odd"}, "none for odd"),
+    "unknown": (lambda given: given | {"od": given["odd"]}, "one for od, which is no parameter"),
+    "no sharding": (lambda given: given | {"odd": "data"}, "got 'data' for odd"),
+    "no mesh": (lambda given: given | {"odd": P()}, r"needs jax.set_mesh .* for odd"),
+    "indivisible": (
+        lambda given: given | {"odd": NamedSharding(given["odd"].mesh, P("data"))},
+        r"odd of shape \(5, 3\) can't be sharded",
+    ),
+    "too many axes": (
+        lambda given: given | {"bias": NamedSharding(given["odd"].mesh, P(None, "data"))},
+        r"bias of shape \(8,\) can't be sharded",
+    ),
+    "two meshes": (
+        lambda given: given | {"odd": NamedSharding(other_mesh(), P())},
+        r"on one mesh, but 0/bias lies on .*, 0/odd on",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), WRONG.values(), ids=WRONG)
+def test_wrong_shardings_name_the_leaf(change, message):
+    given = change(LAYOUTS["fully sharded"].shardings)
+    step = fuse(optax.sgd(0.1), backend="interpret", shardings=given).step
+    params = jax.tree.map(jnp.asarray, arrays(0))
+    with pytest.raises(ValueError, match=message):
+        step(params, optax.sgd(0.1).init(params), params)
+
+
+def test_a_state_needs_to_know_where_parameters_lie():
+    shardings = LAYOUTS["fully sharded"].shardings
+    params = {name: of_shape(x, shardings[name]) for name, x in TREE.items()}
+    with pytest.raises(ValueError, match="got None for odd"):
+        optax_ext.state_shardings(optax.sgd(0.1), params | {"odd": TREE["odd"]})
+    elsewhere = of_shape(TREE["odd"], NamedSharding(other_mesh(), P()))
+    with pytest.raises(ValueError, match=r"on one mesh, got .* for odd beside"):
+        optax_ext.state_shardings(optax.sgd(0.1), params | {"odd": elsewhere})
+    with pytest.raises(ValueError, match="at least one array"):
+        optax_ext.state_shardings(optax.sgd(0.1), {})
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        optax_ext.novak(0.1, lookahead="rotating"),
+        optax_ext.fame(0.1, weight_decay=0.1, mask=dict.fromkeys(TREE, True) | {"odd": False}),
+        optax.inject_hyperparams(optax_ext.caadam)(0.1),
+        optax.multi_transform(
+            {"ours": optax_ext.vradam(0.1), "sgd": optax.sgd(0.1)},
+            dict.fromkeys(TREE, "ours") | {"odd": "sgd"},
+        ),
+    ],
+    ids=["rotating", "masked", "injected", "groups"],
+)
+def test_shardings_of_any_state(tx):
+    """They fit: a state that is made with them is the state."""
+    shardings = LAYOUTS["fully and by tensor"].shardings
+    params = jax.device_put(arrays(0), shardings)
+    placed = optax_ext.state_shardings(tx, params)
+    state = jax.jit(tx.init, out_shardings=placed)(params)
+    jax.tree.map(np.testing.assert_array_equal, state, tx.init(params))
+    cut = [leaf.sharding.spec for leaf in jax.tree.leaves(state) if leaf.shape == (16, 24)]
+    assert cut
+    assert set(cut) == {P("data", "model")}
