@@ -44,6 +44,7 @@ def write(path: Path, **arrays) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_command_on_digits(tmp_path):
     command = [sys.executable, EXAMPLES / "compare.py", "--methods=sgd,fame", *SMALL]
     done = subprocess.run(
@@ -83,6 +84,7 @@ def test_fused_on_cpu_runs_the_chains_and_says_so(compare, tmp_path, capsys):
     assert fused == chain
 
 
+@pytest.mark.slow
 def test_own_images_and_the_mean_scale_control(compare, load_module, tmp_path, capsys):
     data = write(tmp_path / "own.npz", **some_images())
     compare.main([f"--data={data}", "--methods=caadam", f"--out={tmp_path / 'own.png'}", *SMALL])
@@ -101,6 +103,7 @@ def test_own_images_and_the_mean_scale_control(compare, load_module, tmp_path, c
     assert results["mean_scale"]["learning_rate"] == pytest.approx(expected, rel=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [["--methods=sgd", "--epochs=1", "--trials=1", "--seeds=1"], ["--methods=invadam", *SMALL]],
@@ -213,6 +216,7 @@ def test_warm_up_is_the_adam_share_of_dualadam(compare):
         assert -float(update) == pytest.approx(2.0 * min(1, 0.01 * step), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_runs_side_by_side_keep_to_themselves(load_module):
     data = load_module("_data").load(None)
     training = load_module("_training")
