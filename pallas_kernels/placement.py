@@ -148,23 +148,30 @@ def place(graph: Graph, values: Sequence[Any], given: Mapping[str, NamedSharding
     Raises:
       ValueError: two leaves lie on different meshes, or one can't be cut as it should be.
     """
-    placement, first = Placement(), graph.inputs[0]
+    placement, first = Placement(), ""
     for leaf, value in zip(graph.inputs, values, strict=False):
         component = graph.component(leaf)
         sharding = given.get(graph.names[leaf]) or of_value(value)
         if sharding is None or not leaf.on_leaf or component in placement.shardings:
             continue
         if placement.mesh is None:
-            placement.mesh, first = sharding.mesh, leaf
-        elif sharding.mesh != placement.mesh:
+            placement.mesh, first = sharding.mesh, graph.names[leaf]
+        elif _differ(sharding.mesh, placement.mesh):
             raise ValueError(
-                f"all leaves must lie on one mesh, but {graph.names[first]} lies on"
+                f"all leaves must lie on one mesh, but {first} lies on"
                 f" {placement.mesh}, {graph.names[leaf]} on {sharding.mesh}"
             )
         check(graph.names[leaf], leaf.shape, sharding)
         placement.shardings[component] = sharding
         placement.leaves[component] = leaf
     return placement
+
+
+def _differ(a: Mesh | AbstractMesh, b: Mesh | AbstractMesh) -> bool:
+    """Whether two meshes differ; one that types tell of has axes only, no devices."""
+    if isinstance(a, Mesh) and isinstance(b, Mesh):
+        return a != b
+    return a.abstract_mesh != b.abstract_mesh
 
 
 def check(name: str, shape: tuple[int, ...], sharding: NamedSharding) -> None:

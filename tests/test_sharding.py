@@ -200,6 +200,31 @@ def test_updates_of_a_fused_chain():
     assert largest_error(updates, expected) <= SUMMED
 
 
+def test_arrays_that_a_chain_closes_over():
+    """They know their devices, where the types of arguments know the mesh's axes only."""
+    layout = LAYOUTS["explicit"]
+    with jax.set_mesh(layout.mesh):
+        anchor = jax.device_put(arrays(7), layout.shardings)
+
+        def pulled(updates, params):
+            return jax.tree.map(lambda g, p, a: g + 0.1 * (p - a), updates, params, anchor)
+
+        tx = optax.chain(optax.stateless(pulled), optax.sgd(0.1))
+        params, grads = (jax.device_put(arrays(seed), layout.shardings) for seed in (0, 1))
+        step = jax.jit(fuse(tx, backend="interpret", strict=True).step)
+        params, _ = step(params, tx.init(params), grads)
+    assert_beside(layout, params, ())
+    expected = jax.tree.map(
+        lambda p, g, a: p - 0.1 * (g + 0.1 * (p - a)), arrays(0), arrays(1), arrays(7)
+    )
+    assert largest_error(params, expected) <= SUMMED
+
+
+def test_nothing_to_do():
+    fused = fuse(optax.sgd(0.1), backend="interpret", shardings=P())
+    assert fused.step({}, fused.init({}), {}) == ({}, fused.init({}))
+
+
 def test_explain_shows_what_each_device_does():
     shardings = LAYOUTS["fully sharded"].shardings
     params = {name: of_shape(x, shardings[name]) for name, x in TREE.items()}
