@@ -16,7 +16,7 @@ import optax_ext
 from cases import METHODS
 
 # What a caller may pass there can't be told by looking at it.
-FREE_FORM = {"mask", "inner", "first", "second", "join", "params"}
+FREE_FORM = {"mask", "inner", "first", "second", "join", "params", "tx"}
 
 
 def schedule(count: Any) -> Any:
