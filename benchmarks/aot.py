@@ -29,7 +29,7 @@ from jax.sharding import (
     use_abstract_mesh,
 )
 
-from benchmarks.program import Kernel, live_bytes, read_entry, read_kernels
+from benchmarks.hlo import Kernel, live_bytes, read_entry, read_kernels
 
 Step = Callable[[Any, Any, Any], tuple[Any, Any]]
 

@@ -120,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def draw(path: Path) -> None:
     """Draws a file of results beside it."""
-    from benchmarks import figures  # a machine that only measures does without matplotlib
+    from benchmarks import plots  # a machine that only measures does without matplotlib
 
     rows = latest.load(path).values()
     columns = {
@@ -131,7 +131,7 @@ def draw(path: Path) -> None:
         f"leaves ({FIXED_PARAMETERS:,} parameters in all)",
         f"parameters (in {FIXED_LEAVES} leaves)",
     )
-    figures.scaling(columns, labels, path.with_suffix(".svg"))
+    plots.scaling(columns, labels, path.with_suffix(".svg"))
 
 
 def compile_seconds(point: Point, name: str, platform: str) -> dict[str, list[float]]:

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from benchmarks import command_line, figures, latest, plan_report, scaling, step
+from benchmarks import command_line, latest, plan_report, plots, scaling, step
 from benchmarks.latest import Row
 from benchmarks.peers import PEERS
 
@@ -39,7 +39,7 @@ def contents(folder: Path) -> dict[str, str]:
 
 def draw_steps(path: Path) -> None:
     """Draws a file of step times beside it."""
-    figures.steps(step.by_set(latest.load(path)), step.TARGET, path.with_suffix(".svg"))
+    plots.steps(step.by_set(latest.load(path)), step.TARGET, path.with_suffix(".svg"))
 
 
 def table(rows: Mapping[str, Row]) -> str:

@@ -8,7 +8,7 @@ import pytest
 
 import optax_ext
 from benchmarks.contenders import CONTENDERS, Contender
-from benchmarks.program import read_entry, read_kernels
+from benchmarks.hlo import read_entry, read_kernels
 from pallas_kernels import fuse
 
 LEAVES = {"leaf": jax.ShapeDtypeStruct((512, 512), jnp.float32)}

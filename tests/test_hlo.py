@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.program import Kernel, live_bytes, read_entry, read_kernels
+from benchmarks.hlo import Kernel, live_bytes, read_entry, read_kernels
 
 # A norm, the step that needs it, and a copy: shapes of 4 KB and scalars, as XLA prints them.
 GPU = """\

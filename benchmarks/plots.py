@@ -1,4 +1,4 @@
-"""The figures, drawn from results: the same results make the same file."""
+"""Draws the results: the same results make the same file."""
 
 import itertools
 from collections.abc import Mapping, Sequence
