@@ -32,16 +32,41 @@ def make_parser(benchmark: str, description: str | None) -> argparse.ArgumentPar
     return parser
 
 
+def add_choices(
+    parser: argparse.ArgumentParser,
+    option: str,
+    choices: Iterable[str],
+    default: Iterable[str] | None = None,
+    *,
+    by_default: str | None = None,
+    metavar: str = "NAME",
+) -> None:
+    """An option that takes some of several names.
+
+    Args:
+      parser: of the command.
+      option: its name.
+      choices: what it takes.
+      default: what it has if it is not given; `None` is all.
+      by_default: the default in words; `None` lists it.
+      metavar: stands for a name.
+    """
+    names = list(choices)
+    chosen = names if default is None else list(default)
+    words = by_default or ("all" if chosen == names else quoted(chosen))
+    parser.add_argument(
+        option,
+        nargs="+",
+        choices=names,
+        default=chosen,
+        metavar=metavar,
+        help=f"of {quoted(names)} (default: {words})",
+    )
+
+
 def add_sets(parser: argparse.ArgumentParser) -> None:
     """Sets of leaves, all by default."""
-    parser.add_argument(
-        "--sets",
-        nargs="+",
-        choices=LEAF_SETS,
-        default=list(LEAF_SETS),
-        metavar="SET",
-        help=f"of {quoted(LEAF_SETS)} (default: all)",
-    )
+    add_choices(parser, "--sets", LEAF_SETS, metavar="SET")
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
@@ -51,15 +76,7 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 def add_optimizers(parser: argparse.ArgumentParser, default: Iterable[str] = CONTENDERS) -> None:
     """Optimizers to measure."""
-    by_default = "all" if default is CONTENDERS else quoted(default)
-    parser.add_argument(
-        "--optimizers",
-        nargs="+",
-        choices=CONTENDERS,
-        default=list(default),
-        metavar="NAME",
-        help=f"of {quoted(CONTENDERS)} (default: {by_default})",
-    )
+    add_choices(parser, "--optimizers", CONTENDERS, default)
 
 
 def add_repeats(parser: argparse.ArgumentParser, default: int = 10) -> None:
@@ -140,10 +157,11 @@ def progress_display(console: Any) -> Progress:
     )
 
 
-def make_table(title: str, first: str, columns: Iterable[str]) -> Table:
-    """An empty table: names in the first column, numbers in the others."""
+def make_table(title: str, names: Iterable[str], columns: Iterable[str]) -> Table:
+    """An empty table: names in the first columns, numbers in the others."""
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column(first, no_wrap=True)
+    for column in names:
+        table.add_column(column, no_wrap=True)
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     return table

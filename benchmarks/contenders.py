@@ -16,6 +16,10 @@ from pallas_kernels import Report, explain
 # Of all; it changes nothing about the time of a step.
 RATE = 1e-3
 
+# What runs a step, and the fuser's name for it.
+CHAIN = "chain"
+WAYS = {CHAIN: "xla", "triton": "triton", "mosaic": "mosaic"}
+
 # What every other one is compared with.
 REFERENCE = "adamw"
 
@@ -82,7 +86,7 @@ _FUSED = ", fused"
 
 def backends(name: str, platform: str) -> dict[str, str]:
     """The ways in which a contender's step runs on a platform, and the fuser's backend of each."""
-    chain = {name: "xla"}
+    chain = {name: WAYS[CHAIN]}
     return chain | {f"{name}{_FUSED}": "auto"} if platform == "gpu" else chain
 
 

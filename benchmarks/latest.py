@@ -35,13 +35,16 @@ def save(
       measurements: of them, for the history.
       circumstances: of all these.
     """
-    rows = load(path) | {case: row | asdict(circumstances) for case, row in rows.items()}
-    lines = (f"{_json(case)}: {_json(row)}" for case, row in rows.items())
-    text = ",\n".join(lines)
+    write(path, load(path) | {case: row | asdict(circumstances) for case, row in rows.items()})
+    history.append(path.parent / "history.jsonl", measurements, circumstances)
+
+
+def write(path: Path, rows: Mapping[str, Row]) -> None:
+    """Makes these all rows of the file, each on a line."""
+    text = ",\n".join(f"{_json(case)}: {_json(row)}" for case, row in rows.items())
     unfinished = path.with_suffix(".tmp")  # a run may be ended at any time
     unfinished.write_text(f"{{\n{text}\n}}\n", encoding="utf-8")
     unfinished.replace(path)
-    history.append(path.parent / "history.jsonl", measurements, circumstances)
 
 
 def step_times(benchmark: str, rows: Mapping[str, Row]) -> list[history.Measurement]:

@@ -5,7 +5,7 @@ Leaves are numbered in the order of the layers, float32, in the layouts of Flax:
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -22,9 +22,16 @@ def leaves(shapes: Iterable[Shape]) -> Leaves:
     }
 
 
-def count(leaves: Mapping[str, Any]) -> int:
-    """Number of parameters."""
-    return sum(math.prod(leaf.shape) for leaf in leaves.values())
+def count(params: Any) -> int:
+    """Number of parameters of a tree of leaves, or of their shapes."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+
+
+def in_words(params: Any) -> str:
+    """How many leaves, and parameters."""
+    leaves = len(jax.tree.leaves(params))
+    many = "leaf" if leaves == 1 else "leaves"
+    return f"{leaves} {many}, {count(params) / 1e6:.1f} million parameters"
 
 
 def resnet50() -> Iterator[Shape]:

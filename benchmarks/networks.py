@@ -27,12 +27,6 @@ class Network(NamedTuple):
     loss: Callable[[Any, Any], jax.Array]
     batch: tuple[jax.Array, jax.Array]
 
-    @property
-    def size(self) -> str:
-        """Leaves and parameters, in words."""
-        sizes = [leaf.size for leaf in jax.tree.leaves(self.params)]
-        return f"{len(sizes)} leaves, {sum(sizes) / 1e6:.1f} million parameters"
-
 
 class ResidualBlock(nnx.Module):
     """Two normalized convolutions beside the input; He et al. (2016)."""

@@ -19,12 +19,13 @@ import jax
 import optax
 from rich.console import Console
 
-from benchmarks import RESULTS, command_line, history
+from benchmarks import RESULTS, command_line, history, latest
 from benchmarks.aot import H200, V5E, Target, compile_step
 from benchmarks.command_line import quoted
-from benchmarks.contenders import CONTENDERS
+from benchmarks.contenders import CONTENDERS, WAYS
+from benchmarks.latest import Row
 from benchmarks.leaf_sets import COMPILED_SETS, Leaves, count, leaves
-from benchmarks.plan_figures import WAYS, Change, Row, changes, load, save
+from benchmarks.plan_figures import Change, changes
 from benchmarks.plan_report import markdown, terminal
 from benchmarks.timing import Times
 from pallas_kernels import explain, fuse
@@ -106,7 +107,7 @@ class Plan:
 
     def __init__(self, options: argparse.Namespace):
         self.options, self.target = options, DEVICES[options.device].target
-        self.rows = load(recorded(options))
+        self.rows = latest.load(recorded(options))
         self.shared = history.circumstances(
             f"compiled for {self.target.name}", DEVICES[options.device].packages
         )
@@ -132,7 +133,7 @@ class Plan:
         """Writes all rows, and adds the times of one to the history."""
         path = recorded(self.options)
         path.parent.mkdir(parents=True, exist_ok=True)
-        save(path, self.rows)
+        latest.write(path, self.rows)
         text = markdown(self.options.device, self.rows)
         path.with_suffix(".md").write_text(text, encoding="utf-8")
         # What is counted doesn't spread: its history is the file's.
@@ -177,7 +178,7 @@ def measure(
 
 def recorded(options: argparse.Namespace) -> Path:
     """The file of the recorded figures."""
-    return options.out / f"plan-{options.device}.json"
+    return latest.path(options.out, "plan", options.device)
 
 
 def read(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -194,7 +195,7 @@ def read(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("a row is recorded with all of its ways: leave out --ways")
     if target.missing():
         parser.error(f"{options.device} needs the extra `aot`, which is not installed")
-    rows = load(recorded(options))
+    rows = latest.load(recorded(options))
     names = options.optimizers or list(OPTIMIZERS)
     options.cases = dict.fromkeys(options.sets or COMPILED_SETS, names)
     if not (options.record or options.sets or options.optimizers):
@@ -223,23 +224,11 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--device", choices=DEVICES, default="h200-aot", help="default: %(default)s"
     )
-    for option, choices, metavar in (
-        ("--sets", COMPILED_SETS, "SET"),
-        ("--optimizers", OPTIMIZERS, "NAME"),
-    ):
-        parser.add_argument(
-            option,
-            nargs="+",
-            choices=choices,
-            metavar=metavar,
-            help=f"of {quoted(choices)} (default: all that is recorded)",
-        )
-    parser.add_argument(
-        "--ways",
-        nargs="+",
-        choices=WAYS,
-        metavar="WAY",
-        help=f"of {quoted(WAYS)} (default: all of the device)",
+    recorded = {"default": (), "by_default": "all that is recorded"}
+    command_line.add_choices(parser, "--sets", COMPILED_SETS, **recorded, metavar="SET")
+    command_line.add_choices(parser, "--optimizers", OPTIMIZERS, **recorded)
+    command_line.add_choices(
+        parser, "--ways", WAYS, (), by_default="all of the device", metavar="WAY"
     )
     parser.add_argument(
         "--record", action="store_true", help="make these the recorded figures, in --out"

@@ -4,18 +4,12 @@ A row holds an optimizer's figures on one set of leaves: for each way to compile
 "triton", "mosaic") three figures, and the seconds that it took, which machines differ in.
 """
 
-import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
+from benchmarks.contenders import WAYS
+from benchmarks.latest import Row
 from benchmarks.leaf_sets import Leaves, count
-
-Row = dict[str, Any]
-
-# How a step is compiled, and which of the fuser's backends does it.
-WAYS = {"chain": "xla", "triton": "triton", "mosaic": "mosaic"}
 
 
 @dataclass(frozen=True)
@@ -73,14 +67,3 @@ def changes(recorded: Row, measured: Row, leaves: Leaves) -> Iterator[Change]:
             before, after = recorded[way][figure.key], measured[way][figure.key]
             if abs(after - before) > figure.slack(leaves):
                 yield Change(way, figure, before, after)
-
-
-def load(path: Path) -> dict[str, Row]:
-    """The recorded rows, by "set / optimizer"."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-
-def save(path: Path, rows: Mapping[str, Row]) -> None:
-    """Writes them."""
-    text = json.dumps(rows, indent=1, ensure_ascii=False)
-    path.write_text(f"{text}\n", encoding="utf-8")

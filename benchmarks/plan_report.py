@@ -2,13 +2,14 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from benchmarks.contenders import CONTENDERS
-from benchmarks.leaf_sets import COMPILED_SETS, count
-from benchmarks.plan_figures import BYTES, KERNELS, TEMPORARY, WAYS, Change, Row
+from benchmarks.command_line import make_table
+from benchmarks.contenders import CONTENDERS, WAYS
+from benchmarks.latest import Row
+from benchmarks.leaf_sets import COMPILED_SETS, in_words
+from benchmarks.plan_figures import BYTES, KERNELS, TEMPORARY, Change
 
 HEADERS = {
     "h200-aot": """\
@@ -53,8 +54,7 @@ the chain: XLA compiles it.
 
 def title(leaf_set: str) -> str:
     """A set of leaves and its size."""
-    leaves = COMPILED_SETS[leaf_set]
-    return f"{leaf_set}: {len(leaves)} leaves, {count(leaves) / 1e6:.1f} million parameters"
+    return f"{leaf_set}: {in_words(COMPILED_SETS[leaf_set])}"
 
 
 def in_order(rows: Mapping[str, Row], leaf_set: str) -> list[Row]:
@@ -125,13 +125,8 @@ def terminal(leaf_set: str, measured: Iterable[tuple[Row, Sequence[Change]]]) ->
       leaf_set: its name.
       measured: rows, each with its changes.
     """
-    drawn = Table(
-        title=title(leaf_set), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
-    )
-    drawn.add_column("optimizer", no_wrap=True)
-    drawn.add_column("way", no_wrap=True)
-    for column in ("kernels", "bytes", "floor", "temporary", "compile"):
-        drawn.add_column(column, justify="right", no_wrap=True)
+    columns = ("kernels", "bytes", "floor", "temporary", "compile")
+    drawn = make_table(title(leaf_set), ["optimizer", "way"], columns)
     for row, changed in measured:
         for way in (way for way in WAYS if way in row):
             colors = {x.figure: "red" if x.worse else "green" for x in changed if x.way == way}

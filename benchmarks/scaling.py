@@ -210,7 +210,7 @@ def make_row(times: timing.Times, reference: timing.Times, compiled: Sequence[fl
 def table(rows: Mapping[str, Row]) -> Table:
     """All rows, for the terminal."""
     columns = ("ms", "× adamw", "compile")
-    drawn = command_line.make_table("Vectors of one length", "optimizer", columns)
+    drawn = command_line.make_table("Vectors of one length", ["optimizer"], columns)
     heading = None
     for case, row in rows.items():
         point, _, way = case.partition(" / ")

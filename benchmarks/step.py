@@ -18,7 +18,7 @@ from benchmarks import command_line, contenders, latest, peers, timing
 from benchmarks.command_line import quoted
 from benchmarks.contenders import CONTENDERS, REFERENCE
 from benchmarks.latest import Row
-from benchmarks.leaf_sets import LEAF_SETS, count
+from benchmarks.leaf_sets import LEAF_SETS, count, in_words
 from benchmarks.peers import PEERS
 from pallas_kernels import fuse
 
@@ -143,10 +143,9 @@ def make_row(
 
 def table(leaf_set: str, rows: Mapping[str, Row]) -> Table:
     """The rows of one set of leaves, for the terminal."""
-    millions = count(LEAF_SETS[leaf_set]) / 1e6
-    title = f"{leaf_set}: {len(LEAF_SETS[leaf_set])} leaves, {millions:.1f} million parameters"
+    title = f"{leaf_set}: {in_words(LEAF_SETS[leaf_set])}"
     columns = ("ms", "bytes", "GB/s", "of copy", "× adamw")
-    drawn = command_line.make_table(title, "optimizer", columns)
+    drawn = command_line.make_table(title, ["optimizer"], columns)
     for case, row in rows.items():
         drawn.add_row(
             case.removeprefix(f"{leaf_set} / "),

@@ -15,9 +15,10 @@ import jax.numpy as jnp
 from rich.table import Table
 
 from benchmarks import command_line, contenders, history, latest, timing
-from benchmarks.command_line import plus_minus, quoted
+from benchmarks.command_line import plus_minus
 from benchmarks.contenders import CONTENDERS, REFERENCE, Contender, trained
 from benchmarks.latest import Row
+from benchmarks.leaf_sets import in_words
 from benchmarks.networks import NETWORKS
 from pallas_kernels import fuse
 
@@ -66,7 +67,7 @@ class Turns:
     def __init__(self, name: str, platform: str, repeats: int):
         self.name, self.platform, self.repeats = name, platform, repeats
         self.network = NETWORKS[name]()
-        self.title = f"{name}: {self.network.size}, {self.network.batch_size}"
+        self.title = f"{name}: {in_words(self.network.params)}, {self.network.batch_size}"
         self.gradient = jax.jit(jax.grad(self.network.loss))
         self.beside = {GRADIENT: self.gradient_alone(), REFERENCE: self.whole(REFERENCE)}
 
@@ -163,7 +164,7 @@ def make_row(
 def table(title: str, rows: Mapping[str, Row]) -> Table:
     """The rows of one network, for the terminal, below its gradient's."""
     columns = ("ms", "× adamw", "share, %", "alone")
-    drawn = command_line.make_table(title, "optimizer", columns)
+    drawn = command_line.make_table(title, ["optimizer"], columns)
     gradients = [ms for row in rows.values() for ms in row["gradient_times_ms"]]
     spread = timing.interquartile_range(gradients)
     drawn.add_row("(gradient alone)", plus_minus(statistics.median(gradients), spread))
@@ -190,14 +191,7 @@ def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = command_line.make_parser("train", __doc__)
     command_line.add_device(parser)
-    parser.add_argument(
-        "--networks",
-        nargs="+",
-        choices=NETWORKS,
-        default=list(NETWORKS),
-        metavar="NAME",
-        help=f"of {quoted(NETWORKS)} (default: all)",
-    )
+    command_line.add_choices(parser, "--networks", NETWORKS)
     command_line.add_optimizers(parser)
     command_line.add_repeats(parser, REPEATS)
     return parser

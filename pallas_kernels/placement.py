@@ -232,5 +232,8 @@ def _named(name: str, sharding: Any) -> NamedSharding:
     return NamedSharding(mesh, sharding)
 
 
-_is_sharding = partial(lambda kinds, x: isinstance(x, kinds), (NamedSharding, PartitionSpec))
+def _is_sharding(x: Any) -> bool:
+    return isinstance(x, NamedSharding | PartitionSpec)
+
+
 _name = partial(jax.tree_util.keystr, simple=True, separator="/")

@@ -19,8 +19,9 @@ pytest.importorskip("jax_cuda13_plugin", reason="needs the extra `aot`: XLA's co
 
 from benchmarks import plan
 from benchmarks.aot import H200, V5E, Target, compile_step, ptx
+from benchmarks.latest import Row
 from benchmarks.leaf_sets import COMPILED_SETS, RAGGED, Leaves, leaves
-from benchmarks.plan_figures import Row, changes
+from benchmarks.plan_figures import changes
 
 needs_libtpu = pytest.mark.skipif(
     V5E.missing(), reason="needs the extra `aot`: XLA's compiler for TPUs"

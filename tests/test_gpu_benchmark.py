@@ -15,12 +15,10 @@ import optax
 import pytest
 
 from benchmarks import gpu, peers, timing
-from benchmarks.contenders import CONTENDERS
+from benchmarks.contenders import CHAIN, CONTENDERS, WAYS
 from benchmarks.gpu import command, figures, numerics, supervise, targets, worker
 from benchmarks.gpu.tasks import (
-    CHAIN,
     COPY,
-    KERNELS,
     NUMERICS,
     PYTORCH,
     Began,
@@ -59,7 +57,7 @@ def tiny(monkeypatch):
 
 @pytest.fixture
 def job() -> Job:
-    return make_job(KERNELS)
+    return make_job(WAYS)
 
 
 class Clock:
@@ -210,7 +208,7 @@ def test_a_crash_of_a_process_is_seen(job):
 
 
 def test_kernels_that_end_processes_are_given_up(tmp_path):
-    job = make_job(KERNELS, ["adamw", "fame", "lamb"])
+    job = make_job(WAYS, ["adamw", "fame", "lamb"])
     lost = [f"numerics / {name} / mosaic" for name in ("adamw", "fame", "lamb")]
     status, rows, report, jobs = run(tmp_path, job, dict.fromkeys(lost, EOFError()))
     assert status == 1
@@ -292,7 +290,7 @@ class Breaking:
 
 
 def test_an_error_of_one_case_is_no_other_cases():
-    task = Task(tuple(Case(TINY, "adamw", name) for name in KERNELS))
+    task = Task(tuple(Case(TINY, "adamw", name) for name in WAYS))
     sent: list[Message] = []
     worker.measure(task, {}, Breaking(), sent.append)
     found = {message.case.kernels: message.row for message in sent if isinstance(message, Found)}
@@ -332,7 +330,7 @@ def test_numbers_must_be_as_near_to_float64_as_the_chain(value, passes):
 
 
 def test_what_is_worth_most_comes_first():
-    sets, methods, kernels = list(LEAF_SETS), list(CONTENDERS), list(KERNELS)
+    sets, methods, kernels = list(LEAF_SETS), list(CONTENDERS), list(WAYS)
     tasks = [*by_worth(sets, methods, ["torch adamw, fused"], kernels)]
     order = [*dict.fromkeys(task.leaf_set for task in tasks)]
     assert order[:3] == [NUMERICS, COPY, "ResNet-50"]

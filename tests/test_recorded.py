@@ -6,12 +6,15 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from benchmarks import RESULTS
+from benchmarks import RESULTS, latest
+from benchmarks.latest import Row
 from benchmarks.leaf_sets import COMPILED_SETS, RAGGED, count
-from benchmarks.plan_figures import BYTES, KERNELS, TEMPORARY, Row, changes, load
+from benchmarks.plan_figures import BYTES, KERNELS, TEMPORARY, changes
 from benchmarks.plan_report import markdown
 
-RECORDED = {device: load(RESULTS / f"plan-{device}.json") for device in ("h200-aot", "tpu-aot")}
+RECORDED = {
+    device: latest.load(RESULTS / f"plan-{device}.json") for device in ("h200-aot", "tpu-aot")
+}
 LARGE = "one of 4096 × 4096"
 
 

@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import command_line, history, latest, peers
-from benchmarks.command_line import quoted
-from benchmarks.contenders import CONTENDERS
+from benchmarks.contenders import WAYS
 from benchmarks.gpu.figures import figures
 from benchmarks.gpu.report import failed, report, summary
 from benchmarks.gpu.supervise import supervise
-from benchmarks.gpu.tasks import KERNELS, Case, Job, by_worth
+from benchmarks.gpu.tasks import Case, Job, by_worth
 from benchmarks.latest import Row
 from benchmarks.leaf_sets import LEAF_SETS
 from benchmarks.peers import PEERS
@@ -51,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     os.environ["JAX_PLATFORMS"] = "cuda,cpu"
 
     there = [name for name in peers.installed() if PEERS[name].package == "torch"]
-    tasks = by_worth(options.sets, options.optimizers, there, list(KERNELS))
+    tasks = by_worth(options.sets, options.optimizers, there, list(WAYS))
     job = Job(tuple(tasks), {name: LEAF_SETS[name] for name in options.sets})
     deadline += 60 * options.minutes
     sys.exit(run(job, device, options.out, deadline=deadline, resume=options.resume))
@@ -158,14 +157,7 @@ def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = command_line.make_parser(BENCHMARK, __doc__)
     command_line.add_sets(parser)
-    parser.add_argument(
-        "--optimizers",
-        nargs="+",
-        choices=CONTENDERS,
-        default=list(CONTENDERS),
-        metavar="NAME",
-        help=f"of {quoted(CONTENDERS)} (default: all)",
-    )
+    command_line.add_optimizers(parser)
     parser.add_argument(
         "--minutes",
         type=float,

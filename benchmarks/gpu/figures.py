@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from benchmarks import contenders, timing
-from benchmarks.contenders import REFERENCE
-from benchmarks.gpu.tasks import CHAIN, COPY, PYTORCH, Case
+from benchmarks.contenders import CHAIN, REFERENCE
+from benchmarks.gpu.tasks import COPY, PYTORCH, Case
 from benchmarks.latest import Row
 from benchmarks.leaf_sets import LEAF_SETS, count
 from benchmarks.peers import PEERS

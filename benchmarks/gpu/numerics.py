@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.contenders import CONTENDERS
-from benchmarks.gpu.tasks import CHAIN, Began, Case, Found, Job, Message, Task
+from benchmarks.contenders import CHAIN, CONTENDERS
+from benchmarks.gpu.tasks import Began, Case, Found, Job, Message, Task
 from benchmarks.leaf_sets import Leaves
 from pallas_kernels import fuse
 

@@ -3,13 +3,13 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from benchmarks import history
-from benchmarks.contenders import CONTENDERS
+from benchmarks.contenders import CHAIN, CONTENDERS, WAYS
 from benchmarks.gpu.targets import TARGETS, speed_up, verdict
-from benchmarks.gpu.tasks import CHAIN, KERNELS, NUMERICS, PYTORCH, Case
+from benchmarks.gpu.tasks import NUMERICS, PYTORCH, Case
 from benchmarks.latest import Row
-from benchmarks.leaf_sets import LEAF_SETS, count
+from benchmarks.leaf_sets import LEAF_SETS, in_words
 
-FUSED = tuple(name for name in KERNELS if name != CHAIN)
+FUSED = tuple(name for name in WAYS if name != CHAIN)
 
 NOTES = """\
 - ms: median of a step, ± the interquartile range of its turns. Steps run in a loop inside of one
@@ -100,10 +100,8 @@ def _missing(missing: Iterable[Case]) -> list[str]:
 
 
 def _set(rows: Mapping[str, Row], leaf_set: str) -> str:
-    leaves = LEAF_SETS[leaf_set]
     known = [*_of(rows, leaf_set)]
-    title = f"{leaf_set}: {len(leaves)} leaves, {count(leaves) / 1e6:.1f} million parameters"
-    parts = [f"## {title}"]
+    parts = [f"## {leaf_set}: {in_words(LEAF_SETS[leaf_set])}"]
     for graphs in (True, False):
         mine = [row for row in known if row["graphs"] == graphs and row["kernels"] != PYTORCH]
         titles = [f"with{'' if graphs else 'out'} graphs", *_COLUMNS]
@@ -120,7 +118,7 @@ _COLUMNS = ("ms", "speed-up", "of copy", "× adamw")
 
 
 def _line(rows: Mapping[str, Row], leaf_set: str, optimizer: str, graphs: bool) -> list[str]:
-    cases = (Case(leaf_set, optimizer, name, graphs) for name in KERNELS)
+    cases = (Case(leaf_set, optimizer, name, graphs) for name in WAYS)
     of_kernels = [rows.get(str(case), {}) for case in cases]
     speeds = (speed_up(row, rows) if row else None for row in of_kernels[1:])
     gains = (_format(speed, "{:.2f}") for speed in speeds)

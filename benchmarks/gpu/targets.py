@@ -3,7 +3,8 @@
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-from benchmarks.gpu.tasks import CHAIN, Case
+from benchmarks.contenders import CHAIN
+from benchmarks.gpu.tasks import Case
 from benchmarks.latest import Row
 from benchmarks.leaf_sets import LEAF_SETS, count
 

@@ -4,22 +4,16 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.contenders import REFERENCE
-from benchmarks.leaf_sets import Leaves, leaves
+from benchmarks.contenders import CHAIN, REFERENCE, WAYS
+from benchmarks.leaf_sets import RAGGED, Leaves
 
-# What runs a step, and the name that `fuse` has for it.
-CHAIN = "chain"
-KERNELS = {CHAIN: "xla", "triton": "triton", "mosaic": "mosaic"}
+# What runs a peer's step.
 PYTORCH = "PyTorch"
 
 NUMERICS, COPY = "numerics", "copy"
 
 # XLA's errors may hold whole programs.
 ERROR_CHARACTERS = 300
-
-# Some blocks with a rest, less than a block, single elements, four axes, two leaves alike.
-_SHAPES = "512,512 512,512 1023 3,3,64,64 64 1000,513 7 2048,300 1 129,129"
-RAGGED = leaves(tuple(map(int, shape.split(","))) for shape in _SHAPES.split())
 
 # A network of many leaves that a target is set for, then what compiles in no time, then sizes.
 SETS_BY_WORTH = ("ResNet-50", "one of 4096 × 4096", "GPT-2 124M", "1000 of 64 KB", "ViT-B/16")
@@ -89,7 +83,7 @@ class Job:
 
     tasks: tuple[Task, ...]
     sets: Mapping[str, Leaves]
-    kernels: Mapping[str, str] = field(default_factory=lambda: dict(KERNELS))
+    kernels: Mapping[str, str] = field(default_factory=lambda: dict(WAYS))
     ragged: Leaves = field(default_factory=lambda: dict(RAGGED))
     repeats: int = 5
     seconds_per_call: float = 0.005

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import peers, timing
-from benchmarks.contenders import CONTENDERS, REFERENCE
-from benchmarks.gpu.tasks import CHAIN, COPY, PYTORCH, Began, Case, Found, Job, Message, Task
+from benchmarks.contenders import CHAIN, CONTENDERS, REFERENCE
+from benchmarks.gpu.tasks import COPY, PYTORCH, Began, Case, Found, Job, Message, Task
 from benchmarks.leaf_sets import count
 from pallas_kernels import fuse
 
