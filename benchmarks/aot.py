@@ -176,6 +176,7 @@ def compiled_anew() -> Iterator[None]:
 
 
 def lower(step: Step, params: Any, state: Any, target: Target) -> jax.stages.Lowered:
+    """The step as its target's compiler gets it; arguments as those of `compile_step`."""
     sharding = target.sharding()
     arguments = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),

@@ -35,7 +35,7 @@ PARAMETERS = tuple(10**i for i in range(3, 9))
 FIXED_PARAMETERS = 10**6
 FIXED_LEAVES = 10
 
-# Lengths are multiples of it: XLA's CPU program takes three times as long for an odd one.
+# Lengths are multiples of it: for odd ones XLA's CPU program takes much longer, adamw's too.
 LENGTHS = 4
 
 # A turn is long beside the clock, and beside what a single call may suffer.
