@@ -64,6 +64,13 @@ def one_of(choices: Sequence[str], **arguments: Any) -> None:
             raise ValueError(f"{name} must be one of {listed}, got {value!r}")
 
 
+def memory(**arguments: Any) -> None:
+    """`None` (the device's own) or JAX's name of the host's."""
+    for name, value in arguments.items():
+        if value not in (None, "pinned_host"):
+            raise ValueError(f"{name} must be None or 'pinned_host', got {value!r}")
+
+
 def flag(**arguments: Any) -> None:
     """Python bools: they decide what is compiled, so they can't be arrays."""
     for name, value in arguments.items():

@@ -7,13 +7,16 @@ import jax
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from optax_ext import _memory
+
 
 def state_shardings(tx: optax.GradientTransformation, params: optax.Params) -> optax.OptState:
     """The shardings of the state that keep it beside the parameters.
 
-    An array that belongs to a parameter is cut as it is, along the axes on which both are equally
-    long; all else is whole on every device. Nothing is computed, so shapes will do as parameters,
-    and a state can be made in place, or restored from a checkpoint, that fits on no single device.
+    An array that belongs to a parameter is cut as it is, along the axes where that is possible; all
+    else is whole on every device. What an optimizer keeps in the host's memory stays there. Nothing
+    is computed, so shapes will do as parameters, and a state can be made in place, or restored from
+    a checkpoint, that fits on no single device.
 
     Args:
       tx: an optimizer.
@@ -32,14 +35,14 @@ def state_shardings(tx: optax.GradientTransformation, params: optax.Params) -> o
     >>> tx = optax_ext.invadam(1e-3)
     >>> placed = state_shardings(tx, params)
     >>> print(tuple(optax.tree.get(placed, "mu")["w"].spec))
-    ('data', None)
+    ('data',)
     >>> state = jax.jit(tx.init, out_shardings=placed)({"w": jnp.ones((8, 4))})
     """
     mesh = _mesh(params)
     return optax.tree.map_params(
         tx,
         _beside,
-        jax.eval_shape(tx.init, params),
+        _memory.types(tx.init, params),
         params,
         transform_non_params=lambda _: NamedSharding(mesh, PartitionSpec()),
         is_leaf=lambda x: isinstance(x, optax.MaskedNode),
@@ -65,14 +68,15 @@ def _mesh(params: optax.Params) -> Any:
 
 
 def _beside(leaf: Any, param: Any) -> Any:
-    """The parameter's sharding, but for axes of which the leaf holds a part."""
+    """The parameter's sharding, but for axes that are shorter here and can't be cut so."""
     if isinstance(leaf, optax.MaskedNode):
         return leaf
-    spec = (*param.sharding.spec, *[None] * (len(param.shape) - len(param.sharding.spec)))
+    mesh, spec = param.sharding.mesh, param.sharding.spec
     if len(leaf.shape) != len(param.shape):
         spec = ()
+    shards = param.sharding.shard_shape(param.shape)
     kept = [
-        axes if ours == theirs else None
-        for axes, ours, theirs in zip(spec, leaf.shape, param.shape, strict=False)
+        axes if shard and ours % (theirs // shard) == 0 else None
+        for axes, ours, theirs, shard in zip(spec, leaf.shape, param.shape, shards, strict=False)
     ]
-    return NamedSharding(param.sharding.mesh, PartitionSpec(*kept))
+    return NamedSharding(mesh, PartitionSpec(*kept), memory_kind=_memory.kind(leaf))

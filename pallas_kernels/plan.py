@@ -136,9 +136,9 @@ def _left_to_xla(graph, reachable, supports, placement) -> dict[Node, str]:
             reasons.setdefault(graph.component(node), why)
 
     reached = set(reachable)
-    for node, primitive in graph.foreign:
+    for node, why in graph.foreign:
         if node in reached:
-            leave(node, f"{primitive} is not elementwise")
+            leave(node, why)
     for node in blocks:
         if not supports(node.operation):
             leave(node, f"no kernel for {node.operation}")

@@ -14,7 +14,7 @@ from pallas_kernels.grouping import launches
 from pallas_kernels.placement import Placement, of_value, place
 from pallas_kernels.plan import plan
 from pallas_kernels.program import Program
-from pallas_kernels.trace import Graph, Kind, Node
+from pallas_kernels.trace import Graph, Kind, Node, types
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def explain(
     shapes = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=of_value(x)), params
     )
-    state = jax.eval_shape(tx.init, shapes)
+    state = types(tx.init, shapes)
     arguments = (shapes, state, shapes, extra_args)
     traced, in_place, values = trace_step(whole_step(tx), arguments, written=2)
     placement = place(traced.graph, [*traced.constants, *values], {})

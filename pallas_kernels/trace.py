@@ -86,7 +86,7 @@ class Graph:
       inputs: the arguments' nodes, in order.
       outputs: the results' nodes, in order.
       names: of arguments, for messages.
-      foreign: values of leaves that something outside of a kernel reads, and what does.
+      foreign: values of leaves that something outside of a kernel reads, and why it is outside.
       effects: operations without a result, such as prints.
     """
 
@@ -156,9 +156,12 @@ class Graph:
             return self._outside(primitive, params, args, avals)
         if primitive is lax.dot_general_p and _is_inner_product(params, args, size):
             return [self._cast(self._bind(jnp.sum, self._bind(lax.mul, *args)), aval)]
-        for arg in on_leaf:
-            self.foreign.append((arg, primitive.name))
-        return self._outside(primitive, params, args, avals)
+        return self.leave(primitive, params, args, avals, f"{primitive.name} is not elementwise")
+
+    def leave(self, primitive, params, args: Sequence[Node], avals, why: str) -> list[Node]:
+        """The results of an operation that XLA shall run, on leaves too."""
+        self.foreign += [(arg, why) for arg in args if arg.on_leaf]
+        return self._outside(primitive, params, tuple(args), avals)
 
     def _apply_to_scalars(self, primitive, params, args, avals) -> list[Node]:
         aval = avals[0]
@@ -266,6 +269,9 @@ class Graph:
                     Node(Kind.OUTSIDE, eqn.primitive, eqn.params, args, (), nothing, 0, -1)
                 )
                 continue
+            elif any(_is_away(v.aval) for v in (*eqn.invars, *eqn.outvars)):
+                why = f"{eqn.primitive.name} moves it to host memory, or from there"
+                results = self.leave(eqn.primitive, eqn.params, operands, avals, why)
             elif eqn.primitive is lax.cond_p and (
                 any(a.on_leaf for a in operands) or any(math.prod(a.shape) > 1 for a in avals)
             ):
@@ -340,16 +346,32 @@ def trace(step: Callable[..., Any], values: Sequence[Any], names: Sequence[str])
       values: arrays, or their shapes.
       names: of the values, for messages.
     """
-    shapes = [
-        jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=getattr(x, "weak_type", False))
-        for x in values
-    ]
+    shapes = [_type(x) for x in values]
     closed, result = jax.make_jaxpr(step, return_shape=True)(*shapes)
     graph = Graph()
     constants = [graph.input(jax.typeof(c), "a constant") for c in closed.consts]
     arguments = [graph.input(x, name) for x, name in zip(shapes, names, strict=True)]
     graph.outputs = graph.run(closed.jaxpr, constants, arguments)
     return Traced(graph, closed, result)
+
+
+def types(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What `function` returns: like `jax.eval_shape`, but the types know their memory."""
+    jaxpr, shapes = jax.make_jaxpr(function, return_shape=True)(*arguments)
+    return jax.tree.unflatten(jax.tree.structure(shapes), map(_type, jaxpr.out_avals))
+
+
+def _type(x: Any) -> Any:
+    """Of an array, a shape or a type: its shape, dtype and memory, wherever it lies on a mesh."""
+    shape = jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=getattr(x, "weak_type", False))
+    if not _is_away(jax.typeof(x) if isinstance(x, jax.Array) else x):
+        return shape
+    return jax.make_jaxpr(lambda x: jax.device_put(x, jax.memory.Space.Host))(shape).out_avals[0]
+
+
+def _is_away(type_: Any) -> bool:
+    """Whether an array of this type lies in the host's memory, where no kernel reaches it."""
+    return getattr(type_, "memory_space", None) == jax.memory.Space.Host
 
 
 REDUCTIONS = {

@@ -295,13 +295,19 @@ def synchronize_chunk(theta: Tensors, slow: Tensors, t: int, k: int, a: float) -
         theta[p], slow[p] = fast.reshape(shape), held.reshape(shape)
 
 
-def chunk(shape: tuple[int, ...], j: int, k: int) -> tuple[slice, ...]:
-    """The j-th of k pieces of ceil(n/k) indices along the first of the largest axes."""
+def chunk(shape: tuple[int, ...], j: int, k: int) -> tuple[Any, ...]:
+    """The j-th of k pieces of ceil(n/k) indices in each block of the first of the largest axes.
+
+    A block has n indices, at least 8 k if there are several; their number is a power of two.
+    """
     axis = shape.index(max(shape))
-    n = shape[axis]
+    count = 1
+    while shape[axis] and shape[axis] % (2 * count) == 0 and shape[axis] >= 2 * count * 8 * k:
+        count *= 2
+    n = shape[axis] // count
     length = math.ceil(n / k)
-    piece = slice(min(j * length, n), min((j + 1) * length, n))
-    return (slice(None),) * axis + (piece,)
+    pieces = [range(b * n, (b + 1) * n)[j * length : (j + 1) * length] for b in range(count)]
+    return (slice(None),) * axis + ([i for piece in pieces for i in piece],)
 
 
 def caadam(

@@ -120,7 +120,19 @@ VELOCITY = {
     "norm_scope": choice("global", "tensor"),
     "norm_reduction": choice("sum", "mean"),
 }
-LOOKAHEAD = {"sync_period": PERIOD, "slow_step_size": SHARE, "slow_dtype": DTYPE}
+MEMORY = Range(
+    (None, "pinned_host"),
+    tuple(
+        (value, f"must be None or 'pinned_host', got {value!r}")
+        for value in ("device", "", True, ["pinned_host"])
+    ),
+)
+LOOKAHEAD = {
+    "sync_period": PERIOD,
+    "slow_step_size": SHARE,
+    "slow_dtype": DTYPE,
+    "offload": MEMORY,
+}
 CONNECTIONS = {
     "scaling": choice("additive", "multiplicative", "signed", "depth"),
     "units": choice("module", "leaf"),

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -96,6 +97,14 @@ OVERRIDES = rows(
 @pytest.mark.parametrize("case", OVERRIDES, ids=str)
 def test_connection_overrides(case):
     assert_exact(case, NETWORK)
+
+
+@pytest.mark.usefixtures("x64")
+def test_rotating_lookahead_of_long_axes():
+    """Blocks of 24 entries, in parts of 8, and of 26, in parts of 9, 9 and 8."""
+    (case,) = rows(optax_ext.novak, blocks={"lookahead": "rotating", "sync_period": 3})
+    tree = {name: jax.ShapeDtypeStruct(x, float) for name, x in {"w": (2, 96), "b": (52,)}.items()}
+    assert_exact(case, tree)
 
 
 @pytest.mark.usefixtures("x64")

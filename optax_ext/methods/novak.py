@@ -36,6 +36,7 @@ def novak(
     sync_period: int | jax.Array = 5,
     slow_step_size: ArrayLike = 0.5,
     slow_dtype: DTypeLike | None = None,
+    offload: str | None = None,
     mask: Any = None,
     mu_dtype: DTypeLike | None = None,
     nu_dtype: DTypeLike | None = None,
@@ -88,6 +89,7 @@ def novak(
       sync_period: k, an integer >= 1; a Python one for "rotating".
       slow_step_size: a, in [0, 1].
       slow_dtype: storage of the slow weights; `None` is the parameters' own.
+      offload: where they wait, "pinned_host" for the host's memory; `None` is the device's.
       mask: tree of bools, or a function of the parameters to one: where to decay.
       mu_dtype: storage of the first moment; `None` is the parameters' own.
       nu_dtype: storage of the second moment; `None` is the parameters' own.
@@ -129,6 +131,7 @@ def novak(
     _checks.period(sync_period=sync_period)
     _checks.fraction(slow_step_size=slow_step_size)
     _checks.storage_dtype(mu_dtype=mu_dtype, slow_dtype=slow_dtype)
+    _checks.memory(offload=offload)
     _checks.storage_dtype(jnp.floating, nu_dtype=nu_dtype)
 
     bare = rectify and rectify_fallback == "momentum"
@@ -160,6 +163,7 @@ def novak(
         slow_step_size=slow_step_size,
         mode=lookahead,
         slow_dtype=slow_dtype,
+        offload=offload,
     )
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from optax_ext import _checks
+from optax_ext import _checks, _memory
 from optax_ext._numerics import (
     cast,
     first_count,
@@ -24,6 +24,7 @@ from optax_ext._numerics import (
     rounded,
     upcast,
 )
+from optax_ext.transforms import rotation
 
 
 class LookaheadState(NamedTuple):
@@ -48,6 +49,7 @@ def lookahead(
     slow_step_size: ArrayLike,
     mode: str = "exact",
     slow_dtype: DTypeLike | None = None,
+    offload: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Synchronizes the parameters with slow weights every `sync_period` steps.
 
@@ -57,9 +59,11 @@ def lookahead(
     parameters. Between synchronizations the new slow weights are the old buffers, untouched.
 
     `mode="rotating"` keeps slow weights for one k-th of the parameters at a time, so they take
-    p/k memory instead of p, and is another algorithm: each leaf is cut along its largest axis
-    into k chunks, which take turns of k steps: slow weights are taken from the parameters when the
-    turn begins and synchronized when it ends. A coordinate is synchronized once in k² steps.
+    p/k memory instead of p, and is another algorithm: each leaf is cut into k chunks, one k-th of
+    every block of its largest axis (blocks of at least 8 k entries, as many as 2, 4, 8, ... of them
+    make up the axis), which take turns of k steps: slow weights are taken from the parameters when
+    the turn begins and synchronized when it ends. A coordinate is synchronized once in k² steps.
+    On a mesh that cuts the axis between blocks no device needs another one's shard.
 
     Args:
       inner: optimizer of the fast weights.
@@ -68,6 +72,9 @@ def lookahead(
       mode: "exact" or "rotating".
       slow_dtype: storage of the slow weights; `None` is the parameters' own. A synchronization
         pulls towards the rounded ones.
+      offload: where the slow weights wait, "pinned_host" for the host's memory; `None` is the
+        device's. From there they come, one leaf after another, at a synchronization only. A `vmap`
+        over states, whose counts might differ, can't do that.
 
     Raises:
       ValueError: an argument is out of its range, or `params` is missing from the update.
@@ -87,26 +94,32 @@ def lookahead(
     _checks.fraction(slow_step_size=slow_step_size)
     _checks.one_of(("exact", "rotating"), mode=mode)
     _checks.storage_dtype(slow_dtype=slow_dtype)
+    _checks.memory(offload=offload)
     if mode == "rotating" and isinstance(sync_period, jax.Array):
         raise ValueError(
             f"sync_period must be a Python integer for mode='rotating', got {sync_period}"
         )
     inner = optax.with_extra_args_support(inner)
-    k, a = sync_period, slow_step_size
+    k, a = (sync_period if mode == "exact" else int(sync_period)), slow_step_size
 
     def take_slow(p):
-        mine = jnp.asarray(p) if mode == "exact" else _chunk(p, 0, int(k))
+        mine = jnp.asarray(p) if mode == "exact" else rotation.chunk(p, 0, k)
         dtype = mine.dtype if slow_dtype is None else slow_dtype
-        return jnp.array(rounded(mine, dtype), copy=True)
+        taken = jnp.array(rounded(mine, dtype), copy=True)
+        return taken if offload is None else _memory.away(taken)
 
     def init(params: optax.Params) -> LookaheadState:
         slow = jax.tree.map(partial(_also_abstract, take_slow), params)
         return LookaheadState(first_count(), slow, inner.init(params))
 
+    pull, changes_at = (_pull, 0) if mode == "exact" else (_pull_chunk, 1)
+
     def synchronize(u, slow, p, count):
-        if mode == "exact":
-            return _pull(u, slow, p, count % k == 0, a)
-        return _pull_chunk(u, slow, p, count, int(k), a)
+        if offload is None:
+            return pull(u, slow, p, count, k, a)
+        here = _memory.fetched(slow, when=count % k == 0)
+        step, new = pull(u, here, p, count, k, a)
+        return step, _memory.sent(new, slow, when=count % k == changes_at % k)
 
     def update(updates, state, params=None, **extra_args):
         require(params)
@@ -125,8 +138,24 @@ def lookahead(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _pull(u, slow, p, sync, a) -> tuple[jax.Array, jax.Array]:
-    """Update and slow weights of one leaf (or chunk), pulled together where `sync` is true.
+def _pull(u, slow, p, count, k, a) -> tuple[jax.Array, jax.Array]:
+    """Update and slow weights of one leaf, which meet at the end of every period."""
+    return _meet(u, slow, p, count % k == 0, a)
+
+
+def _pull_chunk(u, slow, p, count, k, a) -> tuple[jax.Array, jax.Array]:
+    """The same for a chunk at the end of its turn; at the beginning its slow weights are taken."""
+    turn = (count - 1) // k % k
+    begins, ends = (count - 1) % k == 0, count % k == 0
+    chunk = rotation.placed_like(rotation.chunk(p, turn, k), slow)
+    slow = jnp.where(begins, rounded(chunk, slow.dtype), slow)
+    spread, owner = rotation.spread(slow, p, k)
+    step, _ = _meet(u, spread, p, ends & (owner == turn), a)
+    return step, slow
+
+
+def _meet(u, slow, p, sync, a) -> tuple[jax.Array, jax.Array]:
+    """Update and slow weights, pulled together where `sync` is true.
 
     A select, not a `cond`: where `sync` is false the slow weights are literally the old buffer,
     which costs XLA no copy and lets a kernel skip reading and writing them. The new slow weights
@@ -136,59 +165,6 @@ def _pull(u, slow, p, sync, a) -> tuple[jax.Array, jax.Array]:
     pulled = wide_slow + cast(a, wide_p) * (wide_p + wide_u - wide_slow)
     step = jnp.where(sync, (pulled - wide_p).astype(u.dtype), u)
     return step, jnp.where(sync, rounded(p + step, slow.dtype), slow)
-
-
-def _pull_chunk(u, slow, p, count, k, a) -> tuple[jax.Array, jax.Array]:
-    """`_pull` at the end of a chunk's turn; at the beginning its slow weights are taken."""
-    turn = (count - 1) // k % k
-    begins, ends = (count - 1) % k == 0, count % k == 0
-    slow = jnp.where(begins, rounded(_chunk(p, turn, k), slow.dtype), slow)
-    spread, owner = _spread(slow, p, k)
-    step, _ = _pull(u, spread, p, ends & (owner == turn), a)
-    return step, slow
-
-
-def _cut(x, k) -> tuple[int, int, int]:
-    """Axis along which a leaf is cut, its size, and the length of a chunk of it.
-
-    A 0-d leaf is cut as a vector of one. Chunks are of one length, so that their number can be
-    traced; the last ones may own less than they hold, or nothing.
-    """
-    shape = x.shape or (1,)
-    axis = max(range(len(shape)), key=lambda i: shape[i])
-    return axis, shape[axis], -(-shape[axis] // k)
-
-
-def _chunk(x, j, k) -> jax.Array:
-    """Chunk `j` of `k`, filled up with the leaf's last entries."""
-    axis, _, length = _cut(x, k)
-    x = jnp.atleast_1d(x)
-    at = (slice(None),) * axis + (j * length + jnp.arange(length, dtype=jnp.int32),)
-    return x.at[at].get(mode="clip", out_sharding=_gathered(x, axis))
-
-
-def _gathered(x, axis) -> jax.NamedSharding:
-    """The sharding of `x` but for `axis`, which is whole on every device.
-
-    A chunk is of no size that a mesh divides; under explicit sharding that must be said.
-    """
-    own = jax.typeof(x).sharding
-    names = (None if i == axis else name for i, name in enumerate(own.spec))
-    return jax.NamedSharding(own.mesh, jax.P(*names))
-
-
-def _spread(chunk, like, k) -> tuple[jax.Array, jax.Array]:
-    """A chunk's entries at every place they could come from, and the chunk that owns each place.
-
-    Elementwise, where putting the chunk into its place would copy the leaf.
-    """
-    shape, like = like.shape, jnp.atleast_1d(like)
-    axis, size, length = _cut(like, k)
-    sharding = jax.typeof(like).sharding
-    at = (slice(None),) * axis + (jnp.arange(size, dtype=jnp.int32) % max(length, 1),)
-    spread = chunk.at[at].get(mode="clip", out_sharding=sharding)
-    place = jax.lax.broadcasted_iota(jnp.int32, like.shape, axis, out_sharding=sharding)
-    return spread.reshape(shape), (place // max(length, 1)).reshape(shape)
 
 
 def _also_abstract(f, p):
