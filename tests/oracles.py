@@ -296,18 +296,20 @@ def synchronize_chunk(theta: Tensors, slow: Tensors, t: int, k: int, a: float) -
 
 
 def chunk(shape: tuple[int, ...], j: int, k: int) -> tuple[Any, ...]:
-    """The j-th of k pieces of ceil(n/k) indices in each block of the first of the largest axes.
+    """Every k-th group of indices, from the j-th on, in each block of one axis.
 
-    A block has n indices, at least 8 k if there are several; their number is a power of two.
+    The axis is the first of the longest but the last, if it has 6 k indices, else of all. Of groups
+    of 8, 4 or 2 and then of blocks there are at least 6 k to share out, or they are not made.
     """
-    axis = shape.index(max(shape))
-    count = 1
-    while shape[axis] and shape[axis] % (2 * count) == 0 and shape[axis] >= 2 * count * 8 * k:
-        count *= 2
-    n = shape[axis] // count
-    length = math.ceil(n / k)
-    pieces = [range(b * n, (b + 1) * n)[j * length : (j + 1) * length] for b in range(count)]
-    return (slice(None),) * axis + ([i for piece in pieces for i in piece],)
+    longest = max(shape[:-1], default=0)
+    axis = shape[:-1].index(longest) if longest >= 6 * k else shape.index(max(shape))
+    n = shape[axis]
+    size = next((s for s in (8, 4, 2) if n and n % s == 0 and n // s >= 6 * k), 1)
+    groups = n // size
+    while groups and groups % 2 == 0 and groups // 2 >= 6 * k:
+        groups //= 2
+    mine = [i for i in range(n) if i // size % groups % k == j]
+    return (slice(None),) * axis + (mine,)
 
 
 def caadam(

@@ -101,10 +101,10 @@ def test_connection_overrides(case):
 
 @pytest.mark.usefixtures("x64")
 def test_rotating_lookahead_of_long_axes():
-    """Blocks of 24 entries, in parts of 8, and of 26, in parts of 9, 9 and 8."""
+    """Two blocks of 20 groups of 8, which k = 3 does not divide; single entries; groups of 2."""
     (case,) = rows(optax_ext.novak, blocks={"lookahead": "rotating", "sync_period": 3})
-    tree = {name: jax.ShapeDtypeStruct(x, float) for name, x in {"w": (2, 96), "b": (52,)}.items()}
-    assert_exact(case, tree)
+    shapes = {"blocks": (2, 320, 3), "single": (19, 40), "pairs": (2, 38)}
+    assert_exact(case, {name: jax.ShapeDtypeStruct(x, float) for name, x in shapes.items()})
 
 
 @pytest.mark.usefixtures("x64")

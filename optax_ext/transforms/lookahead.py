@@ -7,7 +7,7 @@ the optimizer's state, so that parameters stay ordinary arrays for `optax.apply_
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -59,11 +59,10 @@ def lookahead(
     parameters. Between synchronizations the new slow weights are the old buffers, untouched.
 
     `mode="rotating"` keeps slow weights for one k-th of the parameters at a time, so they take
-    p/k memory instead of p, and is another algorithm: each leaf is cut into k chunks, one k-th of
-    every block of its largest axis (blocks of at least 8 k entries, as many as 2, 4, 8, ... of them
-    make up the axis), which take turns of k steps: slow weights are taken from the parameters when
-    the turn begins and synchronized when it ends. A coordinate is synchronized once in k² steps.
-    On a mesh that cuts the axis between blocks no device needs another one's shard.
+    p/k memory instead of p, and is another algorithm: the rows of each leaf are dealt out to k
+    chunks (see `rotation.py`), which take turns of k steps: slow weights are taken from the
+    parameters when the turn begins and synchronized when it ends. A coordinate is synchronized once
+    in k² steps. On a mesh, chunks of all but short axes lie beside their parameters.
 
     Args:
       inner: optimizer of the fast weights.
@@ -95,12 +94,12 @@ def lookahead(
     _checks.one_of(("exact", "rotating"), mode=mode)
     _checks.storage_dtype(slow_dtype=slow_dtype)
     _checks.memory(offload=offload)
-    if mode == "rotating" and isinstance(sync_period, jax.Array):
-        raise ValueError(
-            f"sync_period must be a Python integer for mode='rotating', got {sync_period}"
-        )
-    inner = optax.with_extra_args_support(inner)
-    k, a = (sync_period if mode == "exact" else int(sync_period)), slow_step_size
+    k: Any = sync_period
+    if mode == "rotating":
+        if isinstance(k, jax.Array):
+            raise ValueError(f"sync_period must be a Python integer for mode='rotating', got {k}")
+        k = int(k)
+    inner, a = optax.with_extra_args_support(inner), slow_step_size
 
     def take_slow(p):
         mine = jnp.asarray(p) if mode == "exact" else rotation.chunk(p, 0, k)

@@ -1,41 +1,50 @@
 """Chunks of a leaf that take turns, so that only one k-th of it is held at a time.
 
-The largest axis of a leaf is cut into equal blocks, and each block into k parts; a chunk is one
-part of every block. So where a mesh of devices cuts the axis between blocks, each device finds its
-share of the chunk in its own shard.
+One axis of a leaf is cut into equal blocks, a block into groups of a few entries, and the groups of
+every block are dealt out to the k chunks in turn. So where a mesh of devices cuts the axis between
+blocks, each device finds its share of a chunk in its own shard; and where a group is as high as a
+tile of a TPU's memory, a chunk is picked and put back tile by tile, without a copy of the leaf.
 """
 
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-# A block holds at least as many times k entries; its last part may lack up to k - 1 of them.
-_FILL = 8
+# Entries of a group; fewer in short axes.
+_TILE = 8
+# A block has at least as many times k groups: its last round of dealing may lack up to k - 1.
+_ROUNDS = 6
 
 
 class _Cut(NamedTuple):
     """How a leaf is cut.
 
     Attributes:
-      axis: that is cut.
-      blocks: a power of two, as the numbers of devices are along the axes of most meshes.
-      size: of a block.
-      length: of a part; parts are equally long, so that the number of one can be traced, and the
-        last ones may own less than they hold, or nothing.
+      axis: the longest but the last one, along which memory runs; the last where others are short.
+      blocks: their number, a power of two, as that of devices along most axes of a mesh.
+      groups: in a block.
+      size: entries of a group.
+      rounds: groups of a block that a chunk holds; it may own one less.
     """
 
     axis: int
     blocks: int
+    groups: int
     size: int
-    length: int
+    rounds: int
 
 
 def chunk(x: jax.Array, j: Any, k: int) -> jax.Array:
-    """Chunk `j` of `k`: as `x`, but for one axis; what is lacking is filled with a block's last."""
+    """Chunk `j` of `k`: as `x` but for one axis; zeros stand where the last round lacks a group."""
     cut, x = _cut(x.shape, k), jnp.atleast_1d(x)
-    part = j * cut.length + jnp.arange(cut.length, dtype=jnp.int32)
-    return _pick(x, part, cut, cut.size)
+    axis = cut.axis + 1
+    groups = _split(_in_reach(x, cut), cut.axis, cut.blocks, cut.groups, cut.size)
+    lacking = [(0, cut.rounds * k - cut.groups if i == axis else 0, 0) for i in range(groups.ndim)]
+    dealt = _split(lax.pad(groups, jnp.zeros((), x.dtype), lacking), axis, cut.rounds, k)
+    mine = lax.dynamic_index_in_dim(dealt, j, axis + 1, keepdims=False)
+    return _merged(mine, cut.axis)
 
 
 def spread(held: jax.Array, like: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
@@ -44,12 +53,12 @@ def spread(held: jax.Array, like: jax.Array, k: int) -> tuple[jax.Array, jax.Arr
     Elementwise, where putting the chunk into its place would copy the leaf.
     """
     cut, whole = _cut(like.shape, k), jnp.atleast_1d(like)
-    length = max(cut.length, 1)
-    part = jnp.arange(cut.size, dtype=jnp.int32) % length
-    everywhere = placed_like(_pick(held, part, cut, cut.length), whole)
+    rounds = _split(_in_reach(held, cut), cut.axis, cut.blocks, cut.rounds, cut.size)
+    groups = lax.slice_in_dim(jnp.repeat(rounds, k, cut.axis + 1), 0, cut.groups, axis=cut.axis + 1)
+    everywhere = placed_like(_merged(groups, cut.axis), whole)
     sharding = jax.typeof(whole).sharding
-    place = jax.lax.broadcasted_iota(jnp.int32, whole.shape, cut.axis, out_sharding=sharding)
-    owner = place % max(cut.size, 1) // length
+    place = lax.broadcasted_iota(jnp.int32, whole.shape, cut.axis, out_sharding=sharding)
+    owner = place // cut.size % max(cut.groups, 1) % k
     return everywhere.reshape(like.shape), owner.reshape(like.shape)
 
 
@@ -61,20 +70,32 @@ def placed_like(x: jax.Array, like: jax.Array) -> jax.Array:
 
 def _cut(shape: tuple[int, ...], k: int) -> _Cut:
     """A 0-d leaf is cut as a vector of one."""
-    shape = shape or (1,)
-    axis = max(range(len(shape)), key=shape.__getitem__)
-    blocks, size = 1, shape[axis]
-    while size and size % 2 == 0 and size // 2 >= _FILL * k:
-        blocks, size = 2 * blocks, size // 2
-    return _Cut(axis, blocks, size, -(-size // k))
+    shape, least = shape or (1,), _ROUNDS * k
+    axis = max(range(len(shape) - 1), key=shape.__getitem__, default=0)
+    if shape[axis] < least:
+        axis = max(range(len(shape)), key=shape.__getitem__)
+    size = _power_of_two(shape[axis], least, _TILE)
+    blocks = _power_of_two(shape[axis] // size, least, shape[axis])
+    groups = shape[axis] // size // blocks
+    return _Cut(axis, blocks, groups, size, -(-groups // k))
 
 
-def _pick(x: jax.Array, entries: jax.Array, cut: _Cut, size: int) -> jax.Array:
-    """Some entries of every block, which are of the given size here."""
-    before, after = x.shape[: cut.axis], x.shape[cut.axis + 1 :]
-    blocks = _in_reach(x, cut).reshape(*before, cut.blocks, size, *after)
-    picked = jnp.take(blocks, entries, axis=cut.axis + 1, mode="clip")
-    return picked.reshape(*before, cut.blocks * entries.size, *after)
+def _power_of_two(n: int, least: int, most: int) -> int:
+    """The largest divisor of `n` that is at most `most` and leaves at least `least`."""
+    power = 1
+    while n % (2 * power) == 0 and n >= 2 * power * least and 2 * power <= most:
+        power *= 2
+    return power
+
+
+def _split(x: jax.Array, axis: int, *sizes: int) -> jax.Array:
+    return x.reshape(*x.shape[:axis], *sizes, *x.shape[axis + 1 :])
+
+
+def _merged(x: jax.Array, axis: int) -> jax.Array:
+    """Blocks, groups and entries as one axis again."""
+    blocks, groups, size = x.shape[axis : axis + 3]
+    return x.reshape(*x.shape[:axis], blocks * groups * size, *x.shape[axis + 3 :])
 
 
 def _in_reach(x: jax.Array, cut: _Cut) -> jax.Array:
