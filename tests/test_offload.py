@@ -59,7 +59,8 @@ def test_in_a_scan():
 
     def train(tx):
         def body(carry, gradient):
-            return step(tx, *carry, gradient), None
+            params, state = carry
+            return step(tx, params, state, gradient), None
 
         return jax.jit(partial(jax.lax.scan, body))((params, tx.init(params)), grads)[0]
 
