@@ -3,16 +3,20 @@
 On all GPUs or on a TPU slice; without them, on eight virtual devices of the CPU:
 
     python examples/sharded.py
-    python examples/sharded.py --optimizer novak --model-parallel 2
+    python examples/sharded.py --optimizer novak --layout replicated
+    python examples/sharded.py --model-parallel 2
 
-Interrupted, the same line goes on where it was:
+Interrupted, the same line goes on from the last checkpoint, be it on other devices:
 
-    python examples/sharded.py --checkpoints run1/
+    python examples/sharded.py --checkpoints run1
 
-In two processes, here on one machine (a cluster's scheduler knows them: `--cluster` will do):
+In two processes on one machine, and, with the same line on each of its machines, on a cluster:
 
-    both="--coordinator localhost:9911 --processes 2 --checkpoints run2/"
+    both="--coordinator localhost:9911 --processes 2 --checkpoints run2"
     python examples/sharded.py $both --process 0 & python examples/sharded.py $both --process 1
+    srun python examples/sharded.py --cluster --checkpoints /shared/run3
+
+If one process dies, the others end with an error within `--give-up-after` seconds: start all again.
 
 The text is Python's own standard library. The optimizer is fused: on NVIDIA GPUs its step runs as
 kernels on each device's shards, elsewhere as the chain.
@@ -20,27 +24,31 @@ kernels on each device's shards, elsewhere as the chain.
 
 import argparse
 import hashlib
+import itertools
 import math
-import sysconfig
 import time
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from rich.progress import Progress, TextColumn, TimeRemainingColumn
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 import optax_ext
+from _language import HEADS, LENGTH, Transformer, draw, read_text
 from pallas_kernels import FusedTransformation, fuse
 
 VIRTUAL_CPU_DEVICES = 8
-LENGTH = 64  # of a sequence, in bytes
 
 OPTIMIZERS = {
     "fame": optax_ext.fame,
@@ -59,116 +67,92 @@ def main(argv: Sequence[str] | None = None) -> None:
     start_jax(options)
     mesh = make_mesh(options.model_parallel)
     model = Transformer(options.width, options.layers)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, LENGTH), jnp.int32))
-    shardings = jax.tree.map(lambda x: NamedSharding(mesh, place(x.shape, mesh)), shapes)
+    params = lay_out(model, mesh, by_data=options.layout == "fully-sharded")
+    shardings = jax.tree.map(lambda x: x.sharding, params)
     tx = fuse(OPTIMIZERS[options.optimizer](options.rate), shardings=shardings)
 
     manager = open_checkpoints(options.checkpoints, options.save_every)
-    first, params, state = begin(model, tx, shapes, shardings, manager)
-    if jax.process_index() == 0:
-        print(f"resumed after step {first}" if first else placement(params, state))
-    train_step = make_step(model, tx)
-    text, batches = read_text(), NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    first, params, state = begin(model, tx, params, manager)
+    console = Console(quiet=jax.process_index() > 0)
+    console.print(placement(params, state, mesh))
+    if first:
+        console.print(f"resumed after step {first}")
+    if first >= options.steps:
+        return
+
+    train_step = make_step(model, tx, in_use=lay_out(model, mesh, by_data=False))
+    text, batches = read_text(), NamedSharding(mesh, PartitionSpec("data"))
     loss = math.nan
-    with progress_bar() as progress:
-        task = progress.add_task("training", total=options.steps, completed=first, note="")
-        begun = time.perf_counter()
+    with progress_bar(console, first, options.steps, options.batch * LENGTH) as advance:
         for step in range(first, options.steps):
-            batch = draw(text, step, options.batch, batches)
+            batch = spread(draw(text, step, options.batch), batches)
             params, state, loss = train_step(params, state, batch)
-            if step % 10 == 9:
-                done = (step + 1 - first) * options.batch * LENGTH
-                speed = done / (time.perf_counter() - begun)
-                note = f"loss {loss:.3f}, {speed:,.0f} bytes/s"
-                progress.update(task, completed=step + 1, note=note)
+            advance(step + 1, loss)
             if manager is not None:
                 items = ocp.args.StandardSave({"params": params, "state": state})
-                manager.save(step + 1, args=items)
+                manager.save(step + 1, args=items, force=step + 1 == options.steps)
     if manager is not None:
         manager.close()
     final = fingerprint(params)  # by all processes together
-    if jax.process_index() == 0:
-        print(f"step {options.steps}: loss {loss:.4f}, parameters {final}")
+    console.print(f"step {options.steps}: loss {loss:.4f}, parameters {final}")
 
 
 def start_jax(options: argparse.Namespace) -> None:
     """This process's devices, and the other processes; before JAX is asked for anything."""
     jax.config.update("jax_num_cpu_devices", options.cpu_devices)
-    if options.coordinator:
-        jax.distributed.initialize(options.coordinator, options.processes, options.process)
-    elif options.cluster:
-        jax.distributed.initialize()
+    if options.coordinator or options.cluster:
+        jax.distributed.initialize(
+            options.coordinator,
+            options.processes,
+            options.process,
+            heartbeat_timeout_seconds=options.give_up_after,
+        )
 
 
 def make_mesh(model_parallel: int) -> Mesh:
     """All devices of all processes, in rows of those that share a layer."""
     devices = jax.device_count()
-    if model_parallel < 1 or devices % model_parallel:
-        raise SystemExit(f"--model-parallel must divide {devices} devices, got {model_parallel}")
+    if model_parallel < 1 or math.gcd(devices, HEADS) % model_parallel:
+        raise SystemExit(
+            f"--model-parallel must divide {devices} devices and {HEADS} heads,"
+            f" got {model_parallel}"
+        )
     shape = devices // model_parallel, model_parallel
     return jax.make_mesh(shape, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
 
 
-def place(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """The last axis by "model", the longest other one by "data", where they can be cut."""
-    spec: list[str | None] = [None] * len(shape)
-    if len(shape) > 1 and shape[-1] % mesh.shape["model"] == 0:
-        spec[-1] = "model"
-    rest = [i for i in range(len(shape)) if spec[i] is None and shape[i] % mesh.shape["data"] == 0]
-    if rest:
-        spec[max(rest, key=shape.__getitem__)] = "data"
-    return PartitionSpec(*spec)
+def lay_out(model: Transformer, mesh: Mesh, *, by_data: bool) -> Tree:
+    """The parameters' shapes, and how each is cut.
 
+    "model" cuts what is inside of layers, so that their devices need to add up only what they hand
+    on to each other; `by_data`, "data" cuts the parameters along that.
+    """
+    batch = jnp.zeros((1, LENGTH), jnp.int32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), batch)
 
-class Transformer(nn.Module):
-    """A causal model of bytes, its output tied to the embedding."""
+    def place(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        spec: list[str | None] = [None] * len(x.shape)
+        if by_data and model.width % mesh.shape["data"] == 0 and model.width in x.shape:
+            spec[x.shape.index(model.width)] = "data"
+        inside = [i for i, size in enumerate(x.shape) if size in model.inside and spec[i] is None]
+        if inside and x.shape[inside[0]] % mesh.shape["model"] == 0:
+            spec[inside[0]] = "model"
+        sharding = NamedSharding(mesh, PartitionSpec(*spec))
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
-    width: int
-    layers: int
-
-    @nn.compact
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        embed = nn.Embed(256, self.width)
-        positions = self.param("positions", nn.initializers.normal(0.02), (LENGTH, self.width))
-        x = embed(tokens) + positions[None]
-        mask = nn.make_causal_mask(tokens)
-        for _ in range(self.layers):
-            attend = nn.MultiHeadDotProductAttention(num_heads=4)
-            x += attend(nn.LayerNorm()(x), mask=mask)
-            x += nn.Dense(self.width)(nn.gelu(nn.Dense(4 * self.width)(nn.LayerNorm()(x))))
-        return embed.attend(nn.LayerNorm()(x))
-
-
-def make_step(model: Transformer, tx: FusedTransformation) -> Any:
-    """A training step in place; XLA sees to what the devices tell each other."""
-
-    def loss_of(params: Tree, batch: jax.Array) -> jax.Array:
-        logits: Any = model.apply(params, batch[:, :-1])
-        targets = batch[:, 1:]
-        return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
-
-    def step(params, state, batch):
-        loss, gradients = jax.value_and_grad(loss_of)(params, batch)
-        params, state = tx.step(params, state, gradients)
-        return params, state, loss
-
-    return jax.jit(step, donate_argnums=(0, 1))
+    return jax.tree.map(place, shapes)
 
 
 def begin(
     model: Transformer,
     tx: FusedTransformation,
-    shapes: Tree,
-    shardings: Tree,
+    params: Tree,
     manager: ocp.CheckpointManager | None,
 ) -> tuple[int, Tree, Tree]:
     """Steps done, parameters and state: the latest checkpoint's, or new ones.
 
     Both are made where they will lie: no device ever holds a whole parameter that is sharded.
     """
-    params = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
-    )
     places = optax_ext.state_shardings(tx, params)
     latest = None if manager is None else manager.latest_step()
     if manager is not None and latest is not None:
@@ -181,8 +165,9 @@ def begin(
         restored = manager.restore(latest, args=target)
         return latest, restored["params"], restored["state"]
 
-    example = jnp.zeros((1, LENGTH), jnp.int32)
-    new = jax.jit(lambda: model.init(jax.random.key(0), example), out_shardings=shardings)()
+    batch = jnp.zeros((1, LENGTH), jnp.int32)
+    shardings = jax.tree.map(lambda x: x.sharding, params)
+    new = jax.jit(lambda: model.init(jax.random.key(0), batch), out_shardings=shardings)()
     return 0, new, jax.jit(tx.init, out_shardings=places)(new)
 
 
@@ -193,27 +178,72 @@ def open_checkpoints(folder: Path | None, period: int) -> ocp.CheckpointManager 
     return ocp.CheckpointManager(folder.resolve(), options=options)
 
 
-def read_text() -> np.ndarray:
-    """Bytes of the modules at the top of the standard library, in the order of their names."""
-    folder = Path(sysconfig.get_path("stdlib"))
-    return np.frombuffer(b"".join(f.read_bytes() for f in sorted(folder.glob("*.py"))), np.uint8)
+def spread(batch: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """An array of all processes, of which each puts in its devices' share."""
+    return jax.make_array_from_callback(batch.shape, sharding, lambda index: batch[index])
 
 
-def draw(text: np.ndarray, step: int, batch: int, sharding: NamedSharding) -> jax.Array:
-    """The batch of a step: the same for a run that was interrupted, on any number of processes."""
-    starts = np.random.default_rng(step).integers(len(text) - LENGTH - 1, size=batch)
-    whole = np.stack([text[i : i + LENGTH + 1] for i in starts]).astype(np.int32)
-    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+def make_step(model: Transformer, tx: FusedTransformation, in_use: Tree) -> Any:
+    """A training step in place; XLA sees to what the devices tell each other.
+
+    What "data" cuts is whole while it is `in_use`; left alone, XLA may gather activations instead.
+    """
+    whole = jax.tree.map(lambda x: x.sharding, in_use)
+
+    def loss_of(params: Tree, batch: jax.Array) -> jax.Array:
+        params = jax.lax.with_sharding_constraint(params, whole)
+        logits: Any = model.apply(params, batch[:, :-1])
+        targets = batch[:, 1:]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
+
+    def step(params, state, batch):
+        loss, gradients = jax.value_and_grad(loss_of)(params, batch)
+        params, state = tx.step(params, state, gradients)
+        return params, state, loss
+
+    return jax.jit(step, donate_argnums=(0, 1))
 
 
-def placement(params: Tree, state: Tree) -> str:
+def placement(params: Tree, state: Tree, mesh: Mesh) -> Table:
     """Where each array lies."""
-    lines = [f"{jax.device_count()} devices in {jax.process_count()} processes; a device holds of"]
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        where = f"{leaf.shape!s:<14} {leaf.sharding.spec!s:<26} {held([leaf]):>8,} bytes"
-        lines.append(f"  {name:<60} {where}")
-    return "\n".join([*lines, f"and of the state, which lies beside them, {held(state):,} bytes"])
+    arrays = {name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    beside, rest = defaultdict(list), []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        owner = next((x for x in arrays if name(path).endswith(x)), None)
+        alike = owner is not None and leaf.sharding == arrays[owner].sharding
+        (beside[owner] if alike else rest).append(leaf)
+
+    processes = jax.process_count()
+    table = Table(
+        title=f"{mesh.size} devices ({mesh.shape['data']} data × {mesh.shape['model']} model) in"
+        f" {processes} process{'es' if processes > 1 else ''}; a device holds of",
+        title_justify="left",
+        title_style="",
+        box=SIMPLE_HEAD,
+        show_footer=True,
+    )
+    table.add_column("array", "all", no_wrap=True)
+    table.add_column("shape, cut along", no_wrap=True)
+    table.add_column("bytes", f"{held(params):,}", justify="right")
+    table.add_column("of state", f"{held(state):,}", justify="right")
+    for key, x in arrays.items():
+        row = key.removeprefix("params/"), describe(x), f"{held(x):,}", f"{held(beside[key]):,}"
+        table.add_row(*row)
+    table.add_row("rest of state", f"{len(rest)} arrays", "", f"{held(rest):,}")
+    return table
+
+
+def describe(x: Any) -> str:
+    """Its shape, and the axes of the mesh that it is cut along."""
+    sizes = x.sharding.mesh.shape
+    return " × ".join(
+        f"{size}/{axis}" if sizes.get(axis, 1) > 1 else f"{size}"
+        for size, axis in itertools.zip_longest(x.shape, x.sharding.spec)
+    )
+
+
+def name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def held(tree: Tree) -> int:
@@ -233,14 +263,34 @@ def fingerprint(params: Tree) -> str:
     return digest.hexdigest()[:16]
 
 
-def progress_bar() -> Progress:
-    """Of the first process only."""
+@contextmanager
+def progress_bar(
+    console: Console, first: int, steps: int, size: int
+) -> Iterator[Callable[[int, jax.Array], None]]:
+    """A bar; what it yields takes the steps done and the loss. Compiling counts as no time."""
     columns = (
-        *Progress.get_default_columns()[:3],
+        TextColumn("training"),
+        BarColumn(),
+        MofNCompleteColumn(),
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    return Progress(*columns, disable=jax.process_index() > 0)
+    with Progress(*columns, console=console, disable=console.quiet) as progress:
+        task = progress.add_task("", total=steps, completed=first, note="compiling")
+        begun = time.perf_counter()
+
+        def advance(done: int, loss: jax.Array) -> None:
+            nonlocal begun
+            if done == first + 1:
+                jax.block_until_ready(loss)
+                begun = time.perf_counter()
+                progress.update(task, completed=done, note=f"loss {loss:.3f}")
+            elif done % 10 == 0 or done == steps:
+                note = f"loss {loss:.3f}"  # waits for the step
+                speed = (done - first - 1) * size / (time.perf_counter() - begun)
+                progress.update(task, completed=done, note=f"{note}, {speed:,.0f} bytes/s")
+
+        yield advance
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -253,7 +303,19 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=32, help="sequences in a step")
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--model-parallel", type=int, default=1, metavar="N")
+    parser.add_argument(
+        "--layout",
+        choices=("fully-sharded", "replicated"),
+        default="fully-sharded",
+        help="of parameters and state, on devices that have different data",
+    )
+    parser.add_argument(
+        "--model-parallel",
+        type=int,
+        default=1,
+        metavar="N",
+        help="devices that share the heads, the hidden units and the same data",
+    )
     parser.add_argument("--checkpoints", type=Path, metavar="FOLDER", help="save, and go on from")
     parser.add_argument("--save-every", type=int, default=20, metavar="STEPS")
     parser.add_argument(
@@ -267,6 +329,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0")
     parser.add_argument("--processes", type=int, metavar="N")
     parser.add_argument("--process", type=int, metavar="I", help="this one's number, from 0")
+    parser.add_argument(
+        "--give-up-after",
+        type=int,
+        default=100,
+        metavar="SECONDS",
+        help="how long a process that died may be silent before the others end (default: 100)",
+    )
     options = parser.parse_args(argv)
     if options.coordinator and None in (options.processes, options.process):
         parser.error("--coordinator needs --processes and --process")

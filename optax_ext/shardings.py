@@ -20,7 +20,8 @@ def state_shardings(tx: optax.GradientTransformation, params: optax.Params) -> o
 
     Args:
       tx: an optimizer.
-      params: arrays or `jax.ShapeDtypeStruct`, each with a `NamedSharding`, on one mesh.
+      params: arrays or `jax.ShapeDtypeStruct`, each with a `NamedSharding`, on one mesh; for
+        `optax.lookahead`, the pair of them.
 
     Returns:
       A tree of `NamedSharding` like the state.
@@ -43,7 +44,7 @@ def state_shardings(tx: optax.GradientTransformation, params: optax.Params) -> o
         tx,
         _beside,
         _memory.types(tx.init, params),
-        params,
+        params.fast if isinstance(params, optax.LookaheadParams) else params,
         transform_non_params=lambda _: NamedSharding(mesh, PartitionSpec()),
         is_leaf=lambda x: isinstance(x, optax.MaskedNode),
     )

@@ -62,10 +62,11 @@ def fuse(
         chain.
       strict: whether to raise where "auto" leaves something to XLA.
       shardings: where the parameters lie on a mesh of devices: one `NamedSharding` (or, under
-        `jax.set_mesh`, a `PartitionSpec`) for all, or a tree of them like the parameters. Kernels
-        then run on each device's shards, and norms are summed over the devices. Arrays themselves
-        tell it outside of `jit`, and their types on a mesh with explicit axes; inside `jit` on
-        automatic axes nothing does, and without `shardings` XLA gathers every leaf.
+        `jax.set_mesh`, a `PartitionSpec`) for all, or a tree of them like the parameters, where
+        one may stand in place of a subtree. Kernels then run on each device's shards, and norms
+        are summed over the devices. Arrays themselves tell it outside of `jit`, and their types on
+        a mesh with explicit axes; inside `jit` on automatic axes nothing does, and without
+        `shardings` XLA gathers every leaf.
 
     Raises:
       ValueError: `backend` is unknown; or, from `step` and `update` if `strict`, a leaf can't be

@@ -106,7 +106,11 @@ class Placement:
             out_specs=(specs(stored), [whole] * len(reduced)),
             check_vma=False,
         )
-        shards, totals = launched([value(n) for n in arrays], [value(n) for n in scalars])
+        leaves = [
+            _reshard(value(node), NamedSharding(self.mesh, spec))
+            for node, spec in zip(arrays, specs(arrays), strict=True)
+        ]
+        shards, totals = launched(leaves, [value(n) for n in scalars])
         return dict(zip([*stored, *reduced], [*shards, *totals], strict=True))
 
     def sums(
@@ -152,6 +156,8 @@ def place(graph: Graph, values: Sequence[Any], given: Mapping[str, NamedSharding
     for leaf, value in zip(graph.inputs, values, strict=False):
         component = graph.component(leaf)
         sharding = given.get(graph.names[leaf]) or of_value(value)
+        if sharding is not None:
+            check(graph.names[leaf], leaf.shape, sharding)
         if sharding is None or not leaf.on_leaf or component in placement.shardings:
             continue
         if placement.mesh is None:
@@ -161,7 +167,6 @@ def place(graph: Graph, values: Sequence[Any], given: Mapping[str, NamedSharding
                 f"all leaves must lie on one mesh, but {first} lies on"
                 f" {placement.mesh}, {graph.names[leaf]} on {sharding.mesh}"
             )
-        check(graph.names[leaf], leaf.shape, sharding)
         placement.shardings[component] = sharding
         placement.leaves[component] = leaf
     return placement
@@ -172,6 +177,13 @@ def _differ(a: Mesh | AbstractMesh, b: Mesh | AbstractMesh) -> bool:
     if isinstance(a, Mesh) and isinstance(b, Mesh):
         return a != b
     return a.abstract_mesh != b.abstract_mesh
+
+
+def _reshard(x: Any, sharding: NamedSharding) -> Any:
+    """On explicit axes `shard_map` takes only what is cut as it should be; on others it cuts."""
+    if AxisType.Explicit not in sharding.mesh.axis_types:
+        return x
+    return jax.sharding.reshard(x, sharding)
 
 
 def check(name: str, shape: tuple[int, ...], sharding: NamedSharding) -> None:
@@ -187,9 +199,11 @@ def check(name: str, shape: tuple[int, ...], sharding: NamedSharding) -> None:
 def of_value(x: Any) -> NamedSharding | None:
     """The sharding that an array, or the type of a tracer on an explicit mesh, tells."""
     sharding = jax.typeof(x).sharding if isinstance(x, Tracer) else getattr(x, "sharding", None)
-    if not isinstance(sharding, NamedSharding) or sharding.mesh.size == 1:
+    if not isinstance(sharding, NamedSharding) or sharding.mesh.empty:
         return None
-    if isinstance(x, Tracer) and AxisType.Explicit not in sharding.mesh.axis_types:
+    if AxisType.Explicit in sharding.mesh.axis_types:
+        return sharding  # of a single device too: its name is in all types
+    if isinstance(x, Tracer) or sharding.mesh.size == 1:
         return None  # where `jit` will put it is not known yet
     return sharding
 
@@ -197,23 +211,29 @@ def of_value(x: Any) -> NamedSharding | None:
 def of_parameters(params: Any, shardings: Shardings) -> dict[str, NamedSharding]:
     """The shardings that a user gives, by the paths of the parameters.
 
+    As with `jit`, one that stands in place of a subtree is for all of its parameters.
+
     Raises:
       ValueError: one is missing, stands for no parameter, or is none.
     """
-    leaves = [_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-    if _is_sharding(shardings):
-        return {name: _named(name, shardings) for name in leaves}
     given = {
-        _name(path): sharding
+        _keys(path): sharding
         for path, sharding in jax.tree_util.tree_leaves_with_path(shardings, is_leaf=_is_sharding)
     }
-    for name in leaves:
-        if name not in given:
-            raise ValueError(f"shardings must have one for each parameter, but none for {name}")
-    for name in given:
-        if name not in leaves:
-            raise ValueError(f"shardings has one for {name}, which is no parameter")
-    return {name: _named(name, given[name]) for name in leaves}
+    found, used = {}, set()
+    for path, _ in jax.tree_util.tree_leaves_with_path(params):
+        keys = _keys(path)
+        above = next((keys[:i] for i in range(len(keys) + 1) if keys[:i] in given), None)
+        if above is None:
+            raise ValueError(
+                f"shardings must have one for each parameter, but none for {_name(path)}"
+            )
+        found[_name(path)] = _named(_name(path), given[above])
+        used.add(above)
+    for keys in given:
+        if keys not in used and not (keys == () and _is_sharding(shardings)):
+            raise ValueError(f"shardings has one for {'/'.join(keys)}, which is no parameter")
+    return found
 
 
 def _named(name: str, sharding: Any) -> NamedSharding:
@@ -229,11 +249,18 @@ def _named(name: str, sharding: Any) -> NamedSharding:
             f"a PartitionSpec in shardings needs jax.set_mesh around the step, got {sharding}"
             f" for {name}"
         )
-    return NamedSharding(mesh, sharding)
+    try:
+        return NamedSharding(mesh, sharding)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{name} can't be sharded by {sharding} on {mesh}") from error
 
 
 def _is_sharding(x: Any) -> bool:
     return isinstance(x, NamedSharding | PartitionSpec)
+
+
+def _keys(path: Any) -> tuple[str, ...]:
+    return tuple(_name((key,)) for key in path)
 
 
 _name = partial(jax.tree_util.keystr, simple=True, separator="/")

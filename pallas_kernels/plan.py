@@ -142,14 +142,14 @@ def _left_to_xla(graph, reachable, supports, placement) -> dict[Node, str]:
     for node in blocks:
         if not supports(node.operation):
             leave(node, f"no kernel for {node.operation}")
+        component = graph.component(node)
         for value in (node, *node.args):
             if str(value.dtype) not in DTYPES:
                 leave(node, f"no kernel for {value.dtype}")
-        component = graph.component(node)
-        if (size := placement.size(component, node)) > _LARGEST:
+            if value.on_leaf and (why := placement.reason(component, value)) is not None:
+                leave(node, why)
+        if component not in reasons and (size := placement.size(component, node)) > _LARGEST:
             leave(node, f"{size} elements are more than a 32-bit index reaches")
-        if (why := placement.reason(component, node)) is not None:
-            leave(node, why)
     return reasons
 
 

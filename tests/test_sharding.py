@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -18,7 +19,7 @@ from cases import METHODS
 from fused import SUMMED, chain_step
 from pallas_kernels import explain, fuse
 from runs import build
-from strategies import shape
+from strategies import filled, shape
 
 P = PartitionSpec
 # Where XLA makes one operation of two, a quotient into a product or a product and a sum into one
@@ -173,6 +174,112 @@ def test_a_fused_step(name, layout):
     assert_scalar_sums(program)
 
 
+CLIPPED = optax.chain(optax.clip_by_global_norm(0.5), optax.sgd(0.1))
+FORMS = {
+    "three axes, two on one of an array": Layout(
+        {"data": 2, "model": 2, "more": 2},
+        AxisType.Auto,
+        BOTH | {"bias": P(("data", "model")), "kernel": P("model", ("more", "data"))},
+    ),
+    "an axis of one": Layout(
+        {"data": 8, "model": 1}, AxisType.Auto, BOTH | {"kernel": P("data", "model")}
+    ),
+    "one device": Layout({"data": 1, "model": 1}, AxisType.Auto, BOTH),
+    "one device, explicit": Layout({"data": 1, "model": 1}, AxisType.Explicit, BOTH),
+}
+
+
+@pytest.mark.parametrize("layout", FORMS.values(), ids=FORMS)
+def test_meshes_of_any_form(layout):
+    tx = CLIPPED
+    told = None if layout.axis_type == AxisType.Explicit else layout.shardings
+
+    def make_step(tx):
+        return fuse(tx, backend="interpret", strict=True, shardings=told).step
+
+    params, _ = on_mesh(layout, make_step, tx)
+    assert largest_error(params, alone(tx)) <= SUMMED
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_arrays_that_lie_elsewhere_are_brought(axis_type):
+    """Parameters of the host, gradients whole on every device."""
+    layout, tx = Layout(AXES, axis_type, BOTH), CLIPPED
+    step = fuse(tx, backend="interpret", strict=True, shardings=layout.shardings).step
+    grads = jax.device_put(arrays(1), NamedSharding(layout.mesh, P()))
+    params, _ = jax.jit(step)(arrays(0), tx.init(arrays(0)), grads)
+    assert_beside(layout, params, ())
+    here = jax.tree.map(jnp.asarray, arrays(0))
+    expected, _ = chain_step(tx)(here, tx.init(here), arrays(1))
+    assert largest_error(params, expected) <= SUMMED
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        optax.adafactor(0.1, min_dim_size_to_factor=4),
+        pytest.param(optax.contrib.muon(0.1), marks=pytest.mark.slow),
+    ],
+    ids=["adafactor", "muon"],
+)
+def test_leaves_that_are_not_fused_where_they_are_cut(tx):
+    """They hold arrays of other shapes, which are cut otherwise or not at all."""
+    layout = LAYOUTS["fully and by tensor"]
+    params, grads = (jax.device_put(arrays(seed), layout.shardings) for seed in (0, 1))
+    step = fuse(tx, backend="interpret", shardings=layout.shardings).step
+    params, _ = jax.jit(step)(params, tx.init(params), grads)
+    here = jax.tree.map(jnp.asarray, arrays(0))
+    expected, _ = chain_step(tx)(here, tx.init(here), arrays(1))
+    assert largest_error(params, expected) <= SUMMED
+
+
+def test_leaves_without_elements_and_none():
+    mesh = LAYOUTS["fully and by tensor"].mesh
+    tree = {"w": shape(8, 6), "empty": shape(0, 8), "scalar": shape(), "none": None}
+    specs = {"w": P("data"), "empty": P("data", "model"), "scalar": P(), "none": None}
+    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+    here = filled(tree, 0)
+    params = jax.device_put(here, shardings)
+    tx = optax_ext.vradam(0.1)
+    state = jax.jit(tx.init, out_shardings=optax_ext.state_shardings(tx, params))(params)
+    step = jax.jit(fuse(tx, backend="interpret", shardings=shardings).step)
+    params, _ = step(params, state, filled(tree, 1))
+    expected, _ = chain_step(tx)(here, tx.init(here), filled(tree, 1))
+    assert jax.tree.structure(params) == jax.tree.structure(expected)
+    for ours, theirs in zip(*map(jax.tree.leaves, (params, expected)), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+
+
+def test_a_sharding_in_place_of_a_subtree():
+    """As with `jit`; and so do Flax's boxed parameters have it, one level above the array."""
+    mesh = LAYOUTS["fully sharded"].mesh
+    shardings = {"layers": NamedSharding(mesh, P("data")), "odd": NamedSharding(mesh, P())}
+    tree = {"layers": {"bias": shape(8), "kernel": shape(16, 24)}, "odd": shape(5, 3)}
+    params = filled(tree, 0)
+    tx = optax.sgd(0.1)
+    step = fuse(tx, backend="interpret", strict=True, shardings=shardings).step
+    params, _ = step(params, tx.init(params), params)
+    cut = {leaf.shape: leaf.sharding.spec for leaf in jax.tree.leaves(params)}
+    assert cut[(8,)][0] == cut[(16, 24)][0] == "data"
+    assert not any(cut[(5, 3)])
+
+
+def test_a_checkpoint_from_eight_devices_on_four(tmp_path):
+    layout, tx = LAYOUTS["fully and by tensor"], optax_ext.novak(0.1, trust_ratio=True)
+    params = jax.device_put(arrays(0), layout.shardings)
+    params, state = jax.jit(chain_step(tx))(params, tx.init(params), arrays(1))
+    four = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    fewer = {name: of_shape(x, NamedSharding(four, FULLY[name])) for name, x in TREE.items()}
+    places = optax_ext.state_shardings(tx, fewer)
+    target = fewer, jax.tree.map(of_shape, jax.eval_shape(tx.init, fewer), places)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "eight", (params, state))
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "eight", target)
+    jax.tree.map(np.testing.assert_array_equal, restored, (params, state))
+    jax.tree.map(lambda x, y: x.sharding == y.sharding or pytest.fail(str(y)), restored, target)
+
+
 SPECS: dict[str, Any] = {
     "specs": FULLY,
     "shardings": LAYOUTS["fully sharded"].shardings,
@@ -266,6 +373,10 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         lambda given: given | {"bias": NamedSharding(given["odd"].mesh, P(None, "data"))},
         r"bias of shape \(8,\) can't be sharded",
     ),
+    "of no axis": (
+        lambda given: given | {"scalar": given["bias"]},
+        r"scalar of shape \(\) can't be sharded",
+    ),
     "two meshes": (
         lambda given: given | {"odd": NamedSharding(other_mesh(), P())},
         r"on one mesh, but 0/bias lies on .*, 0/odd on",
@@ -278,7 +389,19 @@ def test_wrong_shardings_name_the_leaf(change, message):
     given = change(LAYOUTS["fully sharded"].shardings)
     step = fuse(optax.sgd(0.1), backend="interpret", shardings=given).step
     params = jax.tree.map(jnp.asarray, arrays(0))
+    if "scalar" in given:
+        params["scalar"] = jnp.ones(())
     with pytest.raises(ValueError, match=message):
+        step(params, optax.sgd(0.1).init(params), params)
+
+
+def test_a_spec_with_an_axis_that_the_mesh_has_not_names_the_leaf():
+    params = jax.tree.map(jnp.asarray, arrays(0))
+    step = fuse(optax.sgd(0.1), backend="interpret", shardings=FULLY | {"odd": P("x")}).step
+    with (
+        jax.set_mesh(LAYOUTS["fully sharded"].mesh),
+        pytest.raises(ValueError, match=r"odd can't be sharded by .*'x'"),
+    ):
         step(params, optax.sgd(0.1).init(params), params)
 
 
@@ -304,8 +427,10 @@ def test_a_state_needs_to_know_where_parameters_lie():
             {"ours": optax_ext.vradam(0.1), "sgd": optax.sgd(0.1)},
             dict.fromkeys(TREE, "ours") | {"odd": "sgd"},
         ),
+        optax.MultiSteps(optax_ext.invadam(0.1), 2).gradient_transformation(),
+        optax.contrib.schedule_free(optax_ext.invadam(0.1), 0.1),
     ],
-    ids=["rotating", "masked", "injected", "groups"],
+    ids=["rotating", "masked", "injected", "groups", "accumulated", "schedule-free"],
 )
 def test_shardings_of_any_state(tx):
     """They fit: a state that is made with them is the state."""
@@ -319,3 +444,12 @@ def test_shardings_of_any_state(tx):
     ]
     assert cut
     assert set(cut) == {P("data", "model")}
+
+
+def test_shardings_of_a_state_beside_a_pair_of_weights():
+    shardings = LAYOUTS["fully and by tensor"].shardings
+    weights = jax.device_put(arrays(0), shardings)
+    params, tx = optax.LookaheadParams(weights, weights), optax.lookahead(optax.adam(0.1), 2, 0.5)
+    placed = optax_ext.state_shardings(tx, params)
+    state = jax.jit(tx.init, out_shardings=placed)(params)
+    assert optax.tree.get(state, "mu")["kernel"].sharding.spec == P("data", "model")
