@@ -146,10 +146,10 @@ def _left_to_xla(graph, reachable, supports, placement) -> dict[Node, str]:
             if str(value.dtype) not in DTYPES:
                 leave(node, f"no kernel for {value.dtype}")
         component = graph.component(node)
-        if (size := placement.size(component, node)) > _LARGEST:
-            leave(node, f"{size} elements are more than a 32-bit index reaches")
         if (why := placement.reason(component, node)) is not None:
             leave(node, why)
+        elif (size := placement.size(component, node)) > _LARGEST:
+            leave(node, f"{size} elements are more than a 32-bit index reaches")
     return reasons
 
 

@@ -156,6 +156,18 @@ def test_a_fused_step(name, layout):
     assert_scalar_sums(program)
 
 
+def test_what_is_left_to_xla():
+    """Means along an axis that is cut have a shape that is not."""
+    layout = LAYOUTS["fully sharded"]
+    tx = optax.chain(optax.centralize(), optax.sgd(0.1))
+
+    def make_step(tx):
+        return fuse(tx, backend="interpret", shardings=layout.shardings).step
+
+    params, _ = on_mesh(layout, make_step, tx)
+    assert largest_error(params, alone(tx)) <= SUMMED
+
+
 SPECS: dict[str, Any] = {
     "specs": FULLY,
     "shardings": LAYOUTS["fully sharded"].shardings,
