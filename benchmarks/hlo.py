@@ -1,4 +1,4 @@
-"""Reads a compiled program: what it launches, moves and tells other devices, and what memory it takes.
+"""Reads a compiled program: what it launches, moves, holds in memory, and tells other devices.
 
 XLA prints the instructions of a program's ENTRY in order of execution, each with the type of its
 result, and in a TPU's types the memory: `S(1)` is on the chip, nothing is the large one beside it.
