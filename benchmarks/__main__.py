@@ -21,7 +21,8 @@ class Benchmark(NamedTuple):
 BENCHMARKS = {
     "plan": Benchmark(
         "launches, bytes per parameter, temporary memory and compile time of steps compiled for an"
-        " H200, chain beside fused, or for a TPU v5e; neither is needed",
+        " H200, chain beside fused, or for a TPU v5e; of many, what each holds and is told; none is"
+        " needed",
         "what can't be timed here can be counted: a copy, a pass over the parameters or a launch"
         " per leaf too many shows in the compiled program, and fails",
     ),

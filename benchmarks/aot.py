@@ -1,10 +1,11 @@
-"""Compiles a step for a device that is not there: an H200, or one chip of a TPU v5e.
+"""Compiles a step for devices that are not there: an H200 or a chip of a TPU v5e, or many of them.
 
 The compilers need no device, only its description: the H200's is `h200.txtpb`, the TPU's comes with
 libtpu. XLA's CUDA plugin, ptxas and libtpu are what the `aot` extra installs.
 """
 
 import contextlib
+import dataclasses
 import functools
 import importlib.util
 import os
@@ -29,7 +30,14 @@ from jax.sharding import (
     use_abstract_mesh,
 )
 
-from benchmarks.hlo import Kernel, live_bytes, read_entry, read_kernels
+from benchmarks.hlo import (
+    Collective,
+    Kernel,
+    live_bytes,
+    read_collectives,
+    read_entry,
+    read_kernels,
+)
 
 Step = Callable[[Any, Any, Any], tuple[Any, Any]]
 
@@ -39,22 +47,40 @@ class Target:
     """What is compiled for.
 
     Attributes:
-      name: in a sentence.
+      one: in a sentence.
+      several: in a sentence, after their number.
       platform: JAX's name for it.
       kind: JAX's name for the device.
       plugin: the package that compiles for it.
-      devices: of the smallest machine that has one.
+      topology: the compiler's name for how many there are, and how they are connected.
+      find: the devices of a topology.
     """
 
-    name: str
+    one: str
+    several: str
     platform: str
     kind: str
     plugin: str
-    devices: Callable[[], Sequence[Any]]
+    topology: str
+    find: Callable[[str], Sequence[Any]]
+
+    @property
+    def name(self) -> str:
+        """In a sentence."""
+        number = len(self.devices())
+        return self.one if number == 1 else f"{number} {self.several}"
+
+    def devices(self) -> Sequence[Any]:
+        """All of them; `RuntimeError` if the compiler knows no such topology."""
+        return self.find(self.topology)
 
     def missing(self) -> bool:
         """Whether the compiler is not installed."""
         return importlib.util.find_spec(self.plugin) is None
+
+    def on(self, topology: str) -> "Target":
+        """Another number of these devices."""
+        return dataclasses.replace(self, topology=topology)
 
     def sharding(self) -> NamedSharding:
         """Everything on every device."""
@@ -62,12 +88,11 @@ class Target:
 
 
 @functools.cache
-def _h200() -> Sequence[Any]:
+def _h200(topology: str) -> Sequence[Any]:
     description = resources.files("benchmarks").joinpath("h200.txtpb").read_text()
-    topology = topologies.get_topology_desc(
-        platform="cuda", topology_name="h200", target_config=description, topology="1x1x1"
-    )
-    return topology.devices
+    return topologies.get_topology_desc(
+        platform="cuda", topology_name="h200", target_config=description, topology=topology
+    ).devices
 
 
 # Libtpu asks a machine in the cloud for these, and complains where there is none.
@@ -83,34 +108,58 @@ _NO_TPU = {
 
 
 @functools.cache
-def _v5e() -> Sequence[Any]:
+def _v5e(topology: str) -> Sequence[Any]:
     for name, value in _NO_TPU.items():
         os.environ.setdefault(name, value)
     # By default a host has 2 × 2 chips, and older versions insist on whole hosts.
-    topology = topologies.get_topology_desc(
-        platform="tpu", topology_name="v5e:1x1", chips_per_host_bounds=(1, 1, 1)
-    )
-    return topology.devices
+    return topologies.get_topology_desc(
+        platform="tpu", topology_name=topology, chips_per_host_bounds=(1, 1, 1)
+    ).devices
 
 
-H200 = Target("an NVIDIA H200", "gpu", "NVIDIA H200", "jax_cuda13_plugin", _h200)
-V5E = Target("one chip of a TPU v5e", "tpu", "TPU v5 lite", "libtpu", _v5e)
+H200 = Target(
+    one="an NVIDIA H200",
+    several="NVIDIA H200",
+    platform="gpu",
+    kind="NVIDIA H200",
+    plugin="jax_cuda13_plugin",
+    topology="1x1x1",
+    find=_h200,
+)
+V5E = Target(
+    one="one chip of a TPU v5e",
+    several="chips of a TPU v5e",
+    platform="tpu",
+    kind="TPU v5 lite",
+    plugin="libtpu",
+    topology="v5e:1x1",
+    find=_v5e,
+)
 
 
 @dataclass(frozen=True)
 class Program:
-    """A compiled step.
+    """A compiled step, of one device of several.
 
     Attributes:
       kernels: in order of execution.
+      collectives: what the devices tell each other.
+      arguments: bytes of parameters, state and gradients, as the device lays them out.
       temporary: bytes allocated beside arguments and results; a result that can't take the memory
         of a donated argument is allocated too.
+      reserved: bytes that libtpu's allocator takes for all these in the large memory; `None` for
+        other devices and older versions of JAX.
+      code: bytes of the program itself.
       cpu_seconds: spent on tracing, lowering and compiling, by all threads and by ptxas.
       seconds: the same by the clock, which whatever else runs on the machine slows down.
     """
 
     kernels: tuple[Kernel, ...]
+    collectives: tuple[Collective, ...]
+    arguments: int
     temporary: int
+    reserved: int | None
+    code: int
     cpu_seconds: float
     seconds: float
 
@@ -134,9 +183,10 @@ def compile_step(step: Step, params: Any, state: Any, target: Target = H200) -> 
 
     Args:
       step: a function that JAX can trace.
-      params: shapes of the parameters, and of the gradients.
+      params: shapes of the parameters, and of the gradients; what has no sharding is whole on every
+        device.
       state: shapes of the optimizer's state.
-      target: the device.
+      target: the device, or devices.
     """
     jax.clear_caches()  # a step must pay for what an earlier one has traced
     with compiled_anew():
@@ -150,8 +200,16 @@ def compile_step(step: Step, params: Any, state: Any, target: Target = H200) -> 
     # Libtpu reserves memory for what it then keeps on the chip, more or less with every version.
     beside = live_bytes(entry) if tpu else memory.temp_size_in_bytes
     moved_out = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    kernels = tuple(read_kernels(entry, tpu=tpu))
-    return Program(kernels, beside + moved_out, cpu_seconds, seconds)
+    return Program(
+        kernels=tuple(read_kernels(entry, tpu=tpu)),
+        collectives=tuple(read_collectives(text)),
+        arguments=memory.argument_size_in_bytes,
+        temporary=beside + moved_out,
+        reserved=getattr(memory, "total_allocation_bytes", None) if tpu else None,
+        code=memory.generated_code_size_in_bytes,
+        cpu_seconds=cpu_seconds,
+        seconds=seconds,
+    )
 
 
 def ptx(step: Step, params: Any, state: Any) -> str:
@@ -177,9 +235,9 @@ def compiled_anew() -> Iterator[None]:
 
 def lower(step: Step, params: Any, state: Any, target: Target) -> jax.stages.Lowered:
     """The step as its target's compiler gets it; arguments as those of `compile_step`."""
-    sharding = target.sharding()
+    whole = target.sharding()
     arguments = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or whole),
         (params, state, params),
     )
     # Since JAX 0.11, lowering for a GPU asks for its kind.

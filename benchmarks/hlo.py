@@ -1,4 +1,4 @@
-"""Reads a compiled program: what it launches, what that moves, and what lives in memory meanwhile.
+"""Reads a compiled program: what it launches, moves, holds in memory, and tells other devices.
 
 XLA prints the instructions of a program's ENTRY in order of execution, each with the type of its
 result, and in a TPU's types the memory: `S(1)` is on the chip, nothing is the large one beside it.
@@ -48,6 +48,29 @@ class Array:
 
 
 @dataclass(frozen=True)
+class Collective:
+    """What all devices of a mesh do together.
+
+    Attributes:
+      kind: XLA's name for it, "all-reduce" for one.
+      arrays: of its result, on each device.
+    """
+
+    kind: str
+    arrays: tuple[Array, ...]
+
+    @property
+    def elements(self) -> int:
+        """Numbers that each device is told."""
+        return sum(array.elements for array in self.arrays)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that each device is told."""
+        return sum(array.bytes for array in self.arrays)
+
+
+@dataclass(frozen=True)
 class Instruction:
     """A line of the ENTRY.
 
@@ -82,6 +105,11 @@ _PALLAS = re.compile('custom_call_target="(__gpu\\$xla.gpu.triton|mosaic_gpu)')
 # Names arrays that lie side by side as one.
 _CONCATENATED = 'custom_call_target="ConcatBitcast"'
 
+_COLLECTIVES = re.compile(
+    "(all-gather|all-reduce|all-to-all|collective-broadcast|collective-permute|ragged-all-to-all"
+    "|reduce-scatter)(-start)?"
+)
+
 # Operations that launch nothing.
 _BOOKKEEPING = frozenset(["bitcast", "constant", "get-tuple-element", "parameter", "tuple"])
 # Operations that hide kernels in a computation of their own, where they would not be counted.
@@ -90,17 +118,32 @@ _NESTED = frozenset(["call", "conditional", "while", "async-start"])
 
 def read_entry(program: str) -> list[Instruction]:
     """The instructions of a compiled program's text."""
-    entry = program[program.index("\nENTRY") :].splitlines()
-    return [
-        Instruction(
+    return list(_read(program[program.index("\nENTRY") :]))
+
+
+def read_collectives(program: str) -> list[Collective]:
+    """What devices tell each other, wherever in the text: a computation may hold it, too."""
+    found = []
+    for instruction in _read(program):
+        if match := _COLLECTIVES.fullmatch(instruction.operation):
+            results, operands = instruction.results, len(instruction.operands)
+            # One that only begins, but for all-reduce, has its operands among its results, before
+            # the true ones.
+            begun = match[2] and len(results) > operands
+            arrays = results[operands : 2 * operands] if begun else results
+            found.append(Collective(match[1], arrays))
+    return found
+
+
+def _read(text: str) -> Iterator[Instruction]:
+    for match in filter(None, map(_INSTRUCTION.match, map(str.strip, text.splitlines()))):
+        yield Instruction(
             match["name"],
             match["op"],
             tuple(_arrays(match["type"])),
             tuple(re.findall(r"%([^\s,]+)", match["operands"])),
             match.string,
         )
-        for match in filter(None, map(_INSTRUCTION.match, map(str.strip, entry)))
-    ]
 
 
 def read_kernels(entry: Sequence[Instruction], *, tpu: bool) -> Iterator[Kernel]:

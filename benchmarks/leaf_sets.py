@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 
 Shape = tuple[int, ...]
+# For each dimension, those of a mesh that cut it.
+Axes = tuple[str | tuple[str, ...] | None, ...]
 Leaves = dict[str, jax.ShapeDtypeStruct]
 
 
@@ -81,6 +83,27 @@ def gpt2() -> Iterator[Shape]:
         yield from dense(width, 4 * width)
         yield from dense(4 * width, width)
     yield from layer_norm(width)
+
+
+def llama(width: int, layers: int, mlp: int, vocabulary: int) -> Iterator[tuple[Shape, Axes]]:
+    """Touvron et al. (2023): no biases, a head of its own; the layouts are (in, out).
+
+    Each shape comes with the axes of a mesh that cut it: "data" cuts the width of the residual
+    stream, as fully sharded parameters are, "model" the other dimension, as Megatron's are.
+    """
+    into, out_of, vector = ("data", "model"), ("model", "data"), (("data", "model"),)
+    yield (vocabulary, width), out_of
+    for _ in range(layers):
+        yield (width,), vector
+        for _ in ("query", "key", "value"):
+            yield (width, width), into
+        yield (width, width), out_of
+        yield (width,), vector
+        for _ in ("gate", "up"):
+            yield (width, mlp), into
+        yield (mlp, width), out_of
+    yield (width,), vector
+    yield (width, vocabulary), into
 
 
 def dense(inputs: int, outputs: int) -> list[Shape]:

@@ -3,27 +3,30 @@
 No device is needed. A program that launches more kernels, moves more bytes or takes more memory
 than the recorded one is named, and the command fails. The recorded figures change with --record
 only: it replaces the rows that it measures and keeps the others, each with its date and versions.
+
+With --topology, leaves are shared by so many devices, and figures are one's: what it holds and what
+the devices tell each other are counted too.
 """
 
 import argparse
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-import jax
 import optax
 from rich.console import Console
 
 from benchmarks import RESULTS, command_line, history, latest
-from benchmarks.aot import H200, V5E, Target, compile_step
+from benchmarks.aot import H200, V5E, Program, Target, compile_step
 from benchmarks.command_line import quoted
 from benchmarks.contenders import CONTENDERS, WAYS
 from benchmarks.latest import Row
+from benchmarks.layouts import SHARDED_SETS, shardings, shards, size, state_of
 from benchmarks.leaf_sets import COMPILED_SETS, Leaves, count, leaves
 from benchmarks.plan_figures import Change, changes
 from benchmarks.plan_report import markdown, terminal
@@ -39,7 +42,8 @@ RECORDED_ROUNDS = 2
 NOTES = (
     "kernels: that a step launches. bytes: that they move for a parameter. floor: that any step"
     " must move. temporary: memory beside arguments and results, relative to the parameters."
-    " compile: CPU time, which nothing is compared with."
+    " compile: CPU time, which nothing is compared with. held: by a device, beside the ideal. told:"
+    " collectives, and how many numbers."
 )
 
 
@@ -106,7 +110,7 @@ class Plan:
     """Steps compiled for one device, beside the recorded ones or in place of them."""
 
     def __init__(self, options: argparse.Namespace):
-        self.options, self.target = options, DEVICES[options.device].target
+        self.options, self.target = options, options.target
         self.rows = latest.load(recorded(options))
         self.shared = history.circumstances(
             f"compiled for {self.target.name}", DEVICES[options.device].packages
@@ -118,11 +122,11 @@ class Plan:
 
     def measure(self, leaf_set: str, name: str) -> tuple[Row, list[Change]]:
         """A row, and how it differs from the recorded one, which it may replace."""
-        case, params = f"{leaf_set} / {name}", COMPILED_SETS[leaf_set]
-        rounds = RECORDED_ROUNDS if self.options.record else 1
+        case, params = f"{leaf_set} / {name}", leaves_of(leaf_set, self.target)
+        rounds = RECORDED_ROUNDS if self.options.record and not self.options.topology else 1
         row = {"optimizer": name}
         row |= measure(OPTIMIZERS[name], params, self.target, self.options.ways, rounds)
-        changed = list(changes(self.rows.get(case, {}), row, params))
+        changed = list(changes(self.rows.get(case, {}), row, shards(params)))
         if self.options.record:
             versions = ", ".join(map(" ".join, self.shared.versions.items()))
             self.rows[case] = row | {"date": self.shared.date, "versions": versions}
@@ -130,12 +134,14 @@ class Plan:
         return row, changed
 
     def save(self, case: str) -> None:
-        """Writes all rows, and adds the times of one to the history."""
+        """Writes all rows, and adds the times of one to the history, if it has any."""
         path = recorded(self.options)
         path.parent.mkdir(parents=True, exist_ok=True)
         latest.write(path, self.rows)
-        text = markdown(self.options.device, self.rows)
+        text = markdown(self.options.device, self.rows, self.options.topology)
         path.with_suffix(".md").write_text(text, encoding="utf-8")
+        if self.options.topology:
+            return
         # What is counted doesn't spread: its history is the file's.
         times = {way: Times(tuple(self.rows[case][way]["compile"])) for way in self.options.ways}
         history.append(
@@ -156,51 +162,82 @@ def measure(
     rounds: int = 1,
 ) -> Row:
     """An optimizer's step on a set of leaves, compiled in several ways by turns."""
-    state = jax.eval_shape(tx.init, params)
-    parameters, report = count(params), explain(tx, params)
+    state, placed = state_of(tx, params), shardings(params)
+    parameters, report = count(shards(params)), explain(tx, params)
     row: Row = {"floor": report.floor_per_parameter}
-    if target is H200:
+    if target.platform == "gpu":
         row["skipped"] = sum(phase.predicated for phase in report.phases) / parameters
+    if placed:
+        devices = len(target.devices())
+        row |= {"ideal": size((params, state)) / devices, "gradients": size(params) / devices}
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(rounds):
         for way in ways:
-            program = compile_step(fuse(tx, backend=WAYS[way]).step, params, state, target)
+            step = fuse(tx, backend=WAYS[way], shardings=placed).step
+            program = compile_step(step, params, state, target)
             seconds[way].append(round(program.cpu_seconds, 2))
             row[way] = {
                 "kernels": program.launches,
                 "pallas": len(program.of_kind("pallas")),
                 "bytes": program.bytes / parameters,
                 "temporary": program.temporary / (4 * parameters),
-                "compile": seconds[way],
+                **(among_devices(program) if placed else {"compile": seconds[way]}),
             }
     return row
 
 
+def among_devices(program: Program) -> Row:
+    """What a device holds, and is told: of each kind of collective the number and the numbers."""
+    kinds: dict[str, list[int]] = {}
+    for collective in program.collectives:
+        found = kinds.setdefault(collective.kind, [0, 0])
+        found[0] += 1
+        found[1] += collective.elements
+    row = {
+        "held": program.arguments + program.temporary,
+        "collectives": len(program.collectives),
+        "told": sum(collective.bytes for collective in program.collectives),
+        "kinds": kinds,
+    }
+    if program.reserved is not None:
+        row |= {"reserved": program.reserved, "code": program.code}
+    return row
+
+
+def leaves_of(leaf_set: str, target: Target) -> Leaves:
+    """A set of leaves by its name, on the target's devices if it is made to be shared."""
+    if leaf_set in SHARDED_SETS:
+        return SHARDED_SETS[leaf_set].on(target.devices())
+    return COMPILED_SETS[leaf_set]
+
+
 def recorded(options: argparse.Namespace) -> Path:
     """The file of the recorded figures."""
-    return latest.path(options.out, "plan", options.device)
+    where = filter(None, [options.device, options.topology])
+    return latest.path(options.out, "plan", "-".join(where).replace(":", "-"))
 
 
 def read(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line; one that can't be followed ends the program with a message."""
     parser = make_parser()
     options = parser.parse_args(argv)
-    target, ways, _ = DEVICES[options.device]
-    selected = options.ways or ways
-    options.ways = [way for way in ways if way in selected]
-    foreign = [way for way in selected if way not in ways]
-    if foreign:
-        parser.error(f"{options.device} compiles {quoted(ways)} only, not {quoted(foreign)}")
-    if options.record and len(options.ways) < len(ways):
-        parser.error("a row is recorded with all of its ways: leave out --ways")
-    if target.missing():
-        parser.error(f"{options.device} needs the extra `aot`, which is not installed")
+    device = DEVICES[options.device]
+    sets = SHARDED_SETS if options.topology else COMPILED_SETS
+    if message := contradiction(options, device, sets):
+        parser.error(message)
+    options.target = device.target.on(options.topology) if options.topology else device.target
+    try:
+        options.target.devices()
+    except RuntimeError as error:
+        parser.error(f"--topology {options.topology}: {error}")
+    options.ways = [way for way in device.ways if way in (options.ways or device.ways)]
     rows = latest.load(recorded(options))
     names = options.optimizers or list(OPTIMIZERS)
-    options.cases = dict.fromkeys(options.sets or COMPILED_SETS, names)
+    options.cases = dict.fromkeys(options.sets or sets, names)
     if not (options.record or options.sets or options.optimizers):
         known = {x: [n for n in names if f"{x} / {n}" in rows] for x in options.cases}
-        options.cases = {leaf_set: names for leaf_set, names in known.items() if names}
+        known = {leaf_set: names for leaf_set, names in known.items() if names}
+        options.cases = known or options.cases
     if not options.record:
         unknown = list(unrecorded(options, rows))
         if unknown:
@@ -208,11 +245,34 @@ def read(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
+def contradiction(options: argparse.Namespace, device: Device, sets: Collection[str]) -> str | None:
+    """Why the options can't be followed, if they can't.
+
+    Args:
+      options: as given.
+      device: that they name.
+      sets: of leaves, that it can be given.
+    """
+    if foreign := [way for way in options.ways if way not in device.ways]:
+        return f"{options.device} compiles {quoted(device.ways)} only, not {quoted(foreign)}"
+    if options.record and options.ways and len({*options.ways}) < len(device.ways):
+        return "a row is recorded with all of its ways: leave out --ways"
+    if foreign := [name for name in options.sets if name not in sets]:
+        kind = "a --topology" if options.topology else "one device"
+        return f"the sets for {kind} are {quoted(sets)}, not {quoted(foreign)}"
+    if options.record and options.topology and not options.sets:
+        return f"--record needs --sets with a --topology: of {quoted(sets)}"
+    if device.target.missing():
+        return f"{options.device} needs the extra `aot`, which is not installed"
+    return None
+
+
 def unrecorded(options: argparse.Namespace, rows: Mapping[str, Row]) -> Iterator[str]:
     """Commands to record the selected cases that there are no figures of."""
     for leaf_set, selected in options.cases.items():
         names = [name for name in selected if f"{leaf_set} / {name}" not in rows]
         words = ["python", "-m", "benchmarks", "plan", "--record", "--device", options.device]
+        words += ["--topology", options.topology] if options.topology else []
         words += ["--out", str(options.out)] if options.out != RESULTS else []
         if names:
             yield shlex.join([*words, "--sets", leaf_set, "--optimizers", *names])
@@ -224,8 +284,15 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--device", choices=DEVICES, default="h200-aot", help="default: %(default)s"
     )
+    parser.add_argument(
+        "--topology",
+        metavar="SHAPE",
+        help="of several devices: v5e:16x16 of a TPU, 1x1x8 (partitions, hosts, GPUs) of an H200",
+    )
     recorded = {"default": (), "by_default": "all that is recorded"}
-    command_line.add_choices(parser, "--sets", COMPILED_SETS, **recorded, metavar="SET")
+    command_line.add_choices(
+        parser, "--sets", [*COMPILED_SETS, *SHARDED_SETS], **recorded, metavar="SET"
+    )
     command_line.add_choices(parser, "--optimizers", OPTIMIZERS, **recorded)
     command_line.add_choices(
         parser, "--ways", WAYS, (), by_default="all of the device", metavar="WAY"

@@ -1,7 +1,8 @@
 """The figures of a compiled step that must not grow, and how they are compared with recorded ones.
 
 A row holds an optimizer's figures on one set of leaves: for each way to compile it ("chain",
-"triton", "mosaic") three figures, and the seconds that it took, which machines differ in.
+"triton", "mosaic") three figures, for many devices three more, and the seconds that it took, which
+machines differ in. Of many devices they are one's.
 """
 
 from collections.abc import Callable, Iterator
@@ -39,6 +40,12 @@ TEMPORARY = Figure(
     ".4%",
     lambda leaves: 1024 * len(leaves) / (4 * count(leaves)),
 )
+# Of many devices. Layouts that pad a leaf differently are no difference between versions.
+HELD = Figure("held", "bytes held", ",d", lambda leaves: 1024 * len(leaves))
+COLLECTIVES = Figure("collectives", "collectives", "d", lambda leaves: 0)
+TOLD = Figure("told", "bytes told", ",d", lambda leaves: 0)
+
+FIGURES = (KERNELS, BYTES, TEMPORARY, HELD, COLLECTIVES, TOLD)
 
 
 @dataclass(frozen=True)
@@ -61,9 +68,15 @@ class Change:
 
 
 def changes(recorded: Row, measured: Row, leaves: Leaves) -> Iterator[Change]:
-    """What differs between two rows of a set of leaves by more than versions of XLA do."""
+    """What differs between two rows by more than versions of XLA do.
+
+    Args:
+      recorded: a row; empty if there is none.
+      measured: another, of the same case.
+      leaves: what one device holds of the set of leaves.
+    """
     for way in (way for way in WAYS if way in recorded and way in measured):
-        for figure in (KERNELS, BYTES, TEMPORARY):
+        for figure in (x for x in FIGURES if x.key in recorded[way]):
             before, after = recorded[way][figure.key], measured[way][figure.key]
             if abs(after - before) > figure.slack(leaves):
                 yield Change(way, figure, before, after)

@@ -5,11 +5,23 @@ from collections.abc import Iterable, Mapping, Sequence
 from rich.table import Table
 from rich.text import Text
 
+from benchmarks import shared_report
 from benchmarks.command_line import make_table
 from benchmarks.contenders import CONTENDERS, WAYS
 from benchmarks.latest import Row
-from benchmarks.leaf_sets import COMPILED_SETS, in_words
-from benchmarks.plan_figures import BYTES, KERNELS, TEMPORARY, Change
+from benchmarks.layouts import SHARDED_SETS
+from benchmarks.leaf_sets import COMPILED_SETS, in_words, leaves
+from benchmarks.plan_figures import (
+    BYTES,
+    COLLECTIVES,
+    HELD,
+    KERNELS,
+    TEMPORARY,
+    TOLD,
+    Change,
+    Figure,
+)
+from benchmarks.shared_report import percent_more, told
 
 HEADERS = {
     "h200-aot": """\
@@ -54,6 +66,9 @@ the chain: XLA compiles it.
 
 def title(leaf_set: str) -> str:
     """A set of leaves and its size."""
+    if leaf_set in SHARDED_SETS:
+        shapes = (shape for shape, _ in SHARDED_SETS[leaf_set].leaves)
+        return f"{leaf_set}: {in_words(leaves(shapes))}"
     return f"{leaf_set}: {in_words(COMPILED_SETS[leaf_set])}"
 
 
@@ -62,10 +77,19 @@ def in_order(rows: Mapping[str, Row], leaf_set: str) -> list[Row]:
     return [rows[key] for name in CONTENDERS if (key := f"{leaf_set} / {name}") in rows]
 
 
-def markdown(device: str, rows: Mapping[str, Row]) -> str:
-    """The file beside the rows: a table for each set of leaves."""
-    parts = [HEADERS[device]]
-    for leaf_set in COMPILED_SETS:
+def markdown(device: str, rows: Mapping[str, Row], topology: str | None = None) -> str:
+    """The file beside the rows: a table for each set of leaves.
+
+    Args:
+      device: that is compiled for, by its name on the command line.
+      rows: by their cases.
+      topology: of several such devices.
+    """
+    header = HEADERS[device]
+    if topology:  # where nothing is timed
+        header = header[: header.index("- compile:")] + shared_report.header(device, topology)
+    parts = [header]
+    for leaf_set in (*COMPILED_SETS, *SHARDED_SETS):
         known = in_order(rows, leaf_set)
         if known:
             parts.append(f"## {title(leaf_set)}\n\n{_table(list(map(_cells, known)))}\n")
@@ -89,6 +113,23 @@ def summary(rows: Mapping[str, Row]) -> str:
     return _table(lines)
 
 
+def pod_summary(rows: Mapping[str, Row]) -> str:
+    """The table of the README: what a chip of a pod holds and is told, in two layouts."""
+    layouts = {"16 × 16": "LLaMA-7B", "256": "LLaMA-7B, fully sharded"}
+    lines = []
+    for name in CONTENDERS:
+        found = {x: rows.get(f"{leaf_set} / {name}") for x, leaf_set in layouts.items()}
+        ideal = next((f"{row['ideal'] / 1e6:.1f} MB" for row in found.values() if row), None)
+        if ideal is None:
+            continue
+        cells = {"optimizer": name, "ideal": ideal}
+        for layout, row in found.items():
+            cells[f"{layout}: held"] = percent_more(row, row["chain"]["held"]) if row else "–"
+            cells[f"{layout}: told"] = told(row["chain"]["kinds"]) if row else "–"
+        lines.append(cells)
+    return _table(lines)
+
+
 def _table(lines: Sequence[Mapping[str, str]]) -> str:
     """In Markdown, from cells by column."""
     rows = [list(lines[0]), *(line.values() for line in lines)]
@@ -104,8 +145,6 @@ def _cells(row: Row) -> dict[str, str]:
         parts = [before.format(**chain), " / ".join(after.format(**x) for x in fused)]
         return " → ".join(filter(None, parts))
 
-    slow = min(chain["compile"])
-    times = (f"{min(x['compile']):.1f} ({min(x['compile']) / slow:.1f} ×)" for x in fused)
     return {
         "optimizer": row["optimizer"],
         "kernels": cell("{kernels}", "{kernels} ({pallas})"),
@@ -113,9 +152,15 @@ def _cells(row: Row) -> dict[str, str]:
         **({"skipped": f"{row['skipped']:.1f}"} if fused else {}),
         "floor": f"{row['floor']:.1f}",
         "temporary": cell("{temporary:.2%}", "{temporary:.2%}"),
-        "compile": " → ".join(filter(None, [f"{slow:.1f}", " / ".join(times)])),
+        **(shared_report.cells(row) if "ideal" in row else _times(chain, fused)),
         "measured": f"{row['date']}, {row['versions']}",
     }
+
+
+def _times(chain: Row, fused: Sequence[Row]) -> dict[str, str]:
+    slow = min(chain["compile"])
+    times = (f"{min(x['compile']):.1f} ({min(x['compile']) / slow:.1f} ×)" for x in fused)
+    return {"compile": " → ".join(filter(None, [f"{slow:.1f}", " / ".join(times)]))}
 
 
 def terminal(leaf_set: str, measured: Iterable[tuple[Row, Sequence[Change]]]) -> Table:
@@ -125,18 +170,33 @@ def terminal(leaf_set: str, measured: Iterable[tuple[Row, Sequence[Change]]]) ->
       leaf_set: its name.
       measured: rows, each with its changes.
     """
-    columns = ("kernels", "bytes", "floor", "temporary", "compile")
-    drawn = make_table(title(leaf_set), ["optimizer", "way"], columns)
+    shared = leaf_set in SHARDED_SETS
+    columns = ("held", "told") if shared else ("floor", "temporary", "compile")
+    drawn = make_table(title(leaf_set), ["optimizer", "way"], ("kernels", "bytes", *columns))
     for row, changed in measured:
         for way in (way for way in WAYS if way in row):
             colors = {x.figure: "red" if x.worse else "green" for x in changed if x.way == way}
+            found = row[way]
             drawn.add_row(
                 row["optimizer"],
                 way,
-                Text(f"{row[way]['kernels']}", colors.get(KERNELS, "")),
-                Text(f"{row[way]['bytes']:.2f}", colors.get(BYTES, "")),
-                f"{row['floor']:.2f}",
-                Text(f"{row[way]['temporary']:.2%}", colors.get(TEMPORARY, "")),
-                f"{min(row[way]['compile']):.1f} s",
+                Text(f"{found['kernels']}", colors.get(KERNELS, "")),
+                Text(f"{found['bytes']:.2f}", colors.get(BYTES, "")),
+                *(_shared_rest(row, found, colors) if shared else _rest(row, found, colors)),
             )
     return drawn
+
+
+def _rest(row: Row, found: Row, colors: Mapping[Figure, str]) -> list[str | Text]:
+    return [
+        f"{row['floor']:.2f}",
+        Text(f"{found['temporary']:.2%}", colors.get(TEMPORARY, "")),
+        f"{min(found['compile']):.1f} s",
+    ]
+
+
+def _shared_rest(row: Row, found: Row, colors: Mapping[Figure, str]) -> list[str | Text]:
+    return [
+        Text(percent_more(row, found["held"]), colors.get(HELD, colors.get(TEMPORARY, ""))),
+        Text(told(found["kinds"]), colors.get(COLLECTIVES, colors.get(TOLD, ""))),
+    ]

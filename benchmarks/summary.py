@@ -31,6 +31,10 @@ def contents(folder: Path) -> dict[str, str]:
     tables = {
         "step-table": (latest.path(folder, "step", "cpu"), table),
         "plan-table": (latest.path(folder, "plan", "h200-aot"), plan_report.summary),
+        "pod-table": (
+            latest.path(folder, "plan", "tpu-aot-v5e-16x16"),
+            plan_report.pod_summary,
+        ),
     }
     return {
         name: make(rows) for name, (path, make) in tables.items() if (rows := latest.load(path))

@@ -58,10 +58,16 @@ class Placement:
         return None
 
     def axes(self, component: Node) -> tuple[str, ...]:
-        """The axes of the mesh along which the component is cut."""
-        spec = self.shardings[component].spec if component in self.shardings else ()
-        named = (axes if isinstance(axes, tuple) else (axes,) for axes in spec if axes is not None)
-        return tuple(itertools.chain.from_iterable(named))
+        """The axes of the mesh along which the component is cut, in the mesh's order.
+
+        So leaves that are cut along the same axes are alike, whichever dimension each axis cuts.
+        """
+        if component not in self.shardings:
+            return ()
+        sharding = self.shardings[component]
+        named = (axes if isinstance(axes, tuple) else (axes,) for axes in sharding.spec)
+        cut = {*itertools.chain.from_iterable(named)}
+        return tuple(axis for axis in sharding.mesh.axis_names if axis in cut)
 
     def run(
         self,

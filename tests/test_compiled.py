@@ -155,6 +155,28 @@ def test_mosaic_runs_what_is_recorded():
     plan.main([*selected, "--ways=mosaic"])
 
 
+def test_devices_that_share_leaves_run_what_is_recorded():
+    selected = ["--topology=1x1x8", "--sets=small LLaMA", "--optimizers", "lamb", "novak"]
+    plan.main([*selected, "--ways", "triton", "mosaic"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--topology=many"], "--topology many: "),
+        (["--topology=1x1x8", "--sets=ragged"], "the sets for a --topology are LLaMA-7B"),
+        (["--sets=small LLaMA"], "the sets for one device are ragged"),
+        (["--topology=1x1x8", "--record"], "--record needs --sets"),
+        (["--topology=1x1x2"], "plan --record --device h200-aot --topology 1x1x2 --sets LLaMA-7B"),
+    ],
+)
+def test_topologies_that_can_not_be_compiled_for(options, message, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        plan.main(options)
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
+
+
 # One for each structure of phases and scalars.
 @pytest.mark.slow
 def test_a_network_runs_what_is_recorded():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.hlo import Kernel, live_bytes, read_entry, read_kernels
+from benchmarks.hlo import Kernel, live_bytes, read_collectives, read_entry, read_kernels
 
 # A norm, the step that needs it, and a copy: shapes of 4 KB and scalars, as XLA prints them.
 GPU = """\
@@ -100,3 +100,37 @@ def test_kernels_that_are_hidden_are_an_error(operation):
     program = f"\nENTRY %main {{\n%p = f32[] parameter(0)\nROOT %x = f32[] {operation}(%p)\n}}"
     with pytest.raises(NotImplementedError, match=operation):
         list(read_kernels(read_entry(program), tpu=False))
+
+
+# As XLA prints them: two of one operation, ones that only begin, and one that a computation hides.
+COLLECTIVES = """\
+HloModule jit_step, is_scheduled=true
+
+%hidden (p: f32[8,2]) -> f32[8,16] {
+  %p = f32[8,2]{1,0:T(8,128)} parameter(0)
+  ROOT %gathered = f32[8,16]{1,0:T(8,128)} all-gather(%p), channel_id=1, dimensions={1}
+}
+
+ENTRY %main (a: f32[], b: bf16[3]) -> f32[] {
+  %both = (f32[]{:T(128)}, bf16[3]{0}) all-reduce(%a, %b), replica_groups=mesh['x'=8] {'x'}
+  %sum = f32[4]{0} all-reduce-start(%c), channel_id=2, to_apply=%add
+  %sum.1 = f32[4]{0} all-reduce-done(%sum)
+  %begun = (f32[2]{0}, f32[16]{0}) all-gather-start(%d), channel_id=3
+  %sent = (f32[5]{0}, f32[5]{0}, u32[], u32[]) collective-permute-start(%e), channel_id=4
+  %cut = ((f32[64]{0}), f32[8]{0}) reduce-scatter-start(%f), channel_id=5
+  ROOT %fused = f32[8,16]{1,0} fusion(%g), kind=kCustom, calls=%hidden
+}
+"""
+
+
+def test_what_devices_tell_each_other():
+    found = [(x.kind, x.elements, x.bytes) for x in read_collectives(COLLECTIVES)]
+    assert found == [
+        ("all-gather", 8 * 16, 4 * 8 * 16),
+        ("all-reduce", 1 + 3, 4 + 2 * 3),
+        ("all-reduce", 4, 16),
+        ("all-gather", 16, 64),
+        ("collective-permute", 5, 20),
+        ("reduce-scatter", 8, 32),
+    ]
+    assert read_collectives(GPU) == []

@@ -13,8 +13,10 @@ from benchmarks.plan_figures import BYTES, KERNELS, TEMPORARY, changes
 from benchmarks.plan_report import markdown
 
 RECORDED = {
-    device: latest.load(RESULTS / f"plan-{device}.json") for device in ("h200-aot", "tpu-aot")
+    where: latest.load(RESULTS / f"plan-{where}.json")
+    for where in ("h200-aot", "tpu-aot", "h200-aot-1x1x8", "tpu-aot-v5e-16x16")
 }
+TOPOLOGIES = {"h200-aot-1x1x8": "1x1x8", "tpu-aot-v5e-16x16": "v5e:16x16"}
 LARGE = "one of 4096 × 4096"
 
 
@@ -109,10 +111,61 @@ def test_a_network_takes_few_launches(name):
             assert row["triton"]["kernels"] <= BY_HAND[name].launches
 
 
-@pytest.mark.parametrize("device", RECORDED)
-def test_tables_show_the_rows(device):
-    text = (RESULTS / f"plan-{device}.md").read_text(encoding="utf-8")
-    assert text == markdown(device, RECORDED[device])
+@pytest.mark.parametrize("where", RECORDED)
+def test_tables_show_the_rows(where):
+    text = (RESULTS / f"plan-{where}.md").read_text(encoding="utf-8")
+    topology = TOPOLOGIES.get(where)
+    device = where.removesuffix(f"-{topology}".replace(":", "-"))
+    assert text == markdown(device, RECORDED[where], topology)
+
+
+# Of a pod's chips: all-reduces, and the numbers that they must tell of each leaf, or of all.
+ONE_OF_ALL, OF_EACH = 1, 291
+NORMS = {
+    "clip + adamw": ONE_OF_ALL,
+    "vradam": ONE_OF_ALL,
+    # Optax finds each norm twice, to see whether it is 0.
+    "lamb": 4 * OF_EACH,
+    "novak, trust ratio": 2 * OF_EACH,
+}
+
+
+@every_optimizer
+@pytest.mark.parametrize("leaf_set", ["LLaMA-7B", "LLaMA-7B, fully sharded"])
+def test_a_chip_of_a_pod_holds_its_share(name, leaf_set):
+    row = RECORDED["tpu-aot-v5e-16x16"][f"{leaf_set} / {name}"]
+    assert row["gradients"] == 4 * 6_738_415_616 / 256
+    assert row["ideal"] == pytest.approx(IDEAL.get(name, 3) * row["gradients"], rel=1e-6)
+    assert row["chain"]["held"] - row["gradients"] == pytest.approx(row["ideal"], rel=0.02)
+
+
+# Arrays as large as the parameters: these and the state.
+IDEAL = {"fame": 5, "lookahead(adamw)": 4, "novak": 4, "novak, trust ratio": 4}
+
+
+@every_optimizer
+def test_the_chips_of_a_pod_tell_each_other_norms(name):
+    recorded = RECORDED["tpu-aot-v5e-16x16"]
+    full, square = (
+        recorded[f"{leaf_set} / {name}"]["chain"]["kinds"]
+        for leaf_set in ("LLaMA-7B, fully sharded", "LLaMA-7B")
+    )
+    assert full.keys() == square.keys() == ({"all-reduce"} if name in NORMS else set())
+    for kinds in (full, square):
+        assert sum(numbers for _, numbers in kinds.values()) <= 4 * OF_EACH
+    assert sum(numbers for _, numbers in full.values()) == NORMS.get(name, 0)
+
+
+@pytest.mark.parametrize("case", RECORDED["h200-aot-1x1x8"])
+def test_kernels_on_shards_are_those_on_whole_leaves(case):
+    row, name = RECORDED["h200-aot-1x1x8"][case], case.partition(" / ")[2]
+    for way in ("triton", "mosaic"):
+        assert row[way]["bytes"] == pytest.approx(BY_HAND[name].bytes, rel=0.005)
+        assert row[way]["kernels"] <= BY_HAND[name].launches
+        assert row[way]["held"] - row["gradients"] == pytest.approx(row["ideal"], rel=0.02)
+        # One vector of all leaves.
+        assert row[way]["kinds"].keys() <= {"all-reduce"}
+        assert row[way]["collectives"] == (name in NORMS)
 
 
 @pytest.mark.parametrize("figure", [KERNELS, BYTES, TEMPORARY], ids=lambda figure: figure.key)

@@ -1,0 +1,97 @@
+"""Sets of leaves on meshes of devices that are not there: shapes, each with its sharding."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import optax_ext
+from benchmarks.leaf_sets import Axes, Leaves, Shape, llama
+
+
+@dataclass(frozen=True)
+class ShardedSet:
+    """Leaves, and how devices share them.
+
+    Attributes:
+      leaves: shapes, each with the axes of the mesh that cut it.
+      along_model: of so many devices, how many the axis "model" has; "data" has the others.
+    """
+
+    leaves: tuple[tuple[Shape, Axes], ...]
+    along_model: Callable[[int], int]
+
+    def on(self, devices: Sequence[Any]) -> Leaves:
+        """The leaves, with their shardings on a mesh of these devices."""
+        mesh = Mesh(
+            np.array(devices).reshape(-1, self.along_model(len(devices))), ("data", "model")
+        )
+        return {
+            f"leaf{i:04d}": jax.ShapeDtypeStruct(
+                shape, jnp.float32, sharding=NamedSharding(mesh, PartitionSpec(*axes))
+            )
+            for i, (shape, axes) in enumerate(self.leaves)
+        }
+
+
+def squarest(devices: int) -> int:
+    """The shorter side of the rectangle of so many devices that is nearest to a square."""
+    return next(side for side in range(math.isqrt(devices), 0, -1) if devices % side == 0)
+
+
+def none_along_model(devices: int) -> int:
+    """All of them cut the same dimension."""
+    del devices
+    return 1
+
+
+def shardings(params: Leaves) -> dict[str, NamedSharding] | None:
+    """Those of the leaves, or `None` where they have none."""
+    found = {name: x.sharding for name, x in params.items() if x.sharding is not None}
+    return found or None
+
+
+def state_of(tx: optax.GradientTransformation, params: Any) -> Any:
+    """The optimizer's state in shapes, beside the parameters where these have shardings."""
+    state = jax.eval_shape(tx.init, params)
+    if shardings(params) is None:
+        return state
+    placed = optax_ext.state_shardings(tx, params)
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        state,
+        placed,
+    )
+
+
+def shards(tree: Any) -> Any:
+    """The shapes of what each device holds."""
+
+    def shard(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
+        return jax.ShapeDtypeStruct(shape, x.dtype)
+
+    return jax.tree.map(shard, tree)
+
+
+def size(tree: Any) -> int:
+    """Bytes of a tree of shapes."""
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+_LLAMA_7B = tuple(llama(4096, layers=32, mlp=11008, vocabulary=32000))
+_SMALL = tuple(llama(512, layers=2, mlp=1536, vocabulary=1024))
+
+SHARDED_SETS = {
+    "LLaMA-7B": ShardedSet(_LLAMA_7B, squarest),
+    "LLaMA-7B, fully sharded": ShardedSet(_LLAMA_7B, none_along_model),
+    # To be compiled in a second, for few devices; of shapes that a TPU need not pad, as the others.
+    "small LLaMA": ShardedSet(_SMALL, squarest),
+    "small LLaMA, fully sharded": ShardedSet(_SMALL, none_along_model),
+}
