@@ -84,8 +84,6 @@ _OPERATIONS = {
 # What can't be looked into. Operands with more than one axis are taken for its weights.
 OPAQUE = ("custom_linear_solve", "ffi_call", "io_callback", "pallas_call", "pure_callback")
 _SLICES = ("slice", "dynamic_slice", "split")
-# What returns each operand by itself.
-_SIDE_BY_SIDE = ("optimization_barrier", "psum", "psum2", "psum_invariant", "pvary")
 # Noise has no part in the structure: a weight that is dropped at random stays a weight.
 _NOISE = ("random_bits", "random_unwrap", "random_wrap", "rng_bit_generator", "threefry2x32")
 
@@ -136,7 +134,7 @@ class _Run:
             return self.at(id(eqn), inner, values)
         if name in _NOISE:
             return [CONSTANT] * len(eqn.outvars)
-        if name in _SIDE_BY_SIDE:
+        if name == "optimization_barrier":
             return values
         if any(isinstance(value, Data) for value in values):
             return [self.meet(values, name, _weight_operands(eqn))] * len(eqn.outvars)
@@ -226,7 +224,8 @@ class _Run:
         results: list[list[Value]] = [[] for _ in range(stacked)]
         for i in range(length):
             known = self.knowledge()
-            inputs = [*consts, *carry, *(_row(value, i, length) for value in rows)]
+            row = length - 1 - i if eqn.params["reverse"] else i
+            inputs = [*consts, *carry, *(_row(value, row, length) for value in rows)]
             outputs = self.at(i, body, inputs)
             for result, output in zip(results, outputs[n_carry:], strict=True):
                 result.append(output)

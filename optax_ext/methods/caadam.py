@@ -7,9 +7,10 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from optax_ext import _checks
+from optax_ext._units import Overrides
 from optax_ext.network import Architecture
 from optax_ext.transforms.bias_correction import correct_bias
-from optax_ext.transforms.connections import Overrides, scale_by_connections
+from optax_ext.transforms.connections import scale_by_connections
 from optax_ext.transforms.joins import ratio, scale_by_moments
 from optax_ext.transforms.moments import ema, ema_of_squares, max_ema_of_squares
 
@@ -37,13 +38,14 @@ def caadam(
         \frac{m}{\sqrt{v} + \epsilon} - \alpha \lambda \theta
 
     The scale S of a tensor comes from its connections or its depth: `scale_by_connections` has
-    the formulas, `connection_table` prints them for a model,
-    `architecture` reads both from its computation.
+    the formulas, `connection_table` prints them for a model, `optax_ext.architecture` reads
+    connections and depth from its computation instead of from names and shapes.
 
     Provenance. The Keras form with ε = 1e-7 beside the *uncorrected* root, AMSGrad's maximum of
     the uncorrected v, the scalings "additive", "multiplicative" and "depth" and their strengths:
     [code]. "signed", what the code's comment promises: [code's comment]. Units by module,
-    overrides, S = 1 on sides of zero width, and decoupled decay: [ours].
+    overrides, the architecture from the computation, S = 1 on sides of zero width, and decoupled
+    decay: [ours].
 
     The default differs from the code on purpose. In the authors' runs every kernel was scaled
     alike, since Keras 3 names them all "kernel" and the counts are keyed by name; as written,
