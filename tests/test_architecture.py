@@ -344,6 +344,43 @@ def test_stacked_layers_however_they_are_written(stack):
     assert read(apply, params, shape(2, 4)) == {"stack": (16, 1), "out": (20, 3)}
 
 
+def test_stacked_norms_are_no_kernels():
+    """A scale has two axes, one of them the stack's."""
+
+    def apply(params, x):
+        for i in range(3):
+            x = x * params["norm"]["scale"][i][None] @ params["stack"]["kernel"][i]
+        return x
+
+    params = {"norm": {"scale": shape(3, 4)}, **shapes(stack=(3, 4, 4))}
+    assert read(apply, params, shape(2, 4)) == {"stack": (16, 1)}
+
+
+@pytest.mark.parametrize("stack", [over_rows, over_slices], ids=lambda f: f.__name__)
+def test_stacked_changes_of_one_kernel(stack):
+    """Each layer's weights are a shared kernel and a change as large: both are kernels."""
+
+    def apply(params, x):
+        shared, changes = params["shared"]["kernel"], params["changes"]["kernel"]
+        if stack is over_rows:
+            return lax.scan(lambda x, w: (x @ (shared + w), None), x, changes)[0]
+        for i in range(3):
+            x = x @ (shared + changes[i])
+        return x
+
+    params = shapes(shared=(4, 4), changes=(3, 4, 4))
+    assert read(apply, params, shape(2, 4)) == {"shared": (16, 0), "changes": (16, 1)}
+
+
+def test_a_stack_passed_in_both_directions():
+    """The outer layers are at depth 0 in one of them, the middle one at 1 in both."""
+
+    def apply(params, x):
+        return over_rows(params, x) + in_reverse(params, x)
+
+    assert read(apply, shapes(stack=(3, 4, 4)), shape(2, 4)) == {"stack": (24, 0.5)}
+
+
 def test_slices_side_by_side_are_one_kernel():
     """Queries, keys and values from one array."""
 
@@ -381,6 +418,43 @@ def test_layers_that_are_used_again_are_no_deeper():
 
     for apply in (unrolled, looped, until):
         assert depths(apply, params, shape(2, 3)) == {"into": 0, "layer": 1, "out": 2}
+
+
+def test_parts_that_are_used_again_are_no_deeper():
+    params = shapes(stack=(3, 4, 4), out=(4, 2))
+
+    def apply(params, x):
+        stack = params["stack"]["kernel"]
+        x = lax.map(lambda w: x @ w, stack).sum(0)  # side by side
+        x = over_rows(params, x)  # one after the other
+        return x @ params["out"]["kernel"]
+
+    assert read(apply, params, shape(2, 4)) == {"stack": (48, 0), "out": (8, 1)}
+
+    def slice_of_passed(params, x):
+        x = x @ params["whole"]["kernel"]
+        return x @ params["whole"]["kernel"][:, :2] @ params["out"]["kernel"]
+
+    params = shapes(whole=(4, 4), out=(2, 3))
+    assert read(slice_of_passed, params, shape(5, 4)) == {"whole": (16, 0), "out": (6, 1)}
+
+
+def test_control_by_data():
+    """A branch waits for what chooses it, and a loop may not run at all."""
+
+    def chosen(params, x):
+        waits = (x @ params["a"]["kernel"] @ params["b"]["kernel"]).sum() > 0
+        return lax.cond(waits, lambda: x, lambda: -x) @ params["out"]["kernel"]
+
+    def skipped(params, x):
+        y = x @ params["a"]["kernel"] @ params["b"]["kernel"]
+        y = lax.while_loop(lambda y: y.sum() > 1, lambda _: x @ params["c"]["kernel"], y)
+        return y @ params["out"]["kernel"]
+
+    params = shapes(a=(4, 4), b=(4, 4), out=(4, 4))
+    assert depths(chosen, params, shape(2, 4)) == {"a": 0, "b": 1, "out": 2}
+    params = params | shapes(c=(4, 4))
+    assert depths(skipped, params, shape(2, 4)) == {"a": 0, "b": 1, "c": 0, "out": 2}
 
 
 def test_shared_weights_on_branches():
@@ -567,7 +641,9 @@ def test_merged_adaptation():
     params = shapes(first=(4, 6), out=(6, 3))
     params["first"]["bias"] = shape(1, 6)
     params["lora"] = {"a": shape(4, 2), "b": shape(2, 6)}
-    assert read(apply, params, shape(5, 4)) == {
+    architecture = optax_ext.architecture(apply, params, shape(5, 4))
+    assert not any(placed.note for placed in architecture.parameters)
+    assert places(architecture, params) == {
         "first": (24, 0),
         "lora": (8 + 12, 0),
         "out": (18, 1),
