@@ -105,9 +105,9 @@ def architecture(
     is computed of parameters alone counts where it meets data.
 
     What can't be told is read from the module tree, and the leaf's `note` says so: a leaf with more
-    than one axis, used elementwise in a module without kernels, counts its elements; one that isn't
-    used does too, at the depth of the module before; operands of foreign kernels
-    (`pl.pallas_call`) are weights if they have more than one axis.
+    than one axis, used elementwise in a module without kernels (added, or modulated by data),
+    counts its elements; one that isn't used does too, at the depth of the module before; operands
+    of foreign kernels (`pl.pallas_call`) are weights if they have more than one axis.
 
     Args:
       apply_fn: a function of the parameters and the inputs, such as a Flax linen module's `apply`.
@@ -135,7 +135,7 @@ def architecture(
     ...     "down": {"kernel": jnp.ones((8, 4))},
     ...     "out": {"kernel": jnp.ones((4, 2)), "bias": jnp.ones(2)},
     ... }
-    >>> print(architecture(residual, params, jax.ShapeDtypeStruct((1, 3), jnp.float32)))
+    >>> print(architecture(residual, params, jax.ShapeDtypeStruct((3,), jnp.float32)))
     path         connections  depth  note
     down/kernel           32      2
     in/kernel             12      0

@@ -369,7 +369,9 @@ def test_stacked_changes_of_one_kernel(stack):
         return x
 
     params = shapes(shared=(4, 4), changes=(3, 4, 4))
-    assert read(apply, params, shape(2, 4)) == {"shared": (16, 0), "changes": (16, 1)}
+    architecture = optax_ext.architecture(apply, params, shape(2, 4))
+    assert places(architecture, params) == {"shared": (16, 0), "changes": (16, 1)}
+    assert not any(placed.note for placed in architecture.parameters)
 
 
 def test_a_stack_passed_in_both_directions():
@@ -426,7 +428,7 @@ def test_parts_that_are_used_again_are_no_deeper():
     def apply(params, x):
         stack = params["stack"]["kernel"]
         x = lax.map(lambda w: x @ w, stack).sum(0)  # side by side
-        x = over_rows(params, x)  # one after the other
+        x = in_reverse(params, x)  # one after the other
         return x @ params["out"]["kernel"]
 
     assert read(apply, params, shape(2, 4)) == {"stack": (48, 0), "out": (8, 1)}
