@@ -5,6 +5,7 @@ from optax_ext.methods.dualadam import dualadam, invadam
 from optax_ext.methods.fame import fame
 from optax_ext.methods.novak import novak
 from optax_ext.methods.vradam import vradam
+from optax_ext.network import Architecture, architecture
 from optax_ext.shardings import state_shardings
 from optax_ext.transforms.autoscaling import autoscale
 from optax_ext.transforms.bias_correction import correct_bias
@@ -32,7 +33,9 @@ from optax_ext.transforms.trust_ratio import scale_by_trust_ratio
 from optax_ext.transforms.velocity import velocity_regularized
 
 __all__ = [
+    "Architecture",
     "Join",
+    "architecture",
     "autoscale",
     "blend",
     "caadam",

@@ -16,7 +16,10 @@ import optax_ext
 from cases import METHODS
 
 # What a caller may pass there can't be told by looking at it.
-FREE_FORM = {"mask", "inner", "first", "second", "join", "params", "tx"}
+FREE_FORM = {
+    *("mask", "inner", "first", "second", "join", "params", "tx"),
+    *("apply_fn", "example_inputs"),
+}
 
 
 def schedule(count: Any) -> Any:
@@ -102,6 +105,18 @@ OVERRIDES = Range(
         (2.0, "got 2.0"),
     ),
 )
+PARAMS = {"in": {"kernel": jnp.ones((2, 3))}, "out": {"kernel": jnp.ones((3, 3))}}
+ARCHITECTURE = Range(
+    (
+        None,
+        optax_ext.architecture(
+            lambda params, x: x @ params["in"]["kernel"] @ params["out"]["kernel"],
+            PARAMS,
+            jnp.ones((1, 2)),
+        ),
+    ),
+    tuple((value, f"got {value!r}") for value in ("deep", {"in/kernel": 3}, 2)),
+)
 
 ADAM = {
     "learning_rate": scheduled(SIZE),
@@ -137,6 +152,7 @@ CONNECTIONS = {
     "scaling": choice("additive", "multiplicative", "signed", "depth"),
     "units": choice("module", "leaf"),
     "overrides": OVERRIDES,
+    "architecture": ARCHITECTURE,
 }
 STRENGTHS = {
     "additive": SHARE,
@@ -152,7 +168,6 @@ CASCADE = {
 }
 OF_SQUARES = {"dtype": REAL_DTYPE}
 INNER = optax.adam(0.1)
-PARAMS = {"in": {"kernel": jnp.ones((2, 3))}, "out": {"kernel": jnp.ones((3, 3))}}
 
 
 class Row(NamedTuple):

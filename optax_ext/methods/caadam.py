@@ -7,8 +7,10 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from optax_ext import _checks
+from optax_ext._units import Overrides
+from optax_ext.network import Architecture
 from optax_ext.transforms.bias_correction import correct_bias
-from optax_ext.transforms.connections import Overrides, scale_by_connections
+from optax_ext.transforms.connections import scale_by_connections
 from optax_ext.transforms.joins import ratio, scale_by_moments
 from optax_ext.transforms.moments import ema, ema_of_squares, max_ema_of_squares
 
@@ -23,6 +25,7 @@ def caadam(
     strength: ArrayLike | None = None,
     units: str = "module",
     overrides: Overrides | None = None,
+    architecture: Architecture | None = None,
     amsgrad: bool = False,
     weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: Any = None,
@@ -35,12 +38,14 @@ def caadam(
         \frac{m}{\sqrt{v} + \epsilon} - \alpha \lambda \theta
 
     The scale S of a tensor comes from its connections or its depth: `scale_by_connections` has
-    the formulas, `connection_table` prints them for a model.
+    the formulas, `connection_table` prints them for a model, `optax_ext.architecture` reads
+    connections and depth from its computation instead of from names and shapes.
 
     Provenance. The Keras form with ε = 1e-7 beside the *uncorrected* root, AMSGrad's maximum of
     the uncorrected v, the scalings "additive", "multiplicative" and "depth" and their strengths:
     [code]. "signed", what the code's comment promises: [code's comment]. Units by module,
-    overrides, S = 1 on sides of zero width, and decoupled decay: [ours].
+    overrides, the architecture from the computation, S = 1 on sides of zero width, and decoupled
+    decay: [ours].
 
     The default differs from the code on purpose. In the authors' runs every kernel was scaled
     alike, since Keras 3 names them all "kernel" and the counts are keyed by name; as written,
@@ -57,6 +62,8 @@ def caadam(
       strength: s of the scaling; its range and default depend on it, see `scale_by_connections`.
       units: "module", or "leaf" for the authors' own.
       overrides: per path of a unit, its "connections", "depth" or "scale".
+      architecture: what `optax_ext.architecture` read from the network's computation; `None`
+        takes names and shapes, which know neither branches nor shared weights.
       amsgrad: whether to take the largest v so far.
       weight_decay: λ, decoupled and not scaled by S, in [0, inf), or a schedule.
       mask: tree of bools, or a function of the parameters to one: where to decay.
@@ -104,7 +111,13 @@ def caadam(
             ratio(eps=eps),
         ),
         correct_bias(b1=b1, b2=b2),
-        scale_by_connections(scaling=scaling, strength=strength, units=units, overrides=overrides),
+        scale_by_connections(
+            scaling=scaling,
+            strength=strength,
+            units=units,
+            overrides=overrides,
+            architecture=architecture,
+        ),
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )

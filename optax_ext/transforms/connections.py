@@ -6,8 +6,6 @@ formulas rank a bias, with no connections, far below every kernel. Here a unit i
 default, and its bias goes along with its kernel.
 """
 
-import math
-import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -20,8 +18,8 @@ from numpy.typing import NDArray
 
 from optax_ext import _checks
 from optax_ext._numerics import scalar_dtype, scale_each
-
-Overrides = Mapping[str, Mapping[str, float]]
+from optax_ext._units import Connection, Overrides, find_units
+from optax_ext.network import Architecture
 
 
 def additive(s: ArrayLike, x: NDArray[Any]) -> Any:
@@ -39,10 +37,9 @@ def signed(s: ArrayLike, x: NDArray[Any]) -> Any:
     return s**x
 
 
-def by_depth(s: ArrayLike, depth: NDArray[Any]) -> Any:
-    r""":math:`S = (1 + s)^{(D - (1 + d)) / D}` for depths d = 0 … D - 1: larger for early units."""
-    levels = depth.max(initial=0) + 1
-    return (1 + s) ** ((levels - (1 + depth)) / levels)
+def by_depth(s: ArrayLike, x: NDArray[Any]) -> Any:
+    r""":math:`S = (1 + s)^x`, x what share of the network comes after: larger for early units."""
+    return (1 + s) ** x
 
 
 class _Scaling(NamedTuple):
@@ -76,22 +73,10 @@ def relative_connections(c: NDArray[Any]) -> NDArray[Any]:
     return np.divide(median - c, width, out=np.zeros_like(c), where=width > 0)
 
 
-class Connection(NamedTuple):
-    """One unit of the network.
-
-    Attributes:
-      path: path of the unit, its keys joined by "/".
-      size: number of its parameters.
-      connections: number of its connections, `None` if it has none and is left out.
-      depth: its index, `None` likewise.
-      scale: the factor S on its rate.
-    """
-
-    path: str
-    size: int
-    connections: float | None
-    depth: float | None
-    scale: Any
+def relative_depths(d: NDArray[Any], max_depth: float) -> NDArray[Any]:
+    r"""What share of the network comes after: :math:`x = (D - (1 + d)) / D`, d = 0 … D - 1."""
+    levels = 1 + d.max(initial=max_depth)
+    return (levels - (1 + d)) / levels
 
 
 class ConnectionTable(tuple[Connection, ...]):
@@ -139,6 +124,7 @@ def scale_by_connections(
     strength: ArrayLike | None = None,
     units: str = "module",
     overrides: Overrides | None = None,
+    architecture: Architecture | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Scales each tensor by a constant that its place in the network decides.
 
@@ -146,7 +132,8 @@ def scale_by_connections(
 
     The scales are computed at `init` from paths and shapes. A unit's connections c are the sizes
     of its kernels, :math:`\prod \text{shape}` of leaves with more than one axis: in × out for a
-    dense layer, window × in/groups × out for a convolution. Its depth d is its index.
+    dense layer, window × in/groups × out for a convolution. Its depth d is its index. With an
+    `architecture`, both are what the network's computation tells: d is that of its first kernel.
 
     Args:
       scaling: "additive", "multiplicative", "signed" or "depth": see the functions of these names
@@ -158,9 +145,12 @@ def scale_by_connections(
         left out of the statistics. "leaf": every leaf is a unit, in tree order, with c = 0 and
         an x beyond 1 if it has one axis or none: the authors' formulas as written.
       overrides: for the path of a unit, any of its "connections", "depth" and "scale".
+      architecture: what `optax_ext.architecture` read, its `max_depth` among it; `None` is names
+        and shapes. Median and extremes are those of the parameters at `init`.
 
     Raises:
-      ValueError: an argument is out of its range, or (at `init`) an overridden path is not there.
+      ValueError: an argument is out of its range, or (at `init`) an overridden path is not there,
+        or a parameter is not in the architecture.
 
     >>> import jax.numpy as jnp
     >>> params = {name: {"kernel": jnp.ones((n, 2)), "bias": jnp.ones(2)}
@@ -169,11 +159,14 @@ def scale_by_connections(
     >>> print(tx.init(params).connection_scale)
     [1.5 1.5 1.  1.  0.5 0.5]
     """
-    _check(scaling, strength, units, overrides)
+    _check(scaling, strength, units, overrides, architecture)
 
     def init(params: optax.Params) -> ScaleByConnectionsState:
-        found, unit_of_leaf = _find_units(params, units, overrides or {})
-        scales = [1.0, *_scales(found, scaling, strength)]  # the first is for `None` leaves
+        found, unit_of_leaf = find_units(params, units, overrides or {}, architecture)
+        scales = [
+            1.0,
+            *_scales(found, scaling, strength, architecture),
+        ]  # the first is for `None` leaves
         dtype = scalar_dtype(params)
         vector = [jnp.asarray(scales[unit + 1], dtype) for unit in unit_of_leaf]
         return ScaleByConnectionsState(jnp.stack(vector) if vector else jnp.ones((0,), dtype))
@@ -192,6 +185,7 @@ def connection_table(
     strength: float | None = None,
     units: str = "module",
     overrides: Overrides | None = None,
+    architecture: Architecture | None = None,
 ) -> ConnectionTable:
     r"""What `scale_by_connections` makes of a parameter tree, to read before training.
 
@@ -201,6 +195,7 @@ def connection_table(
       strength: a Python number.
       units: "module" or "leaf".
       overrides: values for single units.
+      architecture: what `optax_ext.architecture` read, or `None`.
 
     Raises:
       ValueError: as `scale_by_connections`.
@@ -217,89 +212,45 @@ def connection_table(
     >>> print(f"{table.mean_scale:.3f}")
     1.180
     """
-    _check(scaling, strength, units, overrides)
-    found, _ = _find_units(params, units, overrides or {})
-    scales = _scales(found, scaling, strength)
+    _check(scaling, strength, units, overrides, architecture)
+    found, _ = find_units(params, units, overrides or {}, architecture)
+    scales = _scales(found, scaling, strength, architecture)
     rows = zip(found, scales, strict=True)
     return ConnectionTable(unit._replace(scale=scale) for unit, scale in rows)
 
 
-def _scales(found: list[Connection], scaling: str, strength: ArrayLike | None) -> list[Any]:
+def _scales(
+    found: list[Connection],
+    scaling: str,
+    strength: ArrayLike | None,
+    architecture: Architecture | None,
+) -> list[Any]:
     """S of every unit: by formula where it counts, 1 where it doesn't, as overridden if it is."""
     formula, default, _ = _SCALINGS[scaling]
     measured = [unit.depth if scaling == "depth" else unit.connections for unit in found]
     counted = [i for i, value in enumerate(measured) if value is not None]
     values = np.asarray([measured[i] for i in counted], float)
-    if scaling != "depth":
-        values = relative_connections(values)
-    formed = formula(default if strength is None else strength, values)
+    if scaling == "depth":
+        x = relative_depths(values, 0 if architecture is None else architecture.max_depth)
+    else:
+        x = relative_connections(values)
+    formed = formula(default if strength is None else strength, x)
     scaled = dict(zip(counted, formed, strict=True))
     return [
         scaled.get(i, 1.0) if unit.scale is None else unit.scale for i, unit in enumerate(found)
     ]
 
 
-def _find_units(
-    params: optax.Params, units: str, overrides: Overrides
-) -> tuple[list[Connection], list[int]]:
-    """The units in order, and for every leaf the index of its unit (-1 for a `None` leaf)."""
-    paths, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda x: x is None)
-    members: dict[str, list[Any]] = {}
-    of_leaf: list[str | None] = []
-    for keys, leaf in paths:
-        name = None if leaf is None else _unit_path(keys, units)
-        of_leaf.append(name)
-        if name is not None:
-            members.setdefault(name, []).append(leaf)
-    unknown = set(overrides) - set(members)
-    if members and unknown:
-        known = ", ".join(map(repr, members))
-        raise ValueError(f"overrides names {sorted(unknown)}, which are not among {known}")
-
-    order = list(members) if units == "leaf" else sorted(members, key=_natural)
-    found, depth = [], 0
-    for path in order:
-        connections = _count_connections(members[path], units)
-        unit = Connection(
-            path=path,
-            size=sum(math.prod(jnp.shape(leaf)) for leaf in members[path]),
-            connections=connections,
-            depth=None if connections is None else depth,
-            scale=None,
-        )
-        depth += connections is not None
-        found.append(unit._replace(**overrides.get(path, {})))
-    index = {path: i for i, path in enumerate(order)}
-    return found, [-1 if name is None else index[name] for name in of_leaf]
-
-
-def _unit_path(keys: tuple[Any, ...], units: str) -> str:
-    """The leaf's path, or its parent's; the `.value` that Flax nnx adds is not a level."""
-    if keys and keys[-1] == jax.tree_util.GetAttrKey("value"):
-        keys = keys[:-1]
-    if units == "module":
-        keys = keys[:-1]
-    return jax.tree_util.keystr(keys, simple=True, separator="/")
-
-
-def _natural(path: str) -> list[tuple[int, int, str]]:
-    """Sorts conv2 before conv10."""
-    parts = re.split(r"(\d+)", path)
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts]
-
-
-def _count_connections(leaves: list[Any], units: str) -> int | None:
-    kernels = [leaf.shape for leaf in leaves if leaf.ndim > 1]
-    if units == "module" and not kernels:
-        return None
-    return sum(map(math.prod, kernels))
-
-
-def _check(scaling, strength, units, overrides) -> None:
+def _check(scaling, strength, units, overrides, architecture) -> None:
     _checks.one_of(tuple(_SCALINGS), scaling=scaling)
     if strength is not None:
         _SCALINGS[scaling].check(strength=strength)
     _checks.one_of(("module", "leaf"), units=units)
+    if not isinstance(architecture, Architecture | None):
+        raise ValueError(
+            "architecture must be None or what optax_ext.architecture returns, got"
+            f" {architecture!r}"
+        )
     if not isinstance(overrides, Mapping | None):
         raise ValueError(f"overrides must be None or a mapping by path, got {overrides!r}")
     for path, values in (overrides or {}).items():

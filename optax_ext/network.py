@@ -1,0 +1,289 @@
+"""The architecture of a network, read from its computation: depth and connections."""
+
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_ext import _dataflow, _paths
+from optax_ext._dataflow import Use
+
+
+class Placed(NamedTuple):
+    """The place of one parameter.
+
+    Attributes:
+      path: its keys joined by "/".
+      connections: number of its connections; `None` for what goes along with others (a bias).
+      depth: number of operations with parameters that come before.
+      note: empty if the computation tells all this, else what it doesn't tell, and why.
+    """
+
+    path: str
+    connections: int | float | None
+    depth: int | float
+    note: str
+
+
+@dataclass(frozen=True)
+class Architecture(Mapping[str, Placed]):
+    """The places of all parameters, by path; hashable, and prints as a table.
+
+    Attributes:
+      parameters: the places, in the order of `jax.tree.leaves(params)`.
+      max_depth: the depth of the last weights, of a stack of layers those of the last layer.
+    """
+
+    parameters: tuple[Placed, ...]
+    max_depth: int
+
+    @cached_property
+    def _by_path(self) -> dict[str, Placed]:
+        return {placed.path: placed for placed in self.parameters}
+
+    def __getitem__(self, path: str) -> Placed:
+        """The parameter's place; "params/", Flax linen's first key, may be left out."""
+        found = self._by_path.get(path) or self._by_path.get(f"params/{path}")
+        if found is None:
+            raise KeyError(path)
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        """The paths, in order."""
+        return iter(self._by_path)
+
+    def __len__(self) -> int:
+        """The number of parameters."""
+        return len(self.parameters)
+
+    def __str__(self) -> str:
+        """One line per parameter, under a header."""
+        width = max(len("path"), *(len(placed.path) for placed in self.parameters))
+        lines = [f"{'path':<{width}}  connections  depth  note"]
+        for path, count, depth, note in self.parameters:
+            connections = "-" if count is None else f"{count:.10g}"
+            lines.append(f"{path:<{width}}  {connections:>11}  {depth:>5.4g}  {note}".rstrip())
+        return "\n".join(lines)
+
+
+def architecture(
+    apply_fn: Callable[..., Any], params: optax.Params, *example_inputs: Any
+) -> Architecture:
+    r"""Reads the depth and the connections of every parameter from the traced computation.
+
+    For `caadam`, `scale_by_connections` and `connection_table`, which read names and shapes
+    without it. Nothing is computed; `jax.jit`, `jax.checkpoint`, loops, branches and custom
+    derivatives are looked into.
+
+    An *operation* is what sums products of data and weights (a dense layer, a convolution,
+    attention's projections, `einsum`) or looks up rows of them (an embedding). With
+    :math:`\ell(x) = 0` for the inputs and :math:`\ell` the maximum over the operands for all else,
+
+    .. math:: d(w) = \min_{o \ni w} \max_{x \in o} \ell(x), \qquad
+      \ell(o) = \max_{x \in o} \ell(x) + \begin{cases} 1 & w \text{ is new on the way to } o \\
+      0 & \text{else} \end{cases}
+
+    so depth d is the longest path from the inputs to the first use of w, and weights count once on
+    a path: recurrent networks are as deep in one step as in a thousand. What is not an operation
+    but joins its result, a bias, a normalization or a table of positions that is added, stands
+    beside it, at d.
+
+    Connections c of a kernel are its elements: in × out for a dense layer, window × in/groups ×
+    out for a convolution, vocabulary × features for an embedding. When the parts of a leaf are
+    used one after the other, as the layers of `scan` are, c is that of one part, and d the mean of
+    theirs, at which the scale by depth is the geometric mean of what the layers would have alone.
+
+    Weights may be prepared (cast, masked, normalized, multiplied) on the way to an operation. Its
+    kernels are the largest leaf that the operand is made of, and all factors of a matrix product;
+    others, such as the norms of weight normalization, have the operation's depth. So a query that
+    is computed of parameters alone counts where it meets data.
+
+    What can't be told is read from the module tree, and the leaf's `note` says so: a leaf with more
+    than one axis, used elementwise in a module without kernels (added, or modulated by data),
+    counts its elements; one that isn't used does too, at the depth of the module before; operands
+    of foreign kernels (`pl.pallas_call`) are weights if they have more than one axis.
+
+    Args:
+      apply_fn: a function of the parameters and the inputs, such as a Flax linen module's `apply`.
+        Only what it takes as arguments can be told apart: close over batch statistics rather than
+        give them as inputs.
+      params: the parameters, or their shapes (`jax.eval_shape`): with Flax linen `variables` or
+        `variables["params"]`, whichever `apply_fn` takes, with nnx `nnx.state(model, nnx.Param)`.
+      *example_inputs: arrays, or their shapes; what is neither, such as `True`, is passed as it is.
+
+    Returns:
+      Depth and connections by path; print it to read them.
+
+    Raises:
+      ValueError: `params` holds no arrays or other things than arrays, `apply_fn` fails with these
+        arguments, or nothing that it computes brings parameters and inputs together.
+
+    >>> import jax, jax.numpy as jnp
+    >>> def residual(params, x):
+    ...     x = x @ params["in"]["kernel"]
+    ...     x = x + jax.nn.relu(x @ params["up"]["kernel"]) @ params["down"]["kernel"]
+    ...     return x @ params["out"]["kernel"] + params["out"]["bias"]
+    >>> params = {
+    ...     "in": {"kernel": jnp.ones((3, 4))},
+    ...     "up": {"kernel": jnp.ones((4, 8))},
+    ...     "down": {"kernel": jnp.ones((8, 4))},
+    ...     "out": {"kernel": jnp.ones((4, 2)), "bias": jnp.ones(2)},
+    ... }
+    >>> print(architecture(residual, params, jax.ShapeDtypeStruct((3,), jnp.float32)))
+    path         connections  depth  note
+    down/kernel           32      2
+    in/kernel             12      0
+    out/bias               -      3
+    out/kernel             8      3
+    up/kernel             32      1
+    """
+    paths = _leaves(params)
+    jaxpr = _trace(apply_fn, params, example_inputs)
+    leaves = [
+        _Leaf(_paths.leaf_path(keys), _paths.module_path(keys), jnp.shape(array), uses)
+        for (keys, array), uses in zip(
+            paths, _dataflow.uses_of_parameters(jaxpr, len(paths)), strict=True
+        )
+    ]
+    if not any(leaf.uses for leaf in leaves):
+        raise ValueError(
+            "apply_fn must compute with its arguments, got one that brings no array of params"
+            f" together with {_described(example_inputs)}"
+        )
+    has_kernel = {leaf.module for leaf in leaves if leaf.operations}
+    depths = _depths(leaves)
+    return Architecture(
+        tuple(leaf.placed(leaf.module in has_kernel, depths[leaf.module]) for leaf in leaves),
+        max_depth=max(level for leaf in leaves for level in leaf.levels),
+    )
+
+
+@dataclass(frozen=True)
+class _Leaf:
+    """One parameter and what the computation does with it."""
+
+    path: str
+    module: str
+    shape: tuple[int, ...]
+    uses: set[Use]
+
+    @cached_property
+    def operations(self) -> set[Use]:
+        """Its uses as weights of operations."""
+        return {use for use in self.uses if use.operation}
+
+    @cached_property
+    def levels(self) -> list[int]:
+        """The level of the first use of each of its parts, each level once."""
+        first: dict[tuple[Any, ...], int] = {}
+        for use in self.operations or self.uses:
+            first[use.key] = min(use.level, first.get(use.key, use.level))
+        # A slice of what is used as a whole is no part of its own.
+        whole = {key for key in first if not any(key[:n] in first for n in range(len(key)))}
+        return sorted({first[key] for key in whole})
+
+    def placed(self, beside_kernel: bool, module_depth: float) -> Placed:
+        """Its place, by shape and module where the computation doesn't tell."""
+        connections, depth, note = None, module_depth, ""
+        if self.uses:
+            depth = _shorter(sum(self.levels) / len(self.levels))
+        if self.operations:
+            connections = math.prod(self.shape)
+            opaque = sorted({use.operation for use in self.operations} & set(_dataflow.OPAQUE))
+            note = f"by shape: in {', '.join(opaque)}" if opaque else ""
+        elif not beside_kernel and all(use.ndim > 1 for use in self.uses):
+            connections = _paths.connections_by_shape(self.shape)
+            note = "by shape: used elementwise" if connections is not None else ""
+        if not self.uses:
+            note = "by shape and path: not used"
+        if connections is not None:
+            connections = _shorter(connections / max(len(self.levels), 1))
+        return Placed(self.path, connections, depth, note)
+
+
+def _depths(leaves: list[_Leaf]) -> dict[str, float]:
+    """The depth of every module; where nothing of it is used, that of the one before it."""
+    depths: dict[str, float] = {}
+    last = 0
+    for module in sorted({leaf.module for leaf in leaves}, key=_paths.natural):
+        levels = [leaf.levels[0] for leaf in leaves if leaf.module == module and leaf.uses]
+        last = depths[module] = min(levels, default=last)
+    return depths
+
+
+def _shorter(x: float) -> int | float:
+    return int(x) if x == int(x) else x
+
+
+def _leaves(params: optax.Params) -> list[tuple[Any, Any]]:
+    """Path and array of every leaf."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    if not leaves:
+        raise ValueError(f"params must hold at least one array, got {params!r}")
+    for keys, leaf in leaves:
+        if not (_is_array(leaf) or isinstance(leaf, (int, float, complex))):
+            raise ValueError(
+                f"params must hold arrays only, got {leaf!r} for {_paths.leaf_path(keys)}"
+            )
+    return leaves
+
+
+def _trace(apply_fn: Callable[..., Any], params: Any, inputs: tuple[Any, ...]) -> Any:
+    """The jaxpr of the parameters' leaves and the inputs' arrays."""
+    if not callable(apply_fn):
+        raise ValueError(f"apply_fn must be a function of params and inputs, got {apply_fn!r}")
+    leaves, structure = jax.tree.flatten((params, inputs))
+    n_params = len(jax.tree.leaves(params))
+    traced = [i for i, leaf in enumerate(leaves) if i < n_params or _is_array(leaf)]
+
+    def apply(*arrays: Any) -> list[Any]:
+        given = dict(zip(traced, arrays, strict=True))
+        filled = [given.get(i, leaf) for i, leaf in enumerate(leaves)]
+        params, inputs = jax.tree.unflatten(structure, filled)
+        return [leaf for leaf in jax.tree.leaves(apply_fn(params, *inputs)) if _is_array(leaf)]
+
+    _check_number(apply_fn, inputs)
+    try:
+        return jax.make_jaxpr(apply)(*(leaves[i] for i in traced)).jaxpr
+    except Exception as error:
+        raise ValueError(
+            f"apply_fn must take params and example_inputs, got {_described(inputs)}, for which it"
+            f" raises {type(error).__name__}: {error}"
+        ) from error
+
+
+def _check_number(apply_fn: Callable[..., Any], inputs: tuple[Any, ...]) -> None:
+    try:
+        signature = inspect.signature(apply_fn)
+    except (TypeError, ValueError):  # some callables have none; the trace will tell
+        return
+    try:
+        signature.bind(None, *inputs)
+    except TypeError as error:
+        raise ValueError(
+            f"example_inputs must be what apply_fn takes after params, got {len(inputs)}: {error}"
+        ) from error
+
+
+def _described(inputs: tuple[Any, ...]) -> str:
+    """The inputs with their shapes, by name."""
+
+    def one(leaf: Any) -> str:
+        return f"{leaf.dtype}{list(leaf.shape)}" if _is_array(leaf) else repr(leaf)
+
+    said = [
+        f"example_inputs[{i}]{jax.tree_util.keystr(keys)} = {one(leaf)}"
+        for i, value in enumerate(inputs)
+        for keys, leaf in jax.tree_util.tree_leaves_with_path(value)
+    ]
+    return ", ".join(said) or "no example_inputs"
+
+
+def _is_array(leaf: Any) -> bool:
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
