@@ -299,14 +299,17 @@ def chunk(shape: tuple[int, ...], j: int, k: int) -> tuple[Any, ...]:
     """Every k-th group of indices, from the j-th on, in each block of one axis.
 
     The axis is the first of the longest but the last, if it has 6 k indices, else of all. Of groups
-    of 8, 4 or 2 and then of blocks there are at least 6 k to share out, or they are not made.
+    of 8, 4 or 2 and then of blocks there are at least 6 k to share out, or they are not made; in
+    the other case groups are single indices, 3 k of them at least.
     """
-    longest = max(shape[:-1], default=0)
-    axis = shape[:-1].index(longest) if longest >= 6 * k else shape.index(max(shape))
+    longest, least, sizes = max(shape[:-1], default=0), 6 * k, (8, 4, 2, 1)
+    axis = shape[:-1].index(longest) if longest else 0
+    if longest < least:
+        axis, least, sizes = shape.index(max(shape)), 3 * k, (1,)
     n = shape[axis]
-    size = next((s for s in (8, 4, 2) if n and n % s == 0 and n // s >= 6 * k), 1)
+    size = next((s for s in sizes if n and n % s == 0 and n // s >= least), 1)
     groups = n // size
-    while groups and groups % 2 == 0 and groups // 2 >= 6 * k:
+    while groups and groups % 2 == 0 and groups // 2 >= least:
         groups //= 2
     mine = [i for i in range(n) if i // size % groups % k == j]
     return (slice(None),) * axis + (mine,)

@@ -12,17 +12,18 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-# Entries of a group; fewer in short axes.
+# Entries of a group; fewer in short axes, and one in vectors.
 _TILE = 8
-# A block has at least as many times k groups: its last round of dealing may lack up to k - 1.
-_ROUNDS = 6
+# A block has at least as many times k groups: its last round of dealing may lack up to k - 1, which
+# is little in a matrix, and in a vector doesn't matter.
+_ROUNDS, _ROUNDS_OF_VECTORS = 6, 3
 
 
 class _Cut(NamedTuple):
     """How a leaf is cut.
 
     Attributes:
-      axis: the longest but the last one, along which memory runs; the last where others are short.
+      axis: the longest but the last one, along which memory runs; of all where others are short.
       blocks: their number, a power of two, as that of devices along most axes of a mesh.
       groups: in a block.
       size: entries of a group.
@@ -70,11 +71,11 @@ def placed_like(x: jax.Array, like: jax.Array) -> jax.Array:
 
 def _cut(shape: tuple[int, ...], k: int) -> _Cut:
     """A 0-d leaf is cut as a vector of one."""
-    shape, least = shape or (1,), _ROUNDS * k
+    shape, least, tile = shape or (1,), _ROUNDS * k, _TILE
     axis = max(range(len(shape) - 1), key=shape.__getitem__, default=0)
-    if shape[axis] < least:
-        axis = max(range(len(shape)), key=shape.__getitem__)
-    size = _power_of_two(shape[axis], least, _TILE)
+    if len(shape) == 1 or shape[axis] < least:
+        axis, least, tile = shape.index(max(shape)), _ROUNDS_OF_VECTORS * k, 1
+    size = _power_of_two(shape[axis], least, tile)
     blocks = _power_of_two(shape[axis] // size, least, shape[axis])
     groups = shape[axis] // size // blocks
     return _Cut(axis, blocks, groups, size, -(-groups // k))
