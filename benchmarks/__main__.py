@@ -26,6 +26,11 @@ BENCHMARKS = {
         "what can't be timed here can be counted: a copy, a pass over the parameters or a launch"
         " per leaf too many shows in the compiled program, and fails",
     ),
+    "memory": Benchmark(
+        "what each optimizer holds for a parameter, with options that make it less, on the device"
+        " and in the host's memory, read off steps compiled for a TPU v5e; none is needed",
+        "memory decides which model can be trained: what an option saves should be known before",
+    ),
     "step": Benchmark(
         "time of one step, update and application in place, on the parameters of known networks:"
         " every method beside optax.adamw, a copy, and PyTorch where it is installed",

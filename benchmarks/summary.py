@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from benchmarks import command_line, latest, plan_report, plots, scaling, step
+from benchmarks import command_line, latest, memory, plan_report, plots, scaling, step
 from benchmarks.latest import Row
 from benchmarks.peers import PEERS
 
@@ -35,6 +35,7 @@ def contents(folder: Path) -> dict[str, str]:
             latest.path(folder, "plan", "tpu-aot-v5e-16x16"),
             plan_report.pod_summary,
         ),
+        "memory-table": (latest.path(folder, "memory", "tpu-aot"), memory.table),
     }
     return {
         name: make(rows) for name, (path, make) in tables.items() if (rows := latest.load(path))

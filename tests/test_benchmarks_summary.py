@@ -22,7 +22,7 @@ ROW = {
 def test_readme_shows_what_was_measured():
     text = summary.README.read_text(encoding="utf-8")
     contents = summary.contents(RESULTS)
-    assert contents.keys() == {"step-table", "plan-table", "pod-table"}
+    assert contents.keys() == {"step-table", "plan-table", "pod-table", "memory-table"}
     for name, content in contents.items():
         assert summary.fill(text, name, content) == text
     rows = latest.load(latest.path(RESULTS, "step", "cpu"))

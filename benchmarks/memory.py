@@ -1,0 +1,134 @@
+"""What optimizers hold, with the options that make it less: bytes, read off compiled steps.
+
+The steps are compiled for one chip of a TPU v5e, which need not be there: its compiler tells the
+device's memory from the host's.
+"""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from rich.console import Console
+
+import optax_ext
+from benchmarks import command_line, history, latest
+from benchmarks.aot import V5E, compiled_anew, lower
+from benchmarks.contenders import RATE
+from benchmarks.hlo import live_bytes, read_entry
+from benchmarks.latest import Row
+from benchmarks.layouts import size, state_of
+from benchmarks.leaf_sets import LEAF_SETS, Leaves, count, in_words
+from pallas_kernels.fuse import whole_step
+
+LEAF_SET = "GPT-2 124M"
+PACKAGES = ("jax", "libtpu", "optax")
+
+NARROW, AWAY = {"slow_dtype": jnp.bfloat16}, {"offload": "pinned_host"}
+ROTATING = {"lookahead": "rotating"}
+# Of each optimizer first what it is by itself; the names are the table's.
+OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "adamw": {"": {}, "mu_dtype=bfloat16": {"mu_dtype": jnp.bfloat16}},
+    "fame": {"": {}, "mu_dtype=bfloat16": {"mu_dtype": jnp.bfloat16}},
+    "vradam": {"": {}, "mu_dtype=bfloat16": {"mu_dtype": jnp.bfloat16}},
+    "invadam": {"": {}, "mu_dtype=bfloat16": {"mu_dtype": jnp.bfloat16}},
+    "dualadam": {"": {}, "mu_dtype=bfloat16": {"mu_dtype": jnp.bfloat16}},
+    "caadam": {
+        "": {},
+        "mu_dtype=bfloat16": {"mu_dtype": jnp.bfloat16},
+        "amsgrad=True": {"amsgrad": True},
+    },
+    "novak": {
+        "": {},
+        "mu_dtype=bfloat16": {"mu_dtype": jnp.bfloat16},
+        "slow_dtype=bfloat16": NARROW,
+        'offload="pinned_host"': AWAY,
+        'lookahead="rotating"': ROTATING,
+        'lookahead="rotating", slow_dtype=bfloat16': ROTATING | NARROW,
+        'lookahead="rotating", offload="pinned_host"': ROTATING | AWAY,
+        'lookahead="none"': {"lookahead": "none"},
+        "trust_ratio=True": {"trust_ratio": True},
+    },
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Compiles the steps, prints what they hold, and writes it."""
+    options = make_parser().parse_args(argv)
+    if V5E.missing():
+        raise SystemExit("memory needs the extra `aot`, which is not installed")
+    command_line.find_device("cpu")  # all that compiling needs
+    console, params = Console(), LEAF_SETS[LEAF_SET]
+    circumstances = history.circumstances(f"compiled for {V5E.name}", PACKAGES)
+    title = f"{LEAF_SET}: {in_words(params)}, bytes for each"
+    table = command_line.make_table(title, ["optimizer", "options"], COLUMNS.values())
+    progress = command_line.progress_display(console)
+    task = progress.add_task("", total=sum(map(len, OPTIONS.values())))
+    rows: dict[str, Row] = {}
+    with progress:
+        for name, several in OPTIONS.items():
+            for words, arguments in several.items():
+                progress.update(task, description=f"{name} {words}")
+                found = measure(make(name, arguments), params)
+                rows[f"{name}({words})"] = {"optimizer": name, "options": words, **found}
+                table.add_row(name, words, *(f"{found[key]:.2f}" for key in COLUMNS))
+                progress.advance(task)
+    console.print(table)
+    shared = asdict(circumstances)
+    path = latest.path(options.out, "memory", "tpu-aot")
+    latest.write(path, {case: row | shared for case, row in rows.items()})
+
+
+COLUMNS = {"device": "state on the device", "host": "in host memory", "beside": "temporary"}
+
+
+def make(name: str, arguments: Mapping[str, Any]) -> optax.GradientTransformation:
+    """An optimizer of this package, or of Optax."""
+    return getattr(optax if name == "adamw" else optax_ext, name)(RATE, **arguments)
+
+
+def measure(tx: optax.GradientTransformation, params: Leaves) -> Row:
+    """Bytes for each parameter that a step holds beside parameters and gradients."""
+    sharding = V5E.sharding()
+    params = {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+        for name, x in params.items()
+    }
+    chain = whole_step(tx)
+
+    def step(params: Any, state: Any, grads: Any) -> Any:
+        return chain(params, state, grads, {})
+
+    with compiled_anew():
+        compiled = lower(step, params, state_of(tx, params), V5E).compile()
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    assert memory is not None
+    assert text is not None
+    moved_out = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    held = {
+        "device": memory.argument_size_in_bytes - 2 * size(params),
+        "host": memory.host_argument_size_in_bytes,
+        "beside": live_bytes(read_entry(text)) + moved_out,
+    }
+    return {key: value / count(params) for key, value in held.items()}
+
+
+def table(rows: Mapping[str, Row]) -> str:
+    """The README's, in Markdown."""
+    header = ["optimizer", "options", *COLUMNS.values()]
+    lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
+    for row in rows.values():
+        options = f"`{row['options']}`" if row["options"] else ""
+        cells = [f"`{row['optimizer']}`", options, *(f"{row[key]:.1f}" for key in COLUMNS)]
+        lines.append(f"| {' | '.join(cells)} |")
+    last = [*rows.values()][-1]
+    versions = ", ".join(map(" ".join, last["versions"].items()))
+    return "\n".join([*lines, "", f"Compiled with {versions}, {last['date']}."])
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    return command_line.make_parser("memory", __doc__)
