@@ -1,6 +1,7 @@
 """The images: scikit-learn's handwritten digits, or the user's own from an .npz file."""
 
 import zipfile
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -93,6 +94,21 @@ def check(x: NDArray[Any], y: NDArray[Any]) -> None:
         raise DataError("x holds NaN or infinite pixels")
     if x.min() == x.max():
         raise DataError("all pixels of x are equal")
+
+
+def draw(step: int, images: int, batch: int, seed: int) -> NDArray[np.int64]:
+    """Which images a step takes; an epoch takes none twice.
+
+    It follows from the arguments alone, so a run that goes on sees what it would have seen.
+    """
+    size = min(batch, images)
+    epoch, i = divmod(step, images // size)
+    return _shuffled(images, epoch, seed)[i * size : (i + 1) * size]
+
+
+@lru_cache(maxsize=256)
+def _shuffled(images: int, epoch: int, seed: int) -> NDArray[np.int64]:
+    return np.random.default_rng([seed, epoch]).permutation(images)
 
 
 def _stratified(data: Split, share: float) -> tuple[Split, Split]:

@@ -21,6 +21,7 @@ import numpy as np
 import optax
 
 from _data import DataError, Dataset, load
+from _options import add_data, add_numbers, positive
 from _plot import save_figure
 from _report import Result, print_header, print_table, progress_bar, save_json
 from _training import Curves, Factory, Plan, make_network, time_steps, train
@@ -143,13 +144,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--data",
-        type=Path,
-        metavar="FILE.npz",
-        help="images x of shape (N, H, W) or (N, H, W, C) and integer labels y of shape (N,);"
-        " bytes are divided by 255, anything else is standardized (default: the bundled digits)",
-    )
+    add_data(parser)
     parser.add_argument(
         "--methods",
         type=method_names,
@@ -157,14 +152,12 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="NAME,…",
         help=f"what to compare, of {', '.join(METHODS)}; controls come along (default: all)",
     )
-    for name, default, what in (
-        ("--seeds", 5, "runs of each method at its best rate"),
-        ("--trials", 5, "learning rates that each method tries"),
-        ("--epochs", 20, "passes over the training images in each run"),
-    ):
-        parser.add_argument(
-            name, type=positive, default=default, metavar="N", help=f"{what} (default: {default})"
-        )
+    add_numbers(
+        parser,
+        ("--seeds", positive, 5, "runs of each method at its best rate"),
+        ("--trials", positive, 5, "learning rates that each method tries"),
+        ("--epochs", positive, 20, "passes over the training images in each run"),
+    )
     parser.add_argument(
         "--fused",
         action="store_true",
@@ -189,12 +182,6 @@ def method_names(text: str) -> list[str]:
             f"unknown method {unknown[0]!r}, choose from {', '.join(METHODS)}"
         )
     return names
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number above 0, got {text!r}")
-    return int(text)
 
 
 def prepare_output(path: Path) -> Path:

@@ -1,8 +1,11 @@
 """Strict settings for every test: eight virtual CPU devices, and nothing promoted in silence."""
 
 import gc
+import importlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
 
 # Both are read once, when JAX is first imported.
 os.environ["XLA_FLAGS"] = (
@@ -28,6 +31,13 @@ def pytest_collection_finish() -> None:
     """What is there by now stays: the collector need not look at it again and again."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture
+def load_module(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """Imports a file of the examples as the script does: from its own folder."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples")
+    return importlib.import_module
 
 
 @pytest.fixture

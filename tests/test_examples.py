@@ -1,6 +1,5 @@
 """The main job, `examples/compare.py`, in small: its command line, its data, its bookkeeping."""
 
-import importlib
 import json
 import re
 import subprocess
@@ -17,13 +16,6 @@ import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SMALL = ["--epochs=1", "--trials=2", "--seeds=2"]
-
-
-@pytest.fixture
-def load_module(monkeypatch):
-    """Imports a file of the examples as the script does: from its own folder."""
-    monkeypatch.syspath_prepend(EXAMPLES)
-    return importlib.import_module
 
 
 @pytest.fixture

@@ -1,0 +1,263 @@
+"""The examples to copy: they go on exactly, and their optimizers do what their options say."""
+
+import re
+import signal
+from argparse import Namespace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+
+import optax_ext
+
+# In small, and how many steps that takes.
+RUNS = {
+    "train_nnx": (["--steps=5", "--batch=8", "--log-every=2", "--optimizer=novak"], 5),
+    "language_model": (
+        ["--steps=5", "--batch=2", "--width=8", "--layers=1", "--log-every=2", "--write=3"],
+        5,
+    ),
+    "hyperparameters": (["--steps=3", "--batch=4", "--rounds=2", "--rates=3", "--seeds=2"], 6),
+}
+
+
+def interrupt_in(module, monkeypatch, call: int) -> None:
+    """Ctrl-C while the batch of a call is drawn."""
+    draw, calls = module.draw, []
+
+    def interrupted(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == call:
+            signal.raise_signal(signal.SIGINT)
+        return draw(*args, **kwargs)
+
+    monkeypatch.setattr(module, "draw", interrupted)
+
+
+def saved(folder: Path, step: int):
+    """All arrays of a checkpoint."""
+    with ocp.CheckpointManager(folder) as checkpoints:
+        assert checkpoints.latest_step() == step
+        arrays = checkpoints.restore(step, args=ocp.args.StandardRestore())
+    return optax.tree.unwrap_random_key_data(arrays)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
+def test_interrupted_run_ends_where_the_whole_one_ends(
+    load_module, monkeypatch, tmp_path, capsys, name
+):
+    module, (options, steps) = load_module(name), RUNS[name]
+    module.main([*options, f"--checkpoints={tmp_path / 'whole'}"])
+    printed = capsys.readouterr().out.splitlines()[-1]
+
+    options = [*options, f"--checkpoints={tmp_path / 'interrupted'}"]
+    with monkeypatch.context() as patch:
+        interrupt_in(module, patch, call=2)
+        with pytest.raises(SystemExit, match=rf"stopped after step [23] of {steps}; the same line"):
+            module.main(options)
+    module.main(options)
+    again = capsys.readouterr().out.splitlines()
+    assert any(re.match("goes on after step [23]", line) for line in again)
+    assert again[-1] == printed
+    ends = [saved(tmp_path / run, steps) for run in ("whole", "interrupted")]
+    assert len(jax.tree.leaves(ends[0])) > 10
+    jax.tree.map(np.testing.assert_array_equal, *ends)
+    module.main(options)  # nothing is left to do
+    assert capsys.readouterr().out.splitlines()[-1] == printed
+
+
+def test_second_interrupt_ends_at_once(load_module, tmp_path):
+    resume = load_module("_resume")
+    taken = []
+
+    def take_steps():
+        with (
+            resume.open_checkpoints(Namespace(checkpoints=tmp_path, save_every=1)) as checkpoints,
+            resume.steps_to(9, checkpoints) as steps,
+        ):
+            for step in steps:
+                taken.append(step)
+                signal.raise_signal(signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        take_steps()
+    assert taken == [0, 1]
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_folder_is_of_one_training(load_module, tmp_path):
+    open_checkpoints = load_module("_resume").open_checkpoints
+
+    def begin(**options):
+        open_checkpoints(Namespace(checkpoints=tmp_path, **options)).close()
+
+    begin(save_every=1, log_every=2)
+    begin(save_every=3, log_every=2)
+    with pytest.raises(SystemExit, match="it began with --log-every 2, got 4"):
+        begin(save_every=1, log_every=4)
+    with pytest.raises(SystemExit, match="another program wrote it"):
+        begin(save_every=1, text=None)
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "message"),
+    [
+        ("train_nnx", "--steps=0", "must be a whole number above 0, got '0'"),
+        ("train_nnx", "--data=none.npz", "none.npz: no such file"),
+        ("language_model", "--text=none.txt", "--text none.txt: no such file"),
+        ("language_model", "--width=12", "--width must be a multiple of 8, got 12"),
+        ("hyperparameters", "--rates=4", "--rates must be odd, .* got 4"),
+        ("hyperparameters", "--seeds=1", "--seeds must be 2 or more .* got 1"),
+    ],
+)
+def test_bad_options(load_module, capsys, name, argument, message):
+    with pytest.raises(SystemExit) as exit_:
+        load_module(name).main([argument])
+    assert exit_.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(f": error: .*{message}", last), last
+
+
+def test_short_text(load_module, tmp_path, capsys):
+    parse, path = load_module("language_model").parse, tmp_path / "short.txt"
+    path.write_bytes(b"a" * 1319)
+    with pytest.raises(SystemExit):
+        parse([f"--text={path}"])
+    assert "short.txt: 1319 bytes are too few" in capsys.readouterr().err
+    path.write_bytes(b"a" * 1320)
+    assert len(parse([f"--text={path}"])[1]) == 1320
+
+
+def test_rates_and_decay_are_of_groups(load_module):
+    module = load_module("train_nnx")
+    options, _ = module.parse(["--steps=4", "--rate=0.1", "--head-rate=0.5", "--decay=0.2"])
+    model = nnx.eval_shape(lambda: module.Network(1, 3, rngs=nnx.Rngs(0)))
+    params = jax.tree.map(lambda x: jnp.ones(x.shape), nnx.as_pure(nnx.state(model, nnx.Param)))
+    tx = module.make_optimizer(options)
+    # Without a gradient there is nothing but decay, at the peak of the rate.
+    step = jax.jit(lambda params: tx.update(optax.tree.zeros_like(params), tx.init(params), params))
+    updates, _ = step(params)
+
+    moved = {}
+    for path, update in jax.tree.leaves_with_path(updates):
+        (moved[jax.tree_util.keystr(path, simple=True, separator="/")],) = set(
+            update.ravel().tolist()
+        )
+    decaying = {name: change for name, change in moved.items() if change}
+    assert len(moved) == 11
+    assert len(decaying) == 4
+    assert decaying.pop("head/kernel") == pytest.approx(-0.1 * 0.5 * 0.2)
+    assert list(decaying.values()) == pytest.approx([-0.1 * 0.2] * 3)
+
+
+def test_epoch_draws_each_image_once_in_another_order(load_module):
+    draw = load_module("_data").draw
+    epochs = [np.concatenate([draw(3 * e + i, 10, 3, seed=1) for i in range(3)]) for e in range(2)]
+    assert all(len(set(epoch.tolist())) == 9 for epoch in epochs)
+    assert epochs[0].tolist() != epochs[1].tolist()
+    assert sorted(draw(7, 4, 64, seed=0).tolist()) == [0, 1, 2, 3]
+
+
+def test_master_weights_keep_what_bfloat16_loses(load_module):
+    wrap = load_module("language_model").with_master_weights
+    params = {"w": jnp.full((3,), 1.0, jnp.bfloat16), "v": jnp.full((), -2.0, jnp.bfloat16)}
+    gradients = optax.tree.ones_like(params)
+
+    def end(tx):
+        moved, state = params, tx.init(params)
+        for _ in range(512):
+            updates, state = tx.update(gradients, state, moved)
+            moved = optax.apply_updates(moved, updates)
+        assert optax.tree.dtype(moved) == jnp.bfloat16
+        return moved
+
+    small = optax.sgd(2**-10)
+    jax.tree.map(np.testing.assert_array_equal, end(small), params)
+    expected = {"w": jnp.full((3,), 0.5), "v": jnp.full((), -2.5)}
+    jax.tree.map(np.testing.assert_array_equal, end(wrap(small)), expected)
+
+
+def test_writes_what_the_model_says(load_module):
+    module = load_module("language_model")
+
+    def next_byte(variables, tokens):
+        return 100.0 * jax.nn.one_hot(tokens + variables["params"]["shift"], 256)
+
+    state = module.FusedTrainState.create(
+        apply_fn=next_byte, params={"shift": jnp.ones((), jnp.int32)}, tx=optax.identity()
+    )
+    prompt = np.full(module.LENGTH, ord("a"), np.uint8)
+    written = module.write(state, prompt, jax.random.key(0), 0.5, length=4)
+    assert module.decode(written) == "bcde"
+    assert module.decode([0xC3, 0xA9, 0xFF]) == "é\ufffd"
+
+
+def test_rates_change_without_compiling(load_module, monkeypatch):
+    """As the loop has it, a run is one whose rate is a schedule."""
+    module = load_module("hyperparameters")
+    options, data = module.parse(["--steps=7", "--batch=16", "--rates=3", "--seeds=2"])
+    traces, loss = [], optax.softmax_cross_entropy_with_integer_labels
+
+    def counted(*args):
+        traces.append(args)
+        return loss(*args)
+
+    monkeypatch.setattr(optax, "softmax_cross_entropy_with_integer_labels", counted)
+
+    runs = module.make_runs(data, 3, 2)
+    rates, restarts = jnp.array([0.01, 0.02, 0.03]), module.warm_restarts(7)
+    for step in range(7):
+        batches = module.draw_batches(step, data.train, options)
+        runs = module.set_rates(runs, rates * restarts(step))
+        runs = module.train_step(runs, data.train, batches)
+    assert len(traces) == 1
+
+    tx = optax_ext.fame(lambda count: 0.02 * restarts(count))
+    run = jax.tree.map(lambda x: x[1, 1], module.make_runs(data, 3, 2))
+    run = run.replace(tx=tx, opt_state=tx.init(run.params))
+
+    @jax.jit
+    def train_step(run, batch):
+        def loss_of(params):
+            logits = run.apply_fn({"params": params}, data.train.images[batch])
+            return loss(logits, data.train.labels[batch]).mean()
+
+        return run.apply_gradients(grads=jax.grad(loss_of)(run.params))
+
+    for step in range(7):
+        run = train_step(run, module.draw_batches(step, data.train, options)[1])
+    in_sweep = jax.tree.map(lambda x: x[1, 1], runs.params)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), in_sweep, run.params)
+
+
+def test_restarts_are_warm(load_module):
+    restarts = load_module("hyperparameters").warm_restarts(70)
+    shares = np.array([restarts(step) for step in range(70)])
+    assert np.flatnonzero(shares == 1).tolist() == [0, 10, 30]
+    assert shares[[9, 29, 69]].max() < 0.03
+    np.testing.assert_allclose(shares[[5, 20, 50]], 0.5, atol=1e-6)
+
+
+def test_rounds_close_in_on_the_best_rate(load_module):
+    module = load_module("hyperparameters")
+    scores = jnp.zeros((2, 5, 3)).at[0, 3].set(1.0)
+    sweep = module.Sweep(None, jnp.zeros((2, 5)), scores)
+    first = module.choose_rates(sweep, 0)
+    np.testing.assert_allclose(first[[0, 2, 4]], [5e-3 / 27, 5e-3, 5e-3 * 27], rtol=1e-5)
+    sweep = sweep._replace(rates=sweep.rates.at[0].set(first))
+    second = np.asarray(module.choose_rates(sweep, 1))
+    np.testing.assert_allclose(second[[0, 2, 4]], first[3] * np.array([1 / 3, 1, 3]), rtol=1e-5)
+
+
+def test_interval_is_students(load_module):
+    # Of 4 values with deviation 1, whose mean lies within 3.182 / sqrt(4).
+    values = np.array([-1.5, -0.5, 0.5, 1.5])
+    values = 0.5 + 0.01 * values / values.std(ddof=1)
+    assert load_module("hyperparameters").percent(values) == "50.0 ± 1.6 %"
