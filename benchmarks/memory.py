@@ -54,6 +54,9 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 
+# What is measured, and how a table says it.
+COLUMNS = {"on_device": "on the device", "on_host": "in host memory", "beside": "temporary"}
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Compiles the steps, prints what they hold, and writes it."""
@@ -62,9 +65,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit("memory needs the extra `aot`, which is not installed")
     command_line.find_device("cpu")  # all that compiling needs
     console, params = Console(), LEAF_SETS[LEAF_SET]
-    circumstances = history.circumstances(f"compiled for {V5E.name}", PACKAGES)
+    shared = history.circumstances(f"compiled for {V5E.name}", PACKAGES)
     title = f"{LEAF_SET}: {in_words(params)}, bytes for each"
-    table = command_line.make_table(title, ["optimizer", "options"], COLUMNS.values())
+    shown = command_line.make_table(title, ["state of"], COLUMNS.values())
     progress = command_line.progress_display(console)
     task = progress.add_task("", total=sum(map(len, OPTIONS.values())))
     rows: dict[str, Row] = {}
@@ -73,16 +76,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             for words, arguments in several.items():
                 progress.update(task, description=f"{name} {words}")
                 found = measure(make(name, arguments), params)
-                rows[f"{name}({words})"] = {"optimizer": name, "options": words, **found}
-                table.add_row(name, words, *(f"{found[key]:.2f}" for key in COLUMNS))
+                rows[f"{name}({words})"] = found | asdict(shared)
+                shown.add_row(f"{name}({words})", *(f"{found[key]:.2f}" for key in COLUMNS))
                 progress.advance(task)
-    console.print(table)
-    shared = asdict(circumstances)
-    path = latest.path(options.out, "memory", "tpu-aot")
-    latest.write(path, {case: row | shared for case, row in rows.items()})
-
-
-COLUMNS = {"device": "state on the device", "host": "in host memory", "beside": "temporary"}
+    console.print(shown)
+    latest.write(latest.path(options.out, "memory", "tpu-aot"), rows)
 
 
 def make(name: str, arguments: Mapping[str, Any]) -> optax.GradientTransformation:
@@ -109,8 +107,8 @@ def measure(tx: optax.GradientTransformation, params: Leaves) -> Row:
     assert text is not None
     moved_out = memory.output_size_in_bytes - memory.alias_size_in_bytes
     held = {
-        "device": memory.argument_size_in_bytes - 2 * size(params),
-        "host": memory.host_argument_size_in_bytes,
+        "on_device": memory.argument_size_in_bytes - 2 * size(params),
+        "on_host": memory.host_argument_size_in_bytes,
         "beside": live_bytes(read_entry(text)) + moved_out,
     }
     return {key: value / count(params) for key, value in held.items()}
@@ -118,11 +116,10 @@ def measure(tx: optax.GradientTransformation, params: Leaves) -> Row:
 
 def table(rows: Mapping[str, Row]) -> str:
     """The README's, in Markdown."""
-    header = ["optimizer", "options", *COLUMNS.values()]
+    header = ["state of", *COLUMNS.values()]
     lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
-    for row in rows.values():
-        options = f"`{row['options']}`" if row["options"] else ""
-        cells = [f"`{row['optimizer']}`", options, *(f"{row[key]:.1f}" for key in COLUMNS)]
+    for case, row in rows.items():
+        cells = [f"`{case.removesuffix('()')}`", *(f"{row[key]:.1f}" for key in COLUMNS)]
         lines.append(f"| {' | '.join(cells)} |")
     last = [*rows.values()][-1]
     versions = ", ".join(map(" ".join, last["versions"].items()))

@@ -163,7 +163,7 @@ def measure(
 ) -> Row:
     """An optimizer's step on a set of leaves, compiled in several ways by turns."""
     state, placed = state_of(tx, params), shardings(params)
-    parameters, report = count(shards(params)), explain(tx, params)
+    parameters, report = count(shards(params)), explain(tx, shards(params))
     row: Row = {"floor": report.floor_per_parameter}
     if target.platform == "gpu":
         row["skipped"] = sum(phase.predicated for phase in report.phases) / parameters

@@ -45,7 +45,8 @@ def fuse(
 
     On NVIDIA GPUs the kernels run; elsewhere, and under `vmap` and differentiation, the chain
     does. What is not elementwise (matrix products, statistics of single rows, random bits) is left
-    to XLA, leaf by leaf; `explain` tells which and why.
+    to XLA, leaf by leaf, and on a mesh with explicit axes the chain runs; `explain` tells which
+    and why.
 
     Derivatives are the chain's, with one limit: forward mode follows every array of the state, also
     where only a rate varies, and the root of a second moment that is exactly 0 makes it NaN there.
@@ -129,8 +130,11 @@ def _execute(function, arguments, backend, strict, placed, *, written):
     flat = (*traced.constants, *values)
     placement = place(traced.graph, flat, placed)
     planned = plan(traced.graph, in_place, launch.supports(backend), placement)
-    if strict and (left := left_to_xla(traced.graph, planned)):
+    left = left_to_xla(traced.graph, planned)
+    if strict and left:
         raise ValueError(f"strict=True, but {'; '.join(left)}")
+    if left and placement.explicit:
+        return function(*arguments)
 
     structure = jax.tree.structure(traced.result)
 

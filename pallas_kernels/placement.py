@@ -46,6 +46,14 @@ class Placement:
     shardings: dict[Node, NamedSharding] = field(default_factory=dict)
     leaves: dict[Node, Node] = field(default_factory=dict)
 
+    @property
+    def explicit(self) -> bool:
+        """Whether all types must tell where arrays lie; a step is traced without a mesh.
+
+        So what XLA computes for a leaf can't be placed, and the chain must run as it is.
+        """
+        return self.mesh is not None and AxisType.Explicit in self.mesh.axis_types
+
     def size(self, component: Node, node: Node) -> int:
         """Elements of the component's `node` that one device holds."""
         return math.prod(self._shard(component, node.shape))

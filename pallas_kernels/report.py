@@ -125,12 +125,14 @@ def explain(
     traced, in_place, values = trace_step(whole_step(tx), arguments, written=2)
     placement = place(traced.graph, [*traced.constants, *values], {})
     planned = plan(traced.graph, in_place, launch.supports(backend), placement)
+    left = tuple(left_to_xla(traced.graph, planned))
+    phases = () if left and placement.explicit else planned.phases
     return Report(
         devices=1 if placement.mesh is None else placement.mesh.size,
         parameters=sum(math.prod(_shard(x)) for x in jax.tree.leaves(shapes)),
-        phases=tuple(_phase(programs, traced.graph, placement) for programs in planned.phases),
+        phases=tuple(_phase(programs, traced.graph, placement) for programs in phases),
         floor=_floor(traced.graph, placement),
-        left_to_xla=tuple(left_to_xla(traced.graph, planned)),
+        left_to_xla=left,
     )
 
 

@@ -33,8 +33,8 @@ def test_slow_weights_are_where_they_are_said_to_be(options):
     tx = memory.make("novak", memory.OPTIONS["novak"][options])
     row = memory.measure(tx, LEAVES)
     device, host = HELD[options]
-    assert row["device"] == pytest.approx(device, abs=0.01)
-    assert row["host"] == pytest.approx(host, abs=0.01)
+    assert row["on_device"] == pytest.approx(device, abs=0.01)
+    assert row["on_host"] == pytest.approx(host, abs=0.01)
     assert row["beside"] <= (2 * LEAF if host else 0.01)
 
 
@@ -51,6 +51,6 @@ def test_every_option_is_recorded_and_saves_what_it_promises():
     cases = [(name, words) for name, several in memory.OPTIONS.items() for words in several]
     assert list(rows) == [f"{name}({words})" for name, words in cases]
     for name, words in cases:
-        saved = rows[f"{name}()"]["device"] - rows[f"{name}({words})"]["device"]
+        saved = rows[f"{name}()"]["on_device"] - rows[f"{name}({words})"]["on_device"]
         # A fifth of GPT-2's axes is more or less than that of the leaves above.
         assert saved == pytest.approx(saved_by_hand(name, words), abs=0.1)

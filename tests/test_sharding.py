@@ -177,6 +177,17 @@ def test_what_is_left_to_xla():
     assert largest_error(params, alone(tx)) <= SUMMED
 
 
+@pytest.mark.parametrize("name", UNFUSED)
+def test_explicit_axes_and_leaves_left_to_xla(name):
+    """The chain runs."""
+    layout, tx = LAYOUTS["explicit"], UNFUSED[name]
+    params, _ = on_mesh(layout, lambda tx: fuse(tx, backend="interpret").step, tx)
+    assert largest_error(params, alone(tx)) == 0
+    report = explain(tx, jax.device_put(arrays(0), layout.shardings))
+    assert report.left_to_xla
+    assert report.launches == 0
+
+
 CLIPPED = optax.chain(optax.clip_by_global_norm(0.5), optax.sgd(0.1))
 FORMS = {
     "three axes, two on one of an array": Layout(
