@@ -27,23 +27,19 @@ from pallas_kernels.fuse import whole_step
 LEAF_SET = "GPT-2 124M"
 PACKAGES = ("jax", "libtpu", "optax")
 
+MOMENTS = {"": {}, "mu_dtype=bfloat16": {"mu_dtype": jnp.bfloat16}}
 NARROW, AWAY = {"slow_dtype": jnp.bfloat16}, {"offload": "pinned_host"}
 ROTATING = {"lookahead": "rotating"}
-# Of each optimizer first what it is by itself; the names are the table's.
+# Of each optimizer, by the words of the table.
 OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
-    "adamw": {"": {}, "mu_dtype=bfloat16": {"mu_dtype": jnp.bfloat16}},
-    "fame": {"": {}, "mu_dtype=bfloat16": {"mu_dtype": jnp.bfloat16}},
-    "vradam": {"": {}, "mu_dtype=bfloat16": {"mu_dtype": jnp.bfloat16}},
-    "invadam": {"": {}, "mu_dtype=bfloat16": {"mu_dtype": jnp.bfloat16}},
-    "dualadam": {"": {}, "mu_dtype=bfloat16": {"mu_dtype": jnp.bfloat16}},
-    "caadam": {
-        "": {},
-        "mu_dtype=bfloat16": {"mu_dtype": jnp.bfloat16},
-        "amsgrad=True": {"amsgrad": True},
-    },
-    "novak": {
-        "": {},
-        "mu_dtype=bfloat16": {"mu_dtype": jnp.bfloat16},
+    "adamw": MOMENTS,
+    "fame": MOMENTS,
+    "vradam": MOMENTS,
+    "invadam": MOMENTS,
+    "dualadam": MOMENTS,
+    "caadam": MOMENTS | {"amsgrad=True": {"amsgrad": True}},
+    "novak": MOMENTS
+    | {
         "slow_dtype=bfloat16": NARROW,
         'offload="pinned_host"': AWAY,
         'lookahead="rotating"': ROTATING,
