@@ -57,7 +57,7 @@ def check_landscapes(tables: dict[str, Any]) -> None:
 
 def check_edge_of_stability(tables: dict[str, Any]) -> None:
     edge, best = tables.values()
-    adamw, gated, strong, slower, replayed = edge.values()
+    adamw, gated, strong, slower, replayed, _ = edge.values()
     rate = "mean rate / α"
     assert adamw[rate] == [1, 1, 1]
     assert 1 / 11 <= strong[rate][0] < gated[rate][0] < 1

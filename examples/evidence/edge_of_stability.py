@@ -11,6 +11,11 @@ Its controls at the same rate are AdamW, AdamW at the gated run's mean rate, and
 that the gate made in the training of another seed: the same schedule without the feedback. Then
 both are tuned by as many trials. There is no weight decay.
 
+The rate, the squared error and the larger beta3 were chosen to make an edge and a gate visible:
+with cross-entropy, in the table too, the curvature falls instead. Of the two measures of steadiness,
+how often the loss rises came first; how far it peaks was added on seeing the curves of seeds 0 to 9.
+So what is shown is of seeds that nothing was chosen by.
+
 What so small a network can't show is how far the gate of a large one closes: beta3 weighs a sum
 over all parameters.
 """
@@ -46,8 +51,9 @@ DEFAULT, STRONG = 1.0, 3000.0
 STRENGTHS = (DEFAULT, 50.0, STRONG)
 LOWEST_RATE, HIGHEST_RATE = 2e-3, 0.3
 HIDDEN, MEASURED_EVERY = 32, 50
-# The results' seeds are 0, 1, …: nothing is chosen for its luck on one of them.
+FIRST_SEED = 100
 SEARCH_SEEDS = (1000, 1001, 1002)
+CROSS_ENTROPY = "AdamW, cross-entropy"
 STRONGER = f"VRAdam, beta3 {STRONG:.0f}"
 COLOURS = {
     "AdamW": "0.2",
@@ -84,12 +90,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if options.steps % MEASURED_EVERY:
         parser.error(f"--steps must be a multiple of {MEASURED_EVERY}, got {options.steps}")
-    train = trainer(options.images, options.steps)
-    work = len(COLOURS) * options.seeds + 2 * (len(STRENGTHS) * options.rates) + 1
+    seeds = range(FIRST_SEED, FIRST_SEED + options.seeds)
+    train = trainer(squared_error, options)
+    work = (len(COLOURS) + 1) * options.seeds + 2 * (len(STRENGTHS) * options.rates) + 1
     with progress_bar(work) as on_progress:
-        runs = at_the_edge(train, options, on_progress)
-        losses = tune(train, options, on_progress)
-    edge, best = {name: row(found) for name, found in runs.items()}, compare(losses)
+        runs = at_the_edge(train, seeds, on_progress)
+        train_other = trainer(cross_entropy, options)
+        other = [train_other(seed, RATE) for seed in seeds]
+        on_progress(CROSS_ENTROPY, options.seeds)
+        losses = tune(train, options.rates, seeds, on_progress)
+    edge = {name: row(found) for name, found in (runs | {CROSS_ENTROPY: other}).items()}
+    best = compare(losses)
     tables = {
         f"At rate {RATE}, second half of {options.steps} steps": edge,
         f"At the best of {len(STRENGTHS) * options.rates} trials": best,
@@ -112,20 +123,27 @@ Train = Callable[..., Run]
 Cells = dict[str, Estimate]
 
 
-def trainer(images: int, steps: int) -> Train:
-    """What trains with AdamW, or VRAdam, at the rates given for all steps."""
+def squared_error(outputs: jax.Array, labels: jax.Array) -> jax.Array:
+    return jnp.sum((outputs - jax.nn.one_hot(labels, 10)) ** 2, axis=-1).mean() / 2
+
+
+def cross_entropy(outputs: jax.Array, labels: jax.Array) -> jax.Array:
+    return optax.softmax_cross_entropy_with_integer_labels(outputs, labels).mean()
+
+
+def trainer(error: Callable[[Any, Any], jax.Array], options: argparse.Namespace) -> Train:
+    """What trains with AdamW, or VRAdam, at a rate or at one for each step."""
     data = load(None).train
-    x = data.images[:images].reshape(-1, 64)
-    y = jax.nn.one_hot(data.labels[:images], 10)
+    x, labels = data.images[: options.images].reshape(-1, 64), data.labels[: options.images]
 
     def loss(params):
-        return jnp.mean(jnp.sum((network(params, x) - y) ** 2, axis=-1)) / 2
+        return error(network(params, x), labels)
 
     run = jax.jit(partial(run_training, loss), static_argnames=("gated", "measured"))
 
     def train(seed: int, rates: ArrayLike, beta3: float | None = None, measured=True) -> Run:
         params = initialize(jax.random.key(seed), [x.shape[1], HIDDEN, HIDDEN, 10])
-        rates = jnp.broadcast_to(jnp.asarray(rates, jnp.float32), (steps,))
+        rates = jnp.broadcast_to(jnp.asarray(rates, jnp.float32), (options.steps,))
         gated = beta3 is not None
         found = run(params, rates, beta3 or 0.0, gated=gated, measured=measured)
         return jax.tree.map(np.asarray, found)
@@ -175,7 +193,7 @@ def run_training(loss, params, rates, beta3, *, gated: bool, measured: bool) -> 
     return Run(losses.ravel(), rates.ravel(), *found)
 
 
-def at_the_edge(train: Train, options, on_progress) -> dict[str, list[Run]]:
+def at_the_edge(train: Train, seeds: Sequence[int], on_progress) -> dict[str, list[Run]]:
     """Of every contender at the same rate, a run for each seed."""
     runs: dict[str, list[Run]] = {name: [] for name in COLOURS}
 
@@ -183,18 +201,18 @@ def at_the_edge(train: Train, options, on_progress) -> dict[str, list[Run]]:
         runs[name].append(train(seed, rates, beta3))
         on_progress(name, 1)
 
-    for seed in range(options.seeds):
+    for seed in seeds:
         add("AdamW", seed, RATE)
         add("VRAdam", seed, RATE, DEFAULT)
         add(STRONGER, seed, RATE, STRONG)
-    for seed in range(options.seeds):
-        gated = runs[STRONGER]
-        add("AdamW, mean rate", seed, gated[seed].rate.mean())
-        add("AdamW, other's gate", seed, gated[seed - 1].rate)
+    gated = runs[STRONGER]
+    for i, seed in enumerate(seeds):
+        add("AdamW, mean rate", seed, gated[i].rate.mean())
+        add("AdamW, other's gate", seed, gated[i - 1].rate)
     return runs
 
 
-def tune(train: Train, options, on_progress) -> dict[str, list[float]]:
+def tune(train: Train, rates: int, seeds: Sequence[int], on_progress) -> dict[str, list[float]]:
     """The late losses of each at its best trial, one for each seed; its name says which that is.
 
     The last is AdamW as it would be without a search of its own.
@@ -210,14 +228,14 @@ def tune(train: Train, options, on_progress) -> dict[str, list[float]]:
             on_progress(f"{name}, tuning", 1)
         return trials[int(np.nanargmin(scores))]
 
-    adamw = search("AdamW", [(x, None) for x in grid(len(STRENGTHS) * options.rates)])
-    gated = search("VRAdam", [(x, beta3) for beta3 in STRENGTHS for x in grid(options.rates)])
+    adamw = search("AdamW", [(x, None) for x in grid(len(STRENGTHS) * rates)])
+    gated = search("VRAdam", [(x, beta3) for beta3 in STRENGTHS for x in grid(rates)])
     contenders = {
         f"AdamW at {in_words(adamw[0])}": adamw,
         f"VRAdam at {in_words(gated[0])} and beta3 {gated[1]:g}": gated,
         "AdamW at VRAdam's rate": (gated[0], None),
     }
-    found = {x: late_losses(range(options.seeds), *trial) for x, trial in contenders.items()}
+    found = {x: late_losses(seeds, *trial) for x, trial in contenders.items()}
     on_progress("at the best", 1)
     return found
 
@@ -241,9 +259,15 @@ def row(runs: Sequence[Run]) -> Cells:
         "P^-1 H, of edge": evidence.mean(np.median(at_base, axis=1)),
         "of own rate's": evidence.mean(np.median(at_own, axis=1)),
         "H": evidence.mean([np.median(run.sharpness[late]) for run in runs]),
+        "steps uphill": evidence.mean([rises(run.loss) for run in runs]),
         "peaks": evidence.mean([peaks(run.loss)[late].mean() for run in runs]),
         "log10 of loss": evidence.mean([run.late_loss for run in runs]),
     }
+
+
+def rises(loss: Any) -> float:
+    """In which share of the steps of the second half the loss grows."""
+    return float((np.diff(loss[len(loss) // 2 :]) > 0).mean())
 
 
 def peaks(loss: Any) -> Any:
@@ -265,8 +289,9 @@ def compare(losses: Mapping[str, list[float]]) -> dict[str, Cells]:
 
 
 def judge(edge: Mapping[str, Cells], best: Mapping[str, Cells]) -> list[Finding]:
-    adamw, gated, strong, slower, replayed = edge.values()
+    adamw, gated, strong, slower, replayed, other = edge.values()
     at, own = adamw["P^-1 H, of edge"], strong["of own rate's"]
+    elsewhere = other["P^-1 H, of edge"]
     controls = [cells["peaks"] for cells in (adamw, slower, replayed)]
     steadier = strong["peaks"].high < min(control.low for control in controls)
     worse = strong["log10 of loss"].mean - adamw["log10 of loss"].mean
@@ -280,7 +305,8 @@ def judge(edge: Mapping[str, Cells], best: Mapping[str, Cells]) -> list[Finding]
             "VRAdam: Adam trains at the edge of stability, 38 / α",
             Verdict.HOLDS if at.low > 0.9 and at.high < 1.1 else Verdict.REFUTED,
             f"The largest eigenvalue of P^-1 H rises to {at.mean:.2f} of 38 / α and stays there;"
-            f" that of H, {adamw['H'].mean:.0f}, is far from 2 / α = {OF_DESCENT / RATE:.0f}.",
+            f" that of H, {adamw['H'].mean:.0f}, is far from 2 / α = {OF_DESCENT / RATE:.0f}. This"
+            f" is with squared error; with cross-entropy it falls to {elsewhere.mean:.2g} of 38 / α.",
         ),
         Finding(
             "VRAdam: a gate that bites steadies training at that edge",
@@ -290,7 +316,8 @@ def judge(edge: Mapping[str, Cells], best: Mapping[str, Cells]) -> list[Finding]
             f" With beta3 = {STRONG:.0f} by {strong['peaks'].mean:.2f}, at the edge of the gated"
             f" rate ({own.mean:.2f} of it), with a loss {worse:.2f} decades higher; AdamW at its"
             f" mean rate by {slower['peaks'].mean:.2f}, at the rates of another seed's gate by"
-            f" {replayed['peaks'].mean:.2f}.",
+            f" {replayed['peaks'].mean:.2f}. The loss rises in {strong['steps uphill'].mean:.0%} of"
+            f" steps, AdamW's {adamw['steps uphill'].mean:.0%}.",
         ),
         Finding(
             "VRAdam: it trains to a lower loss than AdamW",
