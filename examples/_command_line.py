@@ -3,8 +3,52 @@
 import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+def make_parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser with the options of a training that can be interrupted."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--checkpoints",
+        type=Path,
+        metavar="FOLDER",
+        help="to save in, and to go on from (default: a new temporary one)",
+    )
+    add_numbers(parser, ("--save-every", positive, 50, "steps between checkpoints"))
+    return parser
+
+
+def add_numbers(
+    parser: argparse.ArgumentParser, *options: tuple[str, Callable[[str], Any], float, str]
+) -> None:
+    """Options that take a number: the name, the type, the default, what it is."""
+    for name, kind, default, what in options:
+        help_ = f"{what} (default: {default})"
+        parser.add_argument(name, type=kind, default=default, metavar="N", help=help_)
+
+
+def add_data(parser: argparse.ArgumentParser) -> None:
+    """The option that `_data.load` takes."""
+    parser.add_argument(
+        "--data",
+        type=Path,
+        metavar="FILE.npz",
+        help="images x of shape (N, H, W) or (N, H, W, C) and integer labels y of shape (N,);"
+        " bytes are divided by 255, anything else is standardized (default: the bundled digits)",
+    )
+
+
+def positive(text: str) -> int:
+    """A whole number above 0."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number above 0, got {text!r}")
+    return int(text)
 
 
 @contextmanager
@@ -24,9 +68,3 @@ def progress_bar(total: int) -> Iterator[Callable[[str, float], None]]:
             progress.update(task, description=label, advance=share)
 
         yield advance
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number above 0, got {text!r}")
-    return int(text)

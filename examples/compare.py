@@ -20,9 +20,8 @@ from typing import Any
 import numpy as np
 import optax
 
-from _command_line import positive, progress_bar
+from _command_line import add_data, add_numbers, positive, progress_bar
 from _data import DataError, Dataset, load
-from _options import add_data, add_numbers, positive
 from _plot import save_figure
 from _report import Result, print_header, print_table, save_json
 from _training import Curves, Factory, Plan, make_network, time_steps, train

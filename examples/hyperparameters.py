@@ -30,8 +30,8 @@ from rich.table import Table
 from scipy.stats import t as student
 
 import optax_ext
+from _command_line import add_data, add_numbers, make_parser, positive
 from _data import DataError, Dataset, Split, draw, load
-from _options import add_data, add_numbers, make_parser, positive
 from _resume import open_checkpoints, steps_to
 
 MIDDLE, REACH = 5e-3, 27.0  # the first round's rates: from MIDDLE / REACH to MIDDLE * REACH

@@ -27,8 +27,8 @@ import optax
 import orbax.checkpoint as ocp
 
 import optax_ext
+from _command_line import add_numbers, make_parser, positive
 from _language import HEADS, LENGTH, Transformer, draw, read_text
-from _options import add_numbers, make_parser, positive
 from _resume import open_checkpoints, steps_to
 from pallas_kernels import fuse
 from pallas_kernels.flax import FusedTrainState

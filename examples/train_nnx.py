@@ -20,8 +20,8 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 import optax_ext
+from _command_line import add_data, add_numbers, make_parser, positive
 from _data import DataError, Dataset, Split, draw, load
-from _options import add_data, add_numbers, make_parser, positive
 from _resume import open_checkpoints, steps_to
 from pallas_kernels import fuse
 from pallas_kernels.flax import FusedOptimizer
