@@ -306,8 +306,8 @@ def judge(edge: Mapping[str, Cells], best: Mapping[str, Cells]) -> list[Finding]
             Verdict.HOLDS if at.low > 0.9 and at.high < 1.1 else Verdict.REFUTED,
             f"The largest eigenvalue of P^-1 H rises to {at.mean:.2f} of 38 / α and stays there;"
             f" that of H, {adamw['H'].mean:.0f}, is far from 2 / α = {OF_DESCENT / RATE:.0f}. This"
-            f" is with squared error; with cross-entropy it falls to {elsewhere.mean:.2g} of"
-            " 38 / α.",
+            " is with squared error; with cross-entropy it falls to"
+            f" {elsewhere.mean:.2g} of 38 / α.",
         ),
         Finding(
             "VRAdam: a gate that bites steadies training at that edge",
@@ -346,7 +346,7 @@ def draw(runs: Mapping[str, Sequence[Run]]) -> Figure:
         draw_curve(loss, name, thin(curves.loss))
     for axes, level, text in ((edge, OF_ADAM, "38 / α"), (hessian, OF_DESCENT, "2 / α")):
         axes.axhline(level / RATE, color="black", linestyle=":", linewidth=1)
-        right = {"xycoords": axes.get_yaxis_transform(), "ha": "right", "va": "bottom"}
+        right = {"xycoords": axes.get_yaxis_transform(), "ha": "right", "va": "top"}
         axes.annotate(text, (1, level / RATE), fontsize=9, **right)
     entitle(edge, "largest eigenvalue of $P^{-1} H$", "", "")
     entitle(hessian, "largest eigenvalue of H", "", "")
