@@ -393,7 +393,7 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     ),
     "too many axes": (
         lambda given: given | {"bias": NamedSharding(given["odd"].mesh, P(None, "data"))},
-        r"bias of shape \(8,\) can't be sharded",
+        r"bias of shape \(768,\) can't be sharded",
     ),
     "of no axis": (
         lambda given: given | {"scalar": given["bias"]},
