@@ -10,14 +10,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullLocator
-from PIL import Image
 
 from _data import Dataset
+from _figures import BLUE, ORANGE, save_png, tidy
 from _report import Result
 
 GREYS = {"adamw": "0.2", "sgd": "0.6"}
-# Of Okabe and Ito's palette, which every kind of colour vision can tell apart.
-ORANGE, BLUE = "#D55E00", "#0072B2"
 TICKS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998)
 
 
@@ -44,9 +42,7 @@ def save_figure(results: Mapping[str, Result], data: Dataset, path: Path) -> Non
     lowest = min(line.get_ydata().min() for axes in panels[: len(methods)] for line in axes.lines)
     # Upside down: errors are drawn, accuracies written.
     panels[0].set_ylim(1.2, lowest / 3)
-    figure.savefig(path, dpi=150)
-    # A palette makes the file three times smaller.
-    Image.open(path).convert("RGB").quantize().save(path, optimize=True)
+    save_png(figure, path)
 
 
 def draw_panel(
@@ -73,10 +69,7 @@ def draw_panel(
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_yticks([1 - tick for tick in TICKS], [f"{100 * tick:.3g} %" for tick in TICKS])
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.tick_params(labelsize=8)
-    axes.grid(axis="y", color="0.9", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    tidy(axes, grid="y")
 
 
 def draw_curve(axes: Axes, result: Result, least_error: float, **style: Any) -> Line2D:

@@ -4,8 +4,7 @@ import json
 import math
 import os
 import textwrap
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
@@ -15,7 +14,6 @@ import jax
 import optax
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from _data import Dataset
@@ -72,25 +70,6 @@ def print_header(data: Dataset, plan: Plan) -> None:
     for name, text in rows.items():
         print(textwrap.fill(f"{name + ':':<10}{text}", 80, subsequent_indent=" " * 10))
     print()
-
-
-@contextmanager
-def progress_bar(trainings: int) -> Iterator[Callable[[str, float], None]]:
-    """A bar over all trainings; what it yields takes a label and a share of one training."""
-    columns = (
-        TextColumn("{task.description:<20}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f} %"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, transient=True) as progress:
-        task = progress.add_task("", total=trainings)
-
-        def advance(label: str, share: float) -> None:
-            progress.update(task, description=label, advance=share)
-
-        yield advance
 
 
 def print_table(results: Mapping[str, Result], data: Dataset) -> None:

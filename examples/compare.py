@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 import optax
 
+from _command_line import positive, progress_bar
 from _data import DataError, Dataset, load
 from _plot import save_figure
-from _report import Result, print_header, print_table, progress_bar, save_json
+from _report import Result, print_header, print_table, save_json
 from _training import Curves, Factory, Plan, make_network, time_steps, train
 from optax_ext import caadam, connection_table, dualadam, fame, invadam, novak, vradam
 from pallas_kernels import fuse
@@ -189,12 +190,6 @@ def method_names(text: str) -> list[str]:
             f"unknown method {unknown[0]!r}, choose from {', '.join(METHODS)}"
         )
     return names
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number above 0, got {text!r}")
-    return int(text)
 
 
 def prepare_output(path: Path) -> Path:

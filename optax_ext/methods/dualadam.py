@@ -66,6 +66,8 @@ def invadam(
     >>> print(f"loss 5.000 -> {jnp.sum(params**2):.3f}")
     loss 5.000 -> 0.000
 
+    Landscapes: `examples/evidence/results/landscape-invadam.png`.
+
     References:
       Shi, Chen, Jin, Zhou, arXiv 2603.07122.
     """
@@ -136,6 +138,8 @@ def dualadam(
     >>> share = optax.tree.get(state, "inverse_share")
     >>> print(f"loss 5.000 -> {jnp.sum(params**2):.3f}, inverse share {share:.2f}")
     loss 5.000 -> 0.000, inverse share 0.00
+
+    Landscapes: `examples/evidence/results/landscape-dualadam.png`.
 
     References:
       Shi, Chen, Jin, Zhou, arXiv 2603.07122.

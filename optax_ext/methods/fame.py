@@ -88,6 +88,8 @@ def fame(
     >>> print(f"loss 5.000 -> {jnp.sum(params**2):.3f}")
     loss 5.000 -> 0.001
 
+    Landscapes: `examples/evidence/results/landscape-fame.png`.
+
     References:
       Peleg, Smadar, Lazebnik, Hoogi, "Break a Lag: Triple Exponential Moving Average for Enhanced
       Optimization", arXiv 2306.01423.

@@ -113,6 +113,8 @@ def novak(
     >>> print(f"loss 5.000 -> {jnp.sum(params**2):.3f}, rectification {r:.2f}")
     loss 5.000 -> 0.000, rectification 0.27
 
+    Landscapes: `examples/evidence/results/landscape-novak.png`.
+
     References:
       Kavun, "NOVAK: Unified adaptive optimizer for deep neural networks", arXiv 2601.07876.
       Liu et al., "On the Variance of the Adaptive Learning Rate and Beyond", arXiv 1908.03265.

@@ -83,6 +83,8 @@ def vradam(
     >>> print(f"loss 5.000 -> {jnp.sum(params**2):.3f}, gate {gate:.3f}")
     loss 5.000 -> 0.000, gate 1.000
 
+    Landscapes: `examples/evidence/results/landscape-vradam.png`.
+
     References:
       Vaidhyanathan, Schorling, Ares, Osborne, "A Physics-Inspired Optimizer: Velocity Regularized
       Adam", arXiv 2505.13196, ICLR 2026.

@@ -1,0 +1,148 @@
+"""The evidence in small: each script runs, and finds what is known beforehand; README shows it.
+
+A new script is a row of `SMOKE`.
+"""
+
+import importlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks.summary import fill
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+FOLDER = EXAMPLES / "evidence"
+
+
+@pytest.fixture
+def load_module(monkeypatch) -> Callable[[str], ModuleType]:
+    """Imports a file of the evidence as a script does: from its own folder."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.syspath_prepend(FOLDER)
+    return importlib.import_module
+
+
+def check_lag(tables: dict[str, Any]) -> None:
+    (rows,) = tables.values()
+    for name, cells in rows.items():
+        assert cells["lag"] == pytest.approx(cells["by formula"], abs=1e-3), name
+        assert cells["noise"][0] == pytest.approx(cells["noise, by formula"], rel=0.15), name
+    assert rows["EMA .9 (Adam)"]["by formula"] == pytest.approx(9)
+    assert rows["TEMA .9 .9 .9 (equal)"]["noise, by formula"] == pytest.approx(0.199, abs=5e-4)
+
+
+def check_landscapes(tables: dict[str, Any]) -> None:
+    assert [title.partition(",")[0] for title in tables] == ["Rosenbrock", "Rastrigin", "valley"]
+    for rows in tables.values():
+        assert rows["adamw"]["less AdamW's"] == [0, 0, 0]
+        # All have found a rate that leads down; the starts' mean is about 100, 40, 300.
+        assert all(cells["log10 of the loss"][0] < 1.4 for cells in rows.values())
+        # On one tensor CaAdam is Adam, but for the place of its epsilon.
+        difference = rows["caadam"]["less AdamW's"]
+        assert difference == pytest.approx([0, 0, 0], abs=1e-2)
+
+
+class Smoke(NamedTuple):
+    """A script in small.
+
+    Attributes:
+      options: that make it quick.
+      check: raises unless its tables are right.
+      slow: whether even so it takes more than a few seconds.
+    """
+
+    options: list[str]
+    check: Callable[[dict[str, Any]], None]
+    slow: bool = False
+
+
+SMOKE = {
+    "lag": Smoke(["--seeds=8", "--steps=1000"], check_lag),
+    "landscapes": Smoke(["--starts=8", "--steps=60", "--rates=12"], check_landscapes, slow=True),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=[pytest.mark.slow] * SMOKE[x].slow) for x in SMOKE]
+)
+def test_script(load_module, tmp_path, capsys, name):
+    options, check, _ = SMOKE[name]
+    load_module(name).main([*options, f"--out={tmp_path}"])
+    found = json.loads((tmp_path / f"{name}.json").read_text(encoding="utf-8"))
+    check(found["tables"])
+    printed = " ".join(capsys.readouterr().out.split())
+    for finding in found["findings"]:
+        assert finding["claim"] in printed
+        assert f"{finding['verdict']}: {finding['shown']}" in printed
+    for figure in found["figures"]:
+        assert (tmp_path / figure).read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_script_is_tested_and_has_results():
+    scripts = {path.stem for path in FOLDER.glob("*.py") if not path.name.startswith("_")}
+    assert scripts - {"summary"} == SMOKE.keys()
+    assert {path.stem for path in (FOLDER / "results").glob("*.json")} == SMOKE.keys()
+
+
+@pytest.mark.parametrize("name", SMOKE)
+def test_results_are_of_a_whole_run(load_module, name):
+    found = json.loads((FOLDER / f"results/{name}.json").read_text(encoding="utf-8"))
+    assert all((FOLDER / "results" / figure).is_file() for figure in found["figures"])
+    evidence, script = load_module("_evidence"), load_module(name)
+    assert found["options"] == evidence.sizes(script.make_parser().parse_args([]))
+
+
+def test_intervals(load_module):
+    evidence = load_module("_evidence")
+    # Student's quantile for one degree of freedom is 12.706, the standard error here 1/2.
+    assert evidence.mean([0, 1]) == pytest.approx((0.5, 0.5 - 6.353, 0.5 + 6.353), abs=1e-3)
+    assert np.isnan(evidence.mean([3.0])[1:]).all()
+    # Wilson's: z² / (n + z²) is the upper end where none succeeds.
+    assert evidence.share([False] * 10) == pytest.approx((0, 0, 0.27753), abs=1e-4)
+
+
+@pytest.mark.parametrize("argument", ["--seeds=0", "--steps=1.5"])
+def test_bad_sizes(load_module, capsys, argument):
+    with pytest.raises(SystemExit):
+        load_module("lag").main([argument])
+    assert "must be a whole number above 0" in capsys.readouterr().err
+
+
+def test_minima_of_the_landscapes(load_module):
+    for name, landscape in load_module("landscapes").LANDSCAPES.items():
+        value, slope = jax.value_and_grad(landscape.loss)(jnp.array(landscape.minimum, float))
+        assert value == 0, name
+        np.testing.assert_allclose(slope, 0, atol=1e-4)
+    valley = jax.hessian(load_module("landscapes").valley)(jnp.zeros(2))
+    np.testing.assert_allclose(np.linalg.eigvalsh(valley), [1, 1000], rtol=1e-5)
+
+
+def test_rates_are_chosen_and_judged_by_other_starts(load_module):
+    landscapes = load_module("landscapes")
+
+    def run(trials, starts):
+        rates, cosine = trials
+        # The second rate with a cosine is best where rates are chosen, and worst elsewhere.
+        best = (rates == 2.0) & cosine
+        to_choose = jnp.arange(len(starts)) <= (len(starts) - 1) // 2
+        losses = jnp.where(best[:, None] == to_choose[None], 1e-3, 10.0)
+        return losses, starts[None, :1] * rates[:, None, None]
+
+    landscape = landscapes.LANDSCAPES["valley"]
+    found = landscapes.tune_and_run(run, landscape, jnp.array([1.0, 2.0, 3.0]), starts=5)
+    assert (found.rate, found.cosine, found.at_edge) == (2.0, True, False)
+    np.testing.assert_allclose(found.losses, 10.0)
+    np.testing.assert_allclose(found.path, [landscape.shown, 2 * np.array(landscape.shown)])
+
+
+def test_readme_shows_the_results(load_module):
+    summary = load_module("summary")
+    text = summary.README.read_text(encoding="utf-8")
+    assert fill(text, "evidence-table", summary.table(FOLDER / "results")) == text
