@@ -1,10 +1,13 @@
 """What the examples' figures have in common."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 from PIL import Image
 
 # Of Okabe and Ito's palette, which every kind of colour vision can tell apart.
@@ -24,6 +27,13 @@ def entitle(axes: Axes, title: str, x: str, y: str) -> None:
     axes.set_title(title, fontsize=9)
     axes.set_xlabel(x, fontsize=9)
     axes.set_ylabel(y, fontsize=9)
+
+
+def log_ticks(axis: Axis, at: Sequence[float] = (1, 2, 5), form: str = "{x:g}") -> None:
+    """Numbers at these multiples of the powers of ten, and nothing in between."""
+    axis.set_major_locator(LogLocator(subs=at))
+    axis.set_major_formatter(form)
+    axis.set_minor_locator(NullLocator())
 
 
 def save_png(figure: Figure, path: Path) -> None:

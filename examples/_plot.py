@@ -9,10 +9,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator, NullLocator
+from matplotlib.ticker import NullLocator
 
 from _data import Dataset
-from _figures import BLUE, ORANGE, save_png, tidy
+from _figures import BLUE, ORANGE, log_ticks, save_png, tidy
 from _report import Result
 
 GREYS = {"adamw": "0.2", "sgd": "0.6"}
@@ -64,9 +64,7 @@ def draw_panel(
 
     axes.set_yscale("log")
     axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter("{x:.0f}")
-    axes.xaxis.set_minor_locator(NullLocator())
+    log_ticks(axes.xaxis, form="{x:.0f}")
     axes.set_yticks([1 - tick for tick in TICKS], [f"{100 * tick:.3g} %" for tick in TICKS])
     axes.yaxis.set_minor_locator(NullLocator())
     tidy(axes, grid="y")

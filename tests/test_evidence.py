@@ -5,16 +5,22 @@ A new script is a row of `SMOKE`.
 
 import importlib
 import json
+import subprocess
+import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+import optax_ext
 from benchmarks.summary import fill
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -49,6 +55,22 @@ def check_landscapes(tables: dict[str, Any]) -> None:
         assert difference == pytest.approx([0, 0, 0], abs=1e-2)
 
 
+def check_edge_of_stability(tables: dict[str, Any]) -> None:
+    edge, best = tables.values()
+    adamw, gated, strong, slower, replayed, _ = edge.values()
+    rate = "mean rate / α"
+    assert adamw[rate] == [1, 1, 1]
+    assert 1 / 11 <= strong[rate][0] < gated[rate][0] < 1
+    # Two seeds follow each the other's gate.
+    assert slower[rate] == pytest.approx(strong[rate], rel=1e-3)
+    assert replayed[rate] == pytest.approx(strong[rate], rel=1e-3)
+    for cells in (adamw, strong, slower):
+        assert cells["P^-1 H, of edge"][0] > 0
+    assert strong["of own rate's"][0] < strong["P^-1 H, of edge"][0]
+    assert adamw["of own rate's"] == adamw["P^-1 H, of edge"]
+    assert [name.partition(" ")[0] for name in best] == ["AdamW", "VRAdam", "AdamW"]
+
+
 class Smoke(NamedTuple):
     """A script in small.
 
@@ -64,6 +86,11 @@ class Smoke(NamedTuple):
 
 
 SMOKE = {
+    "edge_of_stability": Smoke(
+        ["--seeds=2", "--steps=100", "--images=32", "--rates=2"],
+        check_edge_of_stability,
+        slow=True,
+    ),
     "lag": Smoke(["--seeds=8", "--steps=1000"], check_lag),
     "landscapes": Smoke(["--starts=8", "--steps=60", "--rates=12"], check_landscapes, slow=True),
 }
@@ -83,6 +110,14 @@ def test_script(load_module, tmp_path, capsys, name):
         assert f"{finding['verdict']}: {finding['shown']}" in printed
     for figure in found["figures"]:
         assert (tmp_path / figure).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_scripts_find_what_all_examples_share(tmp_path):
+    command = [sys.executable, FOLDER / "edge_of_stability.py", "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "initial weights (default: 10)" in done.stdout
 
 
 def test_every_script_is_tested_and_has_results():
@@ -140,6 +175,48 @@ def test_rates_are_chosen_and_judged_by_other_starts(load_module):
     assert (found.rate, found.cosine, found.at_edge) == (2.0, True, False)
     np.testing.assert_allclose(found.losses, 10.0)
     np.testing.assert_allclose(found.path, [landscape.shown, 2 * np.array(landscape.shown)])
+
+
+def test_curvatures_are_those_of_the_whole_hessian(load_module):
+    curvature, edge = load_module("_curvature"), load_module("edge_of_stability")
+    params = edge.initialize(jax.random.key(0), [3, 4, 2])
+    x, y = jax.random.normal(jax.random.key(1), (2, 5, 3)), jnp.ones((5, 2))
+
+    def loss(params):
+        return jnp.mean((edge.network(params, x[0]) - y) ** 2)
+
+    flat, unravel = jax.flatten_util.ravel_pytree(params)
+    whole = jax.jit(jax.hessian(lambda flat: loss(unravel(flat))))(flat)
+    whole = np.asarray(whole, np.float64)
+    found = jax.jit(partial(curvature.sharpness, loss))(params)
+    assert found == pytest.approx(np.linalg.eigvalsh(whole)[-1], rel=1e-4)
+
+    nu = jax.random.uniform(jax.random.key(2), flat.shape, minval=0.1)
+    scale = curvature.scale_of_adam(unravel(nu), 3, b1=0.9, b2=0.99, eps=1e-3)
+    p = (1 - 0.9**3) * (np.sqrt(np.asarray(nu, np.float64) / (1 - 0.99**3)) + 1e-3)
+    found = jax.jit(partial(curvature.sharpness, loss))(params, scale)
+    assert found == pytest.approx(np.linalg.eigvals(whole / p[:, None]).real.max(), rel=1e-4)
+
+
+@pytest.mark.parametrize(("times_edge", "stable"), [(0.99, True), (1.01, False)])
+def test_edge_of_adam(load_module, times_edge, stable):
+    # What Adam becomes where P has settled, on a parabola: momentum, and a rate.
+    rate = times_edge * load_module("edge_of_stability").OF_ADAM
+    tx = optax.chain(optax_ext.ema(decay=0.9, bias_correction="none"), optax.scale(-rate))
+
+    def step(run, _):
+        x, state = run
+        update, state = tx.update(x, state)
+        return (x + update, state), None
+
+    (x, _), _ = jax.lax.scan(step, (jnp.ones(()), tx.init(jnp.ones(()))), length=3000)
+    assert (abs(x) < 1e-2) == stable
+
+
+def test_steps_between_measurements(load_module, capsys):
+    with pytest.raises(SystemExit):
+        load_module("edge_of_stability").main(["--steps=70"])
+    assert "--steps must be a multiple of 50, got 70" in capsys.readouterr().err
 
 
 def test_readme_shows_the_results(load_module):

@@ -133,7 +133,7 @@ def publish(
       options: of the command line; all but `out` decide the results.
       findings: a row each in README's table.
       tables: by their titles.
-      figures: by the names of their files; README shows the first.
+      figures: by the names of their files.
     """
     console = Console()
     for title, rows in tables.items():

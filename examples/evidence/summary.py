@@ -30,9 +30,11 @@ def table(folder: Path) -> str:
 
 
 def row(script: str, found: dict[str, Any], finding: dict[str, str]) -> str:
-    figure = f"[{script}](examples/evidence/results/{found['figures'][0]})"
+    figures = ", ".join(
+        f"[{Path(figure).stem}](examples/evidence/results/{figure})" for figure in found["figures"]
+    )
     command = f"`{script}.py`, {takes(found['seconds'])}"
-    cells = finding["claim"], f"**{finding['verdict']}**", finding["shown"], figure, command
+    cells = finding["claim"], f"**{finding['verdict']}**", finding["shown"], figures, command
     return f"| {' | '.join(cells)} |"
 
 
