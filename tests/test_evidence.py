@@ -71,6 +71,22 @@ def check_edge_of_stability(tables: dict[str, Any]) -> None:
     assert [name.partition(" ")[0] for name in best] == ["AdamW", "VRAdam", "AdamW"]
 
 
+def check_connections(tables: dict[str, Any]) -> None:
+    tuned, untuned = tables.values()
+    # Weights of the kernels in order of depth, and biases: 1 for each of a layer's outputs.
+    sizes = {0: 72 + 8, 1: 576 + 8, 2: 576 + 8, 3: 1152 + 16 + 128 + 16, 4: 2304 + 16, 5: 160 + 10}
+    by_depth = sum(n * 2 ** ((5 - d) / 6) for d, n in sizes.items()) / sum(sizes.values())
+    assert tuned["depth, by computation"]["mean scale"] == pytest.approx(by_depth, abs=1e-3)
+    # Every kernel has the head's scale, every bias that of no connections.
+    head, bias = 1 + 0.95 * (576 - 160) / (576 - 72), 1 + 0.95 * 576 / (576 - 72)
+    as_it_ran = (4968 * head + 82 * bias) / 5050
+    assert tuned["connections, as it ran"]["mean scale"] == pytest.approx(as_it_ran, abs=1e-3)
+    for rows in (tuned, untuned):
+        assert rows["Adam"]["− Adam"] == rows["Adam"]["− control"] == [0, 0, 0]
+        # Almost one scale for all: little but a rate.
+        assert abs(rows["connections, as it ran"]["− control"][0]) < 0.02
+
+
 class Smoke(NamedTuple):
     """A script in small.
 
@@ -86,6 +102,8 @@ class Smoke(NamedTuple):
 
 
 SMOKE = {
+    # As many runs to search as to judge, so that each optimizer is compiled once.
+    "connections": Smoke(["--seeds=4", "--trials=1", "--steps=3"], check_connections, slow=True),
     "edge_of_stability": Smoke(
         ["--seeds=2", "--steps=100", "--images=32", "--rates=2"],
         check_edge_of_stability,
@@ -217,6 +235,14 @@ def test_steps_between_measurements(load_module, capsys):
     with pytest.raises(SystemExit):
         load_module("edge_of_stability").main(["--steps=70"])
     assert "--steps must be a multiple of 50, got 70" in capsys.readouterr().err
+
+
+def test_batches_of_an_epoch_are_disjoint(load_module):
+    digits = load_module("_digits")
+    batches = digits.draw_batches(0, steps=5, images=130)
+    assert batches.shape == (5, digits.BATCH)
+    assert len(np.unique(batches[:2])) == len(np.unique(batches[2:4])) == 2 * digits.BATCH
+    assert (batches != digits.draw_batches(1, steps=5, images=130)).any()
 
 
 def test_readme_shows_the_results(load_module):
