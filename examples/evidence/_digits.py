@@ -71,6 +71,12 @@ def train(
     return jax.tree.map(lambda x: np.asarray(x).reshape(*rates.shape, *x.shape[1:]), found)
 
 
+def best(search: Runs) -> int:
+    """The rate, by its index, with the least mean validation loss; 10 is as bad as diverged."""
+    losses = np.clip(np.nan_to_num(search.validation, nan=np.inf), 0, 10)
+    return int(losses.mean(axis=1).argmin())
+
+
 def draw_batches(seed: int, steps: int, images: int) -> np.ndarray:
     """Indices of images, of shape (steps, images in a batch); every image once in each epoch."""
     random = np.random.default_rng(seed)

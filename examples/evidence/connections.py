@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 
 import _evidence as evidence
 from _command_line import progress_bar
-from _digits import CLASSES, SEARCH_SEED, Factory, Network, Runs, train
+from _digits import CLASSES, SEARCH_SEED, Factory, Network, Runs, best, train
 from _evidence import Estimate, Finding, Verdict
 from _figures import BLUE, GREEN, ORANGE, PINK, entitle, log_ticks, tidy
 from _training import convolve
@@ -168,7 +168,7 @@ def judge_one(
     searching = SEARCH_SEED + np.arange(options.trials)
     search = train_on(contender.factory, RATES[:, None], searching)
     on_progress(1)
-    rate = float(RATES[search.validation.mean(axis=1).argmin()])
+    rate = float(RATES[best(search)])
     rates = np.array([[rate], [UNTUNED]])
     runs = train_on(contender.factory, rates, np.arange(options.seeds))
     on_progress(1)

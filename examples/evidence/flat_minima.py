@@ -34,7 +34,17 @@ from matplotlib.figure import Figure
 import _evidence as evidence
 from _command_line import progress_bar
 from _curvature import sharpness
-from _digits import CLASSES, SEARCH_SEED, Factory, Network, Runs, cross_entropy, load_once, train
+from _digits import (
+    CLASSES,
+    SEARCH_SEED,
+    Factory,
+    Network,
+    Runs,
+    best,
+    cross_entropy,
+    load_once,
+    train,
+)
 from _evidence import Estimate, Finding, Verdict
 from _figures import BLUE, GREEN, ORANGE, PINK, entitle, log_ticks, tidy
 from optax_ext import dualadam, invadam
@@ -129,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             for name, contender in TRAINING.items()
         }
     tables = {
-        "ΔL / T, from the sharpest and from the widest well, and p": {
+        "ΔL / T as the times in the widest and in the sharpest well tell it, and p": {
             name: row_of_escape(ESCAPING[name], found) for name, found in escapes.items()
         },
         "On the digits; − is less another's, seed by seed": {
@@ -252,7 +262,7 @@ def judge_one(
     train_on = partial(train, NETWORK, contender.factory, steps=options.steps)
     search = train_on(contender.rates[:, None], SEARCH_SEED + np.arange(options.trials))
     on_progress(1)
-    rate = float(contender.rates[search.validation.mean(axis=1).argmin()])
+    rate = float(contender.rates[best(search)])
     runs = train_on(rate, np.arange(options.seeds))
     on_progress(1)
     flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), search.params)
@@ -291,13 +301,13 @@ def sharpness_of_each(params: Any) -> jax.Array:
 def row_of_escape(method: Escaping, found: Escape) -> dict[str, Estimate | float | str]:
     return {
         "widest": evidence.mean(found.barriers[0]),
-        "by theory": float(found.theory[0]),
+        "widest, theory": float(found.theory[0]),
         "sharpest": evidence.mean(found.barriers[-1]),
-        "by theory ": float(found.theory[-1]),
-        "stays in the widest": evidence.mean(found.times[0]),
+        "sharpest, theory": float(found.theory[-1]),
+        "steps in the widest": evidence.mean(found.times[0]),
         "in the sharpest": evidence.mean(found.times[-1]),
         "p": evidence.mean(found.powers),
-        "p by theory": "-" if method.power is None else method.power,
+        "p, theory": "-" if method.power is None else method.power,
     }
 
 
