@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from scipy import integrate
 
 import optax_ext
 from benchmarks.summary import fill
@@ -71,6 +72,44 @@ def check_edge_of_stability(tables: dict[str, Any]) -> None:
     assert [name.partition(" ")[0] for name in best] == ["AdamW", "VRAdam", "AdamW"]
 
 
+def check_connections(tables: dict[str, Any]) -> None:
+    tuned, untuned = tables.values()
+    # Weights of the kernels in order of depth, and biases: 1 for each of a layer's outputs.
+    sizes = {0: 72 + 8, 1: 576 + 8, 2: 576 + 8, 3: 1152 + 16 + 128 + 16, 4: 2304 + 16, 5: 160 + 10}
+    by_depth = sum(n * 2 ** ((5 - d) / 6) for d, n in sizes.items()) / sum(sizes.values())
+    assert tuned["depth, by computation"]["mean scale"] == pytest.approx(by_depth, abs=1e-3)
+    # Every kernel has the head's scale, every bias that of no connections.
+    head, bias = 1 + 0.95 * (576 - 160) / (576 - 72), 1 + 0.95 * 576 / (576 - 72)
+    as_it_ran = (4968 * head + 82 * bias) / 5050
+    assert tuned["connections, as it ran"]["mean scale"] == pytest.approx(as_it_ran, abs=1e-3)
+    for rows in (tuned, untuned):
+        assert rows["Adam"]["− Adam"] == rows["Adam"]["− control"] == [0, 0, 0]
+        # Almost one scale for all: little but a rate.
+        assert abs(rows["connections, as it ran"]["− control"][0]) < 0.02
+
+
+def check_flat_minima(tables: dict[str, Any]) -> None:
+    escapes, trained = tables.values()
+    for name, cells in escapes.items():
+        # By H^-p from 5.5 in the widest well, 2.5 times as wide; DualAdam's is between them.
+        p = cells["p, theory"]
+        theory = 5.5 * (2.5**-p if p != "-" else 2 / (2.5**1.5 + 2.5**0.5))
+        assert cells["sharpest, theory"] == pytest.approx(theory, rel=1e-3), name
+        assert cells["sharpest"][0] == pytest.approx(theory, rel=0.2), name
+    for name, cells in trained.items():
+        if name.startswith("DualAdam"):
+            assert abs(cells["log10 sharpness, − control"][0]) < 0.01, name
+
+
+def check_plain_depth(tables: dict[str, Any]) -> None:
+    (rows,) = tables.values()
+    assert len(rows) == 10
+    assert rows["NOVAK"]["− NOVAK"] == [0, 0, 0]
+    # After one step nothing is learnt.
+    assert all(5 < cells["accuracy, %"][0] < 30 for cells in rows.values())
+    assert all(cells["trained"][0] == 0 for cells in rows.values())
+
+
 class Smoke(NamedTuple):
     """A script in small.
 
@@ -86,13 +125,30 @@ class Smoke(NamedTuple):
 
 
 SMOKE = {
+    # As many runs to search as to judge, so that each optimizer is compiled once.
+    "connections": Smoke(["--seeds=4", "--trials=1", "--steps=3"], check_connections, slow=True),
     "edge_of_stability": Smoke(
         ["--seeds=2", "--steps=100", "--images=32", "--rates=2"],
         check_edge_of_stability,
         slow=True,
     ),
+    "flat_minima": Smoke(
+        [
+            "--groups=4",
+            "--trajectories=50",
+            "--patience=3000",
+            "--seeds=8",
+            "--trials=1",
+            "--steps=20",
+        ],
+        check_flat_minima,
+        slow=True,
+    ),
     "lag": Smoke(["--seeds=8", "--steps=1000"], check_lag),
     "landscapes": Smoke(["--starts=8", "--steps=60", "--rates=12"], check_landscapes, slow=True),
+    "plain_depth": Smoke(
+        ["--depths=1", "--seeds=8", "--trials=1", "--steps=1"], check_plain_depth, slow=True
+    ),
 }
 
 
@@ -217,6 +273,59 @@ def test_steps_between_measurements(load_module, capsys):
     with pytest.raises(SystemExit):
         load_module("edge_of_stability").main(["--steps=70"])
     assert "--steps must be a multiple of 50, got 70" in capsys.readouterr().err
+
+
+def test_batches_of_an_epoch_are_disjoint(load_module):
+    digits = load_module("_digits")
+    batches = digits.draw_batches(0, steps=5, images=130)
+    assert batches.shape == (5, digits.BATCH)
+    assert len(np.unique(batches[:2])) == len(np.unique(batches[2:4])) == 2 * digits.BATCH
+    assert (batches != digits.draw_batches(1, steps=5, images=130)).any()
+
+
+def test_what_diverges_is_not_best(load_module):
+    digits = load_module("_digits")
+    losses = np.array([[np.nan, 0.1], [1e9, 0.1], [5.0, 5.0], [6.0, 5.0]])
+    assert digits.best(digits.Runs(None, None, losses, None, None, None)) == 2
+
+
+def test_trainings_side_by_side_are_those_alone(load_module):
+    digits, plain_depth = load_module("_digits"), load_module("plain_depth")
+    network = plain_depth.network(2)
+    train = partial(digits.train, network, plain_depth.radam, steps=3)
+    both = train([[1e-3], [1e-2]], [0, 1])
+    assert both.test.shape == both.accuracy.shape == (2, 2)
+    assert both.params["hidden"]["kernel"].shape == (2, 2, 1, 16, 16)
+    alone = train([1e-2], [1])
+    among = jax.tree.map(lambda x: x[1, [1]], both)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), alone, among)
+
+
+def test_radam_decays_like_novak(load_module):
+    plain_depth = load_module("plain_depth")
+    as_radam = plain_depth.novak_with(lookahead="none", rectify_fallback="momentum")
+
+    def descend(factory):
+        tx, x = factory(0.1), jnp.array([1.0, -2.0])
+        state = tx.init(x)
+        for _ in range(8):
+            updates, state = tx.update(2 * x, state, x)
+            x = x + updates
+        return x
+
+    # Optax has the rectification in float32, which is 4e-4 off where it begins.
+    np.testing.assert_allclose(descend(plain_depth.radam), descend(as_radam), rtol=1e-3)
+
+
+@pytest.mark.parametrize("barrier", [1.5, 5.5])
+def test_barriers_of_escape_times(load_module, barrier):
+    flat_minima = load_module("flat_minima")
+
+    def density(z, y):
+        return np.exp((np.cos(z) - np.cos(y)) * barrier / 2) * barrier / 2
+
+    time = integrate.dblquad(density, 0, flat_minima.PASSED, 0, lambda y: y)[0]
+    assert flat_minima.barrier_of(time) == pytest.approx(barrier, rel=2e-3)
 
 
 def test_readme_shows_the_results(load_module):

@@ -1,0 +1,287 @@
+"""CaAdam: is there more to its scales than a larger rate?
+
+    python examples/evidence/connections.py
+
+A residual convnet, whose tensors differ in connections and in depth, is trained by the authors'
+formulas as they ran (Keras 3 names all kernels alike, so that each was scaled like the last), by
+these as written, by ours for whole modules, and by ours with the depth that is read from the
+computation. Each tries the same rates, as Adam does, and is judged by other seeds. A control trains
+along: Adam at the rate times the mean of the scales, weighted by parameters.
+
+What some 4,000 parameters and 18 epochs can't show: the scales of networks whose tensors differ by
+more, and what is gained late in a long training.
+"""
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+import _evidence as evidence
+from _command_line import progress_bar
+from _digits import CLASSES, SEARCH_SEED, Factory, Network, Runs, best, train
+from _evidence import Estimate, Finding, Verdict
+from _figures import BLUE, GREEN, ORANGE, PINK, entitle, log_ticks, tidy
+from _training import convolve
+from optax_ext import architecture, caadam, connection_table
+
+RATES = np.geomspace(5e-4, 6.4e-2, 8)
+# The authors compare at Keras' rate, which is not tuned.
+UNTUNED = 1e-3
+# Window, inputs, outputs, stride, in the order of creation, which is Keras'.
+CONVOLUTIONS = {
+    "stem": (3, 1, 8, 2),
+    "block1/conv1": (3, 8, 8, 1),
+    "block1/conv2": (3, 8, 8, 1),
+    "block2/shortcut": (1, 8, 16, 2),
+    "block2/conv1": (3, 8, 16, 2),
+    "block2/conv2": (3, 16, 16, 1),
+}
+LAYERS = (*CONVOLUTIONS, "head")
+FEATURES = 16
+
+
+def initialize(key: jax.Array) -> dict[str, Any]:
+    keys = jax.random.split(key, len(LAYERS))
+    shapes = {name: (n, n, *channels) for name, (n, *channels, _) in CONVOLUTIONS.items()}
+    shapes["head"] = (FEATURES, CLASSES)
+    he = jax.nn.initializers.he_normal()
+    return {
+        name: {"kernel": he(k, shape), "bias": jnp.zeros(shape[-1])}
+        for k, (name, shape) in zip(keys, shapes.items(), strict=True)
+    }
+
+
+def apply(params: Any, images: jax.Array) -> jax.Array:
+    """Two residual blocks, the second with a projection beside it; no normalization."""
+
+    def conv(name: str, x: jax.Array) -> jax.Array:
+        window, *_, stride = CONVOLUTIONS[name]
+        kernel, bias = params[name]["kernel"], params[name]["bias"]
+        around = (window // 2, window // 2)
+        return convolve(x, kernel, (stride, stride), (around, around)) + bias[None, None, None]
+
+    x = jax.nn.relu(conv("stem", images))
+    x = x + conv("block1/conv2", jax.nn.relu(conv("block1/conv1", x))) / 2
+    branch = conv("block2/conv2", jax.nn.relu(conv("block2/conv1", x))) / 2
+    x = jax.nn.relu(conv("block2/shortcut", x) + branch).mean((1, 2))
+    return x @ params["head"]["kernel"] + params["head"]["bias"][None]
+
+
+NETWORK = Network(initialize, apply)
+ADAM = "Adam"
+# Each contender runs at both of its rates.
+TUNED, AT_UNTUNED = 0, 1
+COLOURS = {"as it ran": PINK, "as written": ORANGE, "by module": BLUE, "by computation": GREEN}
+
+
+class Contender(NamedTuple):
+    """An optimizer for a rate, and the mean of its scales, weighted by parameters."""
+
+    factory: Factory
+    mean_scale: float
+
+
+class Judged(NamedTuple):
+    """What a contender came to.
+
+    Attributes:
+      rate: the best one.
+      mean_scale: of the contender.
+      search: the runs that decided, of shape (rates, seeds).
+      runs: at the best rate, and at the untuned one, of shape (2, seeds).
+      control: those of Adam at the mean scale times these rates.
+    """
+
+    rate: float
+    mean_scale: float
+    search: Runs
+    runs: Runs
+    control: Runs
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options = make_parser().parse_args(argv)
+    contenders = make_contenders()
+    with progress_bar(3 * len(contenders)) as on_progress:
+        judged = {
+            name: judge_one(contender, options, partial(on_progress, name))
+            for name, contender in contenders.items()
+        }
+    tables = {
+        f"{title}; − is less the test loss of others, seed by seed": {
+            name: row(found, judged[ADAM], which) for name, found in judged.items()
+        }
+        for which, title in enumerate(("Tuned", f"At rate {UNTUNED}"))
+    }
+    figures = {"connections": draw(judged)}
+    evidence.publish("connections", options, judge(judged), tables, figures)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    return evidence.make_parser(
+        __doc__,
+        seeds=(16, "initial weights and orders of the images"),
+        trials=(4, f"seeds apart on which each of {len(RATES)} rates is tried"),
+        steps=(300, "of each training"),
+    )
+
+
+def make_contenders() -> dict[str, Contender]:
+    params = jax.eval_shape(initialize, jax.random.key(0))
+    image = jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.float32)
+    by_computation = architecture(apply, params, image)
+    # Keras counts variables as they were created; without this it would be by name.
+    leaves = [f"{layer}/{leaf}" for layer in LAYERS for leaf in ("kernel", "bias")]
+    created = {leaf: {"depth": float(i)} for i, leaf in enumerate(leaves)}
+    written: dict[str, Any] = {"units": "leaf"}
+    scales = connection_table(params, scaling="additive", **written)
+    last = next(unit.scale for unit in scales if unit.path == f"{LAYERS[-1]}/kernel")
+    alike = {leaf: {"scale": float(last)} for leaf in leaves if leaf.endswith("kernel")}
+
+    def by(scaling: str, **how: Any) -> Contender:
+        table = connection_table(params, scaling=scaling, **how)
+        return Contender(partial(caadam, scaling=scaling, **how), table.mean_scale)
+
+    return {
+        ADAM: Contender(optax.adam, 1.0),
+        "connections, as it ran": by("additive", overrides=alike, **written),
+        "connections, as written": by("additive", **written),
+        "connections, by module": by("additive"),
+        "depth, as written": by("depth", overrides=created, **written),
+        "depth, by module": by("depth"),
+        "depth, by computation": by("depth", architecture=by_computation),
+    }
+
+
+def judge_one(
+    contender: Contender, options: argparse.Namespace, on_progress: Callable[[float], object]
+) -> Judged:
+    train_on = partial(train, NETWORK, steps=options.steps)
+    searching = SEARCH_SEED + np.arange(options.trials)
+    search = train_on(contender.factory, RATES[:, None], searching)
+    on_progress(1)
+    rate = float(RATES[best(search)])
+    rates = np.array([[rate], [UNTUNED]])
+    runs = train_on(contender.factory, rates, np.arange(options.seeds))
+    on_progress(1)
+    control = train_on(optax.adam, contender.mean_scale * rates, np.arange(options.seeds))
+    on_progress(1)
+    return Judged(rate, contender.mean_scale, search, runs, control)
+
+
+def less(found: Runs, other: Runs, which: int) -> Estimate:
+    """Of the test loss, seed by seed."""
+    return evidence.mean(found.test[which] - other.test[which])
+
+
+def row(found: Judged, adam: Judged, which: int) -> dict[str, Estimate | float | str]:
+    return {
+        "mean scale": found.mean_scale,
+        "rate": (found.rate, UNTUNED)[which],
+        "test loss": evidence.mean(found.runs.test[which]),
+        "accuracy, %": evidence.mean(found.runs.accuracy[which]),
+        "− Adam": less(found.runs, adam.runs, which),
+        "− control": less(found.runs, found.control, which),
+    }
+
+
+def judge(judged: Mapping[str, Judged]) -> list[Finding]:
+    return [
+        finding(judged, "connections", "CaAdam: scales by connections train better than Adam"),
+        finding(judged, "depth", "CaAdam: scales by depth train better than Adam"),
+    ]
+
+
+def finding(judged: Mapping[str, Judged], scaling: str, claim: str) -> Finding:
+    """On all contenders with this scaling."""
+    mine = {
+        name.partition(", ")[2]: found for name, found in judged.items() if name.startswith(scaling)
+    }
+    adam = judged[ADAM].runs
+
+    def less_adam(which: int) -> dict[str, Estimate]:
+        return {how: less(found.runs, adam, which) for how, found in mine.items()}
+
+    def less_control(which: int) -> dict[str, Estimate]:
+        return {how: less(found.runs, found.control, which) for how, found in mine.items()}
+
+    if any(less_adam(TUNED)[how].high < 0 and less_control(TUNED)[how].high < 0 for how in mine):
+        verdict = Verdict.HOLDS
+    elif any(difference.high < 0 for difference in less_adam(AT_UNTUNED).values()):
+        verdict = Verdict.ONLY_UNTUNED
+    else:
+        verdict = Verdict.NOT_SEEN
+    return Finding(
+        claim,
+        verdict,
+        f"Test loss beside Adam's {adam.test[TUNED].mean():.3f}, both tuned:"
+        f" {listed(less_adam(TUNED))}. Beside Adam's {adam.test[AT_UNTUNED].mean():.3f}, both at"
+        f" rate {UNTUNED}: {listed(less_adam(AT_UNTUNED))}; beside Adam at the mean scale times"
+        f" this rate: {listed(less_control(AT_UNTUNED))}.",
+    )
+
+
+def listed(differences: Mapping[str, Estimate]) -> str:
+    return ", ".join(
+        f"{how} {x.mean:+.3f} [{x.low:+.3f}, {x.high:+.3f}]" for how, x in differences.items()
+    )
+
+
+def draw(judged: Mapping[str, Judged]) -> Figure:
+    figure = Figure(figsize=(evidence.WIDTH, 3.6), layout="constrained")
+    own, evened, gains = figure.subplots(1, 3, width_ratios=(1, 1, 1.15))
+    for name, found in judged.items():
+        scaling, _, how = name.partition(", ")
+        style = {"color": COLOURS.get(how, "0.2"), "marker": "o", "markersize": 3}
+        style["linestyle"] = "--" if scaling == "depth" else "-"
+        losses = found.search.validation.mean(axis=1)
+        own.plot(RATES, losses, label=name, **style)
+        evened.plot(RATES * found.mean_scale, losses, **style)
+    for axes in (own, evened):
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        tidy(axes)
+        log_ticks(axes.xaxis, at=[1])
+        log_ticks(axes.yaxis, at=[1, 2, 3, 5])
+    evened.sharey(own)
+    entitle(own, "at the rate itself", "rate", "validation loss")
+    entitle(evened, "at Adam's equivalent", "rate × mean scale", "")
+    draw_gains(gains, {name: found for name, found in judged.items() if name != ADAM}, judged[ADAM])
+    figure.legend(loc="outside upper center", ncols=4, fontsize=8, frameon=False)
+    return figure
+
+
+def draw_gains(axes: Axes, judged: Mapping[str, Judged], adam: Judged) -> None:
+    """The intervals of the differences that decide."""
+    axes.axvline(0, color="0.6", linewidth=1)
+    for i, (name, found) in enumerate(judged.items()):
+        colour = COLOURS[name.partition(", ")[2]]
+        for shift, other, filled in ((-0.15, adam.runs, True), (0.15, found.control, False)):
+            center, low, high = less(found.runs, other, TUNED)
+            axes.errorbar(
+                center,
+                i + shift,
+                xerr=[[center - low], [high - center]],
+                color=colour,
+                marker="o",
+                markersize=4,
+                fillstyle="full" if filled else "none",
+                capsize=2,
+                linewidth=1.2,
+            )
+    axes.set_yticks(range(len(judged)), [name.replace(", ", ",\n") for name in judged])
+    axes.invert_yaxis()
+    entitle(axes, "tuned: less Adam's (filled),\nthe control's (open)", "test loss", "")
+    tidy(axes, grid="x")
+
+
+if __name__ == "__main__":
+    main()
