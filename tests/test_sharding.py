@@ -1,5 +1,6 @@
 """Steps on eight virtual devices: the same chains, kernels on each device's shards."""
 
+import itertools
 import math
 from collections.abc import Callable
 from functools import partial
@@ -55,7 +56,8 @@ LAYOUTS = {
     "fully and by tensor": Layout(AXES, AxisType.Auto, BOTH),
     "explicit": Layout(AXES, AxisType.Explicit, BOTH),
 }
-every_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+# The two that hold all others: along two axes, known from the arrays, and from types.
+BROADEST = ("fully and by tensor", "explicit")
 
 OPTIMIZERS = {
     **{case.method: build(case) for case in METHODS},
@@ -129,11 +131,13 @@ def largest_error(ours, expected) -> float:
     return max(jax.tree.leaves(errors))
 
 
-@every_layout
+@pytest.mark.parametrize(
+    "where", [pytest.param(x, marks=[pytest.mark.slow] * (x not in BROADEST)) for x in LAYOUTS]
+)
 @pytest.mark.parametrize("name", OPTIMIZERS | UNFUSED)
-def test_a_chain(name, layout):
+def test_a_chain(name, where):
     """The same numbers, beside the parameters, and nothing said between devices but norms."""
-    tx = (OPTIMIZERS | UNFUSED)[name]
+    tx, layout = (OPTIMIZERS | UNFUSED)[name], LAYOUTS[where]
     params, program = on_mesh(layout, chain_step, tx)
     assert largest_error(params, alone(tx)) <= (1e-6 if name in SUMS else 0)
     if layout is LAYOUTS["fully sharded"]:
@@ -142,19 +146,23 @@ def test_a_chain(name, layout):
 
 
 # One phase, two with one norm of all leaves, and two with norms of each.
-PATHS = {"fame", "vradam", "lamb"}
+PATHS = ("fame", "vradam", "lamb")
 
 
-@every_layout
 @pytest.mark.parametrize(
-    "name",
+    ("name", "where"),
     [
-        pytest.param(name, marks=[] if name in PATHS else [pytest.mark.slow])
-        for name in (*OPTIMIZERS, *OPTAXES)
+        *itertools.product(PATHS, LAYOUTS),
+        *(
+            pytest.param(name, where, marks=pytest.mark.slow)
+            for name in OPTIMIZERS | OPTAXES
+            for where in BROADEST
+            if name not in PATHS
+        ),
     ],
 )
-def test_a_fused_step(name, layout):
-    tx = (OPTIMIZERS | OPTAXES)[name]
+def test_a_fused_step(name, where):
+    tx, layout = (OPTIMIZERS | OPTAXES)[name], LAYOUTS[where]
     told = None if layout.axis_type == AxisType.Explicit else layout.shardings
 
     def make_step(tx):

@@ -15,6 +15,8 @@ from flax import nnx
 
 import optax_ext
 
+pytestmark = pytest.mark.slow
+
 # In small, and how many steps that takes.
 RUNS = {
     "train_nnx": (["--steps=5", "--batch=8", "--log-every=2", "--optimizer=novak"], 5),
@@ -47,7 +49,6 @@ def saved(folder: Path, step: int):
     return optax.tree.unwrap_random_key_data(arrays)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_interrupted_run_ends_where_the_whole_one_ends(
     load_module, monkeypatch, tmp_path, capsys, name
