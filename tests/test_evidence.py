@@ -233,6 +233,7 @@ def test_rates_are_chosen_and_judged_by_other_starts(load_module):
     np.testing.assert_allclose(found.path, [landscape.shown, 2 * np.array(landscape.shown)])
 
 
+@pytest.mark.slow
 def test_curvatures_are_those_of_the_whole_hessian(load_module):
     curvature, edge = load_module("_curvature"), load_module("edge_of_stability")
     params = edge.initialize(jax.random.key(0), [3, 4, 2])
