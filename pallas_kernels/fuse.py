@@ -12,8 +12,9 @@ from jax.custom_batching import custom_vmap
 
 from pallas_kernels import launch
 from pallas_kernels.grouping import launches
-from pallas_kernels.placement import Placement, Shardings, of_parameters, place
+from pallas_kernels.placement import Placement, place
 from pallas_kernels.plan import Plan, plan
+from pallas_kernels.shardings import Shardings, of_parameters
 from pallas_kernels.trace import Graph, Kind, Node, Traced, trace
 
 

@@ -11,9 +11,10 @@ import optax
 from pallas_kernels import launch
 from pallas_kernels.fuse import left_to_xla, trace_step, whole_step
 from pallas_kernels.grouping import launches
-from pallas_kernels.placement import Placement, of_value, place
+from pallas_kernels.placement import Placement, place
 from pallas_kernels.plan import plan
 from pallas_kernels.program import Program
+from pallas_kernels.shardings import of_value
 from pallas_kernels.trace import Graph, Kind, Node, types
 
 
