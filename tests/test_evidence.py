@@ -235,12 +235,12 @@ def test_rates_are_chosen_and_judged_by_other_starts(load_module):
 
 @pytest.mark.slow
 def test_curvatures_are_those_of_the_whole_hessian(load_module):
-    curvature, edge = load_module("_curvature"), load_module("edge_of_stability")
-    params = edge.initialize(jax.random.key(0), [3, 4, 2])
+    curvature, smooth = load_module("_curvature"), load_module("_smooth")
+    params = smooth.initialize(jax.random.key(0), [3, 4, 2])
     x, y = jax.random.normal(jax.random.key(1), (2, 5, 3)), jnp.ones((5, 2))
 
     def loss(params):
-        return jnp.mean((edge.network(params, x[0]) - y) ** 2)
+        return jnp.mean((smooth.apply(params, x[0]) - y) ** 2)
 
     flat, unravel = jax.flatten_util.ravel_pytree(params)
     whole = jax.jit(jax.hessian(lambda flat: loss(unravel(flat))))(flat)
@@ -320,13 +320,13 @@ def test_radam_decays_like_novak(load_module):
 
 @pytest.mark.parametrize("barrier", [1.5, 5.5])
 def test_barriers_of_escape_times(load_module, barrier):
-    flat_minima = load_module("flat_minima")
+    wells = load_module("_wells")
 
     def density(z, y):
         return np.exp((np.cos(z) - np.cos(y)) * barrier / 2) * barrier / 2
 
-    time = integrate.dblquad(density, 0, flat_minima.PASSED, 0, lambda y: y)[0]
-    assert flat_minima.barrier_of(time) == pytest.approx(barrier, rel=2e-3)
+    time = integrate.dblquad(density, 0, wells.PASSED, 0, lambda y: y)[0]
+    assert wells.barrier_of(time) == pytest.approx(barrier, rel=2e-3)
 
 
 def test_readme_shows_the_results(load_module):

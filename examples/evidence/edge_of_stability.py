@@ -35,6 +35,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import _evidence as evidence
+import _smooth as smooth
 from _command_line import progress_bar
 from _curvature import scale_of_adam, sharpness
 from _data import load
@@ -137,34 +138,18 @@ def trainer(error: Callable[[Any, Any], jax.Array], options: argparse.Namespace)
     x, labels = data.images[: options.images].reshape(-1, 64), data.labels[: options.images]
 
     def loss(params):
-        return error(network(params, x), labels)
+        return error(smooth.apply(params, x), labels)
 
     run = jax.jit(partial(run_training, loss), static_argnames=("gated", "measured"))
 
     def train(seed: int, rates: ArrayLike, beta3: float | None = None, measured=True) -> Run:
-        params = initialize(jax.random.key(seed), [x.shape[1], HIDDEN, HIDDEN, 10])
+        params = smooth.initialize(jax.random.key(seed), [x.shape[1], HIDDEN, HIDDEN, 10])
         rates = jnp.broadcast_to(jnp.asarray(rates, jnp.float32), (options.steps,))
         gated = beta3 is not None
         found = run(params, rates, beta3 or 0.0, gated=gated, measured=measured)
         return jax.tree.map(np.asarray, found)
 
     return train
-
-
-def initialize(key: jax.Array, widths: Sequence[int]) -> list[dict[str, jax.Array]]:
-    keys = jax.random.split(key, len(widths) - 1)
-    return [
-        {"kernel": jax.random.normal(k, (m, n)) / np.sqrt(m), "bias": jnp.zeros(n)}
-        for k, m, n in zip(keys, widths[:-1], widths[1:], strict=True)
-    ]
-
-
-def network(params: Any, x: jax.Array) -> jax.Array:
-    """Smooth, as a curvature must be to mean anything."""
-    *hidden, last = params
-    for layer in hidden:
-        x = jnp.tanh(x @ layer["kernel"] + layer["bias"][None])
-    return x @ last["kernel"] + last["bias"][None]
 
 
 def run_training(loss, params, rates, beta3, *, gated: bool, measured: bool) -> Run:

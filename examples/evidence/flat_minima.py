@@ -24,7 +24,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
@@ -32,6 +31,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import _evidence as evidence
+import _smooth as smooth
 from _command_line import progress_bar
 from _curvature import sharpness
 from _digits import (
@@ -46,47 +46,13 @@ from _digits import (
     train,
 )
 from _evidence import Estimate, Finding, Verdict
-from _figures import BLUE, GREEN, ORANGE, PINK, entitle, log_ticks, tidy
+from _figures import GREEN, ORANGE, PINK, entitle, log_ticks, tidy
+from _wells import CURVATURES, ESCAPING, Escape, Escaping, escape
 from optax_ext import dualadam, invadam
 
 HIDDEN = 32
 SHORT, LONG = 100, 500
 RATES = np.geomspace(1e-3, 0.128, 8)
-# Depth of all wells, their curvatures, and B.
-BARRIER, CURVATURES, BATCH = 0.02, np.geomspace(1, 2.5, 6), 1.0
-# ΔL / T in the widest well.
-LONGEST = 5.5
-# The walls are passed for good half a hill's width behind the top.
-PASSED = 1.5 * np.pi
-
-
-class Escaping(NamedTuple):
-    """A method in a well.
-
-    Attributes:
-      factory: makes it for a rate.
-      gain: α' / α, for the noise's deviation.
-      power: the theory's p in ΔL / T ~ H^-p; `None` for a blend, which has no single one.
-      colour: of its curve.
-    """
-
-    factory: Factory
-    gain: Callable[[Any], Any]
-    power: float | None
-    colour: str
-
-
-def half_dualadam(rate: Any) -> optax.GradientTransformation:
-    """DualAdam in the middle of its first phase, for good."""
-    return dualadam(rate, switch_rate=lambda count: jnp.full_like(count, 0.5, jnp.float32))
-
-
-ESCAPING = {
-    "SGD": Escaping(optax.sgd, np.ones_like, 1.0, "0.2"),
-    "Adam": Escaping(optax.adam, lambda s: 1 / s, 0.5, BLUE),
-    "InvAdam": Escaping(invadam, lambda s: s, 1.5, ORANGE),
-    "DualAdam, half and half": Escaping(half_dualadam, lambda s: (s + 1 / s) / 2, None, GREEN),
-}
 
 
 def warm_up(steps: int) -> Factory:
@@ -163,81 +129,6 @@ def make_parser() -> argparse.ArgumentParser:
     )
 
 
-class Escape(NamedTuple):
-    """Of one method, for each well (and each group of trajectories).
-
-    Attributes:
-      times: mean steps until they have left.
-      barriers: ΔL / T that the times tell.
-      theory: ΔL / T by the closed form.
-      powers: p of each group.
-    """
-
-    times: Any
-    barriers: Any
-    theory: Any
-    powers: Any
-
-
-def escape(method: Escaping, groups: int, trajectories: int, steps: int) -> Escape:
-    deviation = np.sqrt(CURVATURES / BATCH)
-    gains = method.gain(deviation)
-    rate = 2 * BATCH * BARRIER / (LONGEST * CURVATURES[0] * gains[0])
-    theory = 2 * BATCH * BARRIER / (rate * gains * CURVATURES)
-    left, time = leave(method.factory, rate, groups * trajectories, steps)
-    # The mean of exponential times, of which the long ones are cut off.
-    total, count = (np.reshape(x, (-1, groups, trajectories)).sum(-1) for x in (time, left))
-    times = total / np.maximum(count, 1)
-    barriers = barrier_of(times * (rate * gains * CURVATURES)[:, None])
-    powers = -np.polyfit(np.log(CURVATURES), np.log(barriers), 1)[0]
-    return Escape(times, barriers, theory, powers)
-
-
-@partial(jax.jit, static_argnames=("factory", "number", "steps"))
-def leave(factory: Factory, rate: Any, number: int, steps: int) -> tuple[Any, Any]:
-    """Whether each trajectory leaves its well, and its steps until then, or the end.
-
-    The wells are those of ΔL (1 - cos(x / w)) / 2, of curvature ΔL / 2 w² at their bottom; all
-    methods here are elementwise, so that all trajectories are one vector of parameters.
-    """
-    tx = factory(rate)
-    curvatures = jnp.asarray(CURVATURES, jnp.float32)[:, None]
-    width = jnp.sqrt(BARRIER / 2 / curvatures)
-    deviation = jnp.sqrt(curvatures / BATCH)
-
-    def step(run: Any, t: Any) -> tuple[Any, None]:
-        x, state, inside, time = run
-        noise = deviation * jax.random.normal(jax.random.fold_in(key, t), x.shape)
-        gradient = BARRIER / 2 / width * jnp.sin(x / width) + noise
-        updates, state = tx.update(gradient, state, x)
-        x = x + updates
-        return (x, state, inside & (abs(x / width) < PASSED), time + inside), None
-
-    key = jax.random.key(0, impl="rbg")
-    x = jnp.zeros((len(CURVATURES), number))
-    begin = x, tx.init(x), jnp.ones(x.shape, bool), jnp.zeros(x.shape)
-    (_, _, inside, time), _ = lax.scan(step, begin, jnp.arange(steps))
-    return ~inside, time
-
-
-def barrier_of(times: Any) -> Any:
-    """ΔL / T from mean first passages, in units of the time 1 / (α' H) in which a well relaxes.
-
-    Of y = x / w, whose diffusion D is 2 T / ΔL, it is the integral over 0 < z < y < `PASSED` of
-    exp((U(y) - U(z)) / D) / D, with U = 1 - cos; exact also where the barrier is low.
-    """
-    y = np.linspace(0, PASSED, 2001)
-    exponents = np.linspace(0.05, 12, 400)
-
-    def passage(exponent: float) -> float:
-        weight = np.exp((1 - np.cos(y)) * exponent / 2)
-        inner = np.cumsum(1 / weight) * (y[1] - y[0])
-        return float(np.sum(weight * inner) * (y[1] - y[0]) * exponent / 2)
-
-    passages = [passage(exponent) for exponent in exponents]
-    return np.exp(np.interp(np.log(times), np.log(passages), np.log(exponents)))
-
-
 class Judged(NamedTuple):
     """What a contender came to.
 
@@ -270,25 +161,11 @@ def judge_one(
     return Judged(rate, search, runs, np.asarray(sharpness_of_each(runs.params)), found)
 
 
-def initialize(key: jax.Array) -> list[dict[str, jax.Array]]:
-    widths = (64, HIDDEN, HIDDEN, CLASSES)
-    keys = jax.random.split(key, len(widths) - 1)
-    return [
-        {"kernel": jax.random.normal(k, (m, n)) / np.sqrt(m), "bias": jnp.zeros(n)}
-        for k, m, n in zip(keys, widths[:-1], widths[1:], strict=True)
-    ]
-
-
 def apply(params: Any, images: jax.Array) -> jax.Array:
-    """Smooth, as a curvature must be to mean anything."""
-    x = images.reshape(len(images), -1)
-    *hidden, last = params
-    for layer in hidden:
-        x = jnp.tanh(x @ layer["kernel"] + layer["bias"][None])
-    return x @ last["kernel"] + last["bias"][None]
+    return smooth.apply(params, images.reshape(len(images), -1))
 
 
-NETWORK = Network(initialize, apply)
+NETWORK = Network(partial(smooth.initialize, widths=(64, HIDDEN, HIDDEN, CLASSES)), apply)
 
 
 @jax.jit

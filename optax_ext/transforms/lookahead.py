@@ -111,14 +111,16 @@ def lookahead(
         slow = jax.tree.map(partial(_also_abstract, take_slow), params)
         return LookaheadState(first_count(), slow, inner.init(params))
 
-    pull, changes_at = (_pull, 0) if mode == "exact" else (_pull_chunk, 1)
+    pull = _pull if mode == "exact" else _pull_chunk
 
     def synchronize(u, slow, p, count):
         if offload is None:
             return pull(u, slow, p, count, k, a)
-        here = _memory.fetched(slow, when=count % k == 0)
+        # Read when a period ends; written then too, or, a chunk, when the next begins.
+        begins, ends = (count - 1) % k == 0, count % k == 0
+        here = _memory.fetched(slow, when=ends)
         step, new = pull(u, here, p, count, k, a)
-        return step, _memory.sent(new, slow, when=count % k == changes_at % k)
+        return step, _memory.sent(new, slow, when=ends if mode == "exact" else begins)
 
     def update(updates, state, params=None, **extra_args):
         require(params)
