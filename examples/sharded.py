@@ -45,6 +45,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import optax_ext
+from _command_line import positive
 from _language import HEADS, LENGTH, Transformer, draw, read_text
 from pallas_kernels import FusedTransformation, fuse
 
@@ -299,10 +300,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="fame")
     parser.add_argument("--rate", type=float, default=1e-3, help="learning rate (default: 1e-3)")
-    parser.add_argument("--steps", type=int, default=100, help="in all, resumed ones included")
-    parser.add_argument("--batch", type=int, default=32, help="sequences in a step")
-    parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--steps", type=positive, default=100, help="in all, resumed ones included")
+    parser.add_argument("--batch", type=positive, default=32, help="sequences in a step")
+    parser.add_argument("--width", type=positive, default=128)
+    parser.add_argument("--layers", type=positive, default=2)
     parser.add_argument(
         "--layout",
         choices=("fully-sharded", "replicated"),
@@ -317,21 +318,21 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="devices that share the heads, the hidden units and the same data",
     )
     parser.add_argument("--checkpoints", type=Path, metavar="FOLDER", help="save, and go on from")
-    parser.add_argument("--save-every", type=int, default=20, metavar="STEPS")
+    parser.add_argument("--save-every", type=positive, default=20, metavar="STEPS")
     parser.add_argument(
         "--cpu-devices",
-        type=int,
+        type=positive,
         default=VIRTUAL_CPU_DEVICES,
         metavar="N",
         help="virtual ones of each process, where there is no accelerator",
     )
     parser.add_argument("--cluster", action="store_true", help="find the other processes by itself")
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0")
-    parser.add_argument("--processes", type=int, metavar="N")
+    parser.add_argument("--processes", type=positive, metavar="N")
     parser.add_argument("--process", type=int, metavar="I", help="this one's number, from 0")
     parser.add_argument(
         "--give-up-after",
-        type=int,
+        type=positive,
         default=100,
         metavar="SECONDS",
         help="how long a process that died may be silent before the others end (default: 100)",
@@ -339,6 +340,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.coordinator and None in (options.processes, options.process):
         parser.error("--coordinator needs --processes and --process")
+    if options.width % HEADS:
+        parser.error(f"--width must be a multiple of {HEADS}, got {options.width}")
     return options
 
 

@@ -5,6 +5,7 @@ A new script is a row of `SMOKE`.
 
 import importlib
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -79,31 +80,37 @@ def check_connections(tables: dict[str, Any]) -> None:
     by_depth = sum(n * 2 ** ((5 - d) / 6) for d, n in sizes.items()) / sum(sizes.values())
     assert tuned["depth, by computation"]["mean scale"] == pytest.approx(by_depth, abs=1e-3)
     # Every kernel has the head's scale, every bias that of no connections.
-    head, bias = 1 + 0.95 * (576 - 160) / (576 - 72), 1 + 0.95 * 576 / (576 - 72)
-    as_it_ran = (4968 * head + 82 * bias) / 5050
-    assert tuned["connections, as it ran"]["mean scale"] == pytest.approx(as_it_ran, abs=1e-3)
+    side = np.array([576 - 160, 576]) / (576 - 72)
+    for name, scale in {"additive": 1 + 0.95 * side, "multiplicative": 5**side}.items():
+        as_it_ran = scale @ [4968 / 5050, 82 / 5050]
+        assert tuned[f"{name}, as it ran"]["mean scale"] == pytest.approx(as_it_ran, abs=1e-3)
     for rows in (tuned, untuned):
         assert rows["Adam"]["− Adam"] == rows["Adam"]["− control"] == [0, 0, 0]
         # Almost one scale for all: little but a rate.
-        assert abs(rows["connections, as it ran"]["− control"][0]) < 0.02
+        for name in ("additive", "multiplicative"):
+            assert abs(rows[f"{name}, as it ran"]["− control"][0]) < 0.02
 
 
-def check_flat_minima(tables: dict[str, Any]) -> None:
-    escapes, trained = tables.values()
-    for name, cells in escapes.items():
+def check_escapes(tables: dict[str, Any]) -> None:
+    (rows,) = tables.values()
+    for name, cells in rows.items():
         # By H^-p from 5.5 in the widest well, 2.5 times as wide; DualAdam's is between them.
         p = cells["p, theory"]
         theory = 5.5 * (2.5**-p if p != "-" else 2 / (2.5**1.5 + 2.5**0.5))
         assert cells["sharpest, theory"] == pytest.approx(theory, rel=1e-3), name
         assert cells["sharpest"][0] == pytest.approx(theory, rel=0.2), name
-    for name, cells in trained.items():
+
+
+def check_flat_minima(tables: dict[str, Any]) -> None:
+    (rows,) = tables.values()
+    for name, cells in rows.items():
         if name.startswith("DualAdam"):
             assert abs(cells["log10 sharpness, − control"][0]) < 0.01, name
 
 
 def check_plain_depth(tables: dict[str, Any]) -> None:
     (rows,) = tables.values()
-    assert len(rows) == 10
+    assert len(rows) == 12
     assert rows["NOVAK"]["− NOVAK"] == [0, 0, 0]
     # After one step nothing is learnt.
     assert all(5 < cells["accuracy, %"][0] < 30 for cells in rows.values())
@@ -132,23 +139,13 @@ SMOKE = {
         check_edge_of_stability,
         slow=True,
     ),
-    "flat_minima": Smoke(
-        [
-            "--groups=4",
-            "--trajectories=50",
-            "--patience=3000",
-            "--seeds=8",
-            "--trials=1",
-            "--steps=20",
-        ],
-        check_flat_minima,
-        slow=True,
+    "escapes": Smoke(
+        ["--groups=4", "--trajectories=50", "--patience=3000"], check_escapes, slow=True
     ),
+    "flat_minima": Smoke(["--seeds=8", "--trials=1", "--steps=20"], check_flat_minima, slow=True),
     "lag": Smoke(["--seeds=8", "--steps=1000"], check_lag),
     "landscapes": Smoke(["--starts=8", "--steps=60", "--rates=12"], check_landscapes, slow=True),
-    "plain_depth": Smoke(
-        ["--depths=1", "--seeds=8", "--trials=1", "--steps=1"], check_plain_depth, slow=True
-    ),
+    "plain_depth": Smoke(["--depths=1", "--seeds=2", "--steps=1"], check_plain_depth, slow=True),
 }
 
 
@@ -176,9 +173,9 @@ def test_scripts_find_what_all_examples_share(tmp_path):
     assert "initial weights (default: 10)" in done.stdout
 
 
-def test_every_script_is_tested_and_has_results():
+def test_every_script_is_tested_and_has_results(load_module):
     scripts = {path.stem for path in FOLDER.glob("*.py") if not path.name.startswith("_")}
-    assert scripts - {"summary"} == SMOKE.keys()
+    assert scripts - {"summary"} == SMOKE.keys() == set(load_module("summary").SCRIPTS)
     assert {path.stem for path in (FOLDER / "results").glob("*.json")} == SMOKE.keys()
 
 
@@ -270,10 +267,17 @@ def test_edge_of_adam(load_module, times_edge, stable):
     assert (abs(x) < 1e-2) == stable
 
 
-def test_steps_between_measurements(load_module, capsys):
+@pytest.mark.parametrize(
+    ("script", "option", "message"),
+    [
+        ("edge_of_stability", "--steps=70", "--steps must be a multiple of 50, got 70"),
+        ("plain_depth", "--seeds=1", "--seeds must be 2 or more, .*, got 1"),
+    ],
+)
+def test_sizes_that_cannot_be(load_module, capsys, script, option, message):
     with pytest.raises(SystemExit):
-        load_module("edge_of_stability").main(["--steps=70"])
-    assert "--steps must be a multiple of 50, got 70" in capsys.readouterr().err
+        load_module(script).main([option])
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_batches_of_an_epoch_are_disjoint(load_module):
@@ -290,16 +294,42 @@ def test_what_diverges_is_not_best(load_module):
     assert digits.best(digits.Runs(None, None, losses, None, None, None)) == 2
 
 
+def test_no_seed_chooses_its_own_rate(load_module):
+    digits = load_module("_digits")
+    # The second rate is so much better for the first seed that all others take it.
+    losses = np.array([[1.0, 0.1, 0.1], [0.0, 0.2, 0.2]])
+    runs = digits.Runs(None, None, losses, None, None, None)
+    assert digits.best_on_others(runs).tolist() == [0, 1, 1]
+
+
 def test_trainings_side_by_side_are_those_alone(load_module):
     digits, plain_depth = load_module("_digits"), load_module("plain_depth")
-    network = plain_depth.network(2)
-    train = partial(digits.train, network, plain_depth.radam, steps=3)
+    network = plain_depth.make_network(2)
+    train = partial(digits.train, network, plain_depth.radam, steps=3, batch=8)
     both = train([[1e-3], [1e-2]], [0, 1])
     assert both.test.shape == both.accuracy.shape == (2, 2)
-    assert both.params["hidden"]["kernel"].shape == (2, 2, 1, 16, 16)
+    assert both.params["hidden"]["kernel"].shape == (2, 2, 1, 3, 3, 4, 4)
     alone = train([1e-2], [1])
     among = jax.tree.map(lambda x: x[1, [1]], both)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), alone, among)
+
+
+@pytest.mark.parametrize(
+    ("layer", "side", "strides", "padding", "kernel"),
+    [("convolve", 4, (1, 1), "SAME", (3, 3, 4, 4)), ("embed", 8, (2, 2), "VALID", (2, 2, 1, 4))],
+)
+def test_convolutions_as_products(load_module, layer, side, strides, padding, kernel):
+    convnet = load_module("_convnet")
+    random = np.random.default_rng(0)
+    params = {"kernel": random.normal(size=kernel), "bias": random.normal(size=4)}
+    x = random.normal(size=(2, side, side, kernel[2]))
+    named = "NHWC", "HWIO", "NHWC"
+    expected = jax.lax.conv_general_dilated(
+        x, params["kernel"], strides, padding, dimension_numbers=named
+    )
+    found = getattr(convnet, layer)(params, jnp.reshape(x, (2, -1, kernel[2])))
+    expected = np.asarray(expected).reshape(found.shape) + params["bias"]
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_radam_decays_like_novak(load_module):
@@ -320,7 +350,7 @@ def test_radam_decays_like_novak(load_module):
 
 @pytest.mark.parametrize("barrier", [1.5, 5.5])
 def test_barriers_of_escape_times(load_module, barrier):
-    wells = load_module("_wells")
+    wells = load_module("escapes")
 
     def density(z, y):
         return np.exp((np.cos(z) - np.cos(y)) * barrier / 2) * barrier / 2
@@ -329,7 +359,9 @@ def test_barriers_of_escape_times(load_module, barrier):
     assert wells.barrier_of(time) == pytest.approx(barrier, rel=2e-3)
 
 
-def test_readme_shows_the_results(load_module):
+def test_readme_and_page_show_the_results(load_module):
     summary = load_module("summary")
+    documents = summary.load(FOLDER / "results")
     text = summary.README.read_text(encoding="utf-8")
-    assert fill(text, "evidence-table", summary.table(FOLDER / "results")) == text
+    assert fill(text, "evidence-table", summary.table(documents)) == text
+    assert summary.PAGE.read_text(encoding="utf-8") == summary.page(documents)

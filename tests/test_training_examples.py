@@ -116,6 +116,9 @@ def test_folder_is_of_one_training(load_module, tmp_path):
         ("language_model", "--width=12", "--width must be a multiple of 8, got 12"),
         ("hyperparameters", "--rates=4", "--rates must be odd, .* got 4"),
         ("hyperparameters", "--seeds=1", "--seeds must be 2 or more .* got 1"),
+        ("sharded", "--steps=0", "must be a whole number above 0, got '0'"),
+        ("sharded", "--width=12", "--width must be a multiple of 8, got 12"),
+        ("sharded", "--coordinator=localhost:1", "--coordinator needs --processes and --process"),
     ],
 )
 def test_bad_options(load_module, capsys, name, argument, message):

@@ -51,7 +51,13 @@ class Runs(NamedTuple):
 
 
 def train(
-    network: Network, factory: Factory, rates: ArrayLike, seeds: ArrayLike, *, steps: int
+    network: Network,
+    factory: Factory,
+    rates: ArrayLike,
+    seeds: ArrayLike,
+    *,
+    steps: int,
+    batch: int = BATCH,
 ) -> Runs:
     """Trains for each rate and its seed, arrays of one shape, which is the results' too.
 
@@ -60,7 +66,7 @@ def train(
     """
     rates, seeds = np.broadcast_arrays(np.asarray(rates, np.float32), np.asarray(seeds))
     images = len(load_once().train.labels)
-    batches = np.stack([draw_batches(seed, steps, images) for seed in seeds.ravel()])
+    batches = np.stack([draw_batches(seed, steps, images, batch) for seed in seeds.ravel()])
     params = initialize(network.init, seeds.ravel())
     # States are made apart: methods that differ in nothing else then share what is compiled, where
     # JAX keeps it.
@@ -77,13 +83,24 @@ def best(search: Runs) -> int:
     return int(losses.mean(axis=1).argmin())
 
 
-def draw_batches(seed: int, steps: int, images: int) -> np.ndarray:
-    """Indices of images, of shape (steps, images in a batch); every image once in each epoch."""
+def best_on_others(runs: Runs) -> np.ndarray:
+    """For each seed of runs of shape (rates, seeds), the rate that is best on all other seeds.
+
+    So no seed takes part in the choice that it is judged by, and each takes part in all others.
+    """
+    seeds = runs.validation.shape[1]
+    return np.array(
+        [best(runs._replace(validation=np.delete(runs.validation, i, 1))) for i in range(seeds)]
+    )
+
+
+def draw_batches(seed: int, steps: int, images: int, batch: int = BATCH) -> np.ndarray:
+    """Indices of images, of shape (steps, batch); every image at most once in each epoch."""
     random = np.random.default_rng(seed)
-    epochs = -(-steps // (images // BATCH))
-    used = images // BATCH * BATCH
+    epochs = -(-steps // (images // batch))
+    used = images // batch * batch
     shuffled = [random.permutation(images)[:used] for _ in range(epochs)]
-    return np.concatenate(shuffled).reshape(-1, BATCH)[:steps]
+    return np.concatenate(shuffled).reshape(-1, batch)[:steps]
 
 
 @partial(jax.jit, static_argnames="init")

@@ -8,10 +8,11 @@ import json
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -24,7 +25,7 @@ from rich.table import Table
 from scipy import stats
 
 sys.path.append(str(Path(__file__).parents[1]))
-from _command_line import positive
+from _command_line import positive, progress_bar
 from _figures import save_png
 
 RESULTS = Path(__file__).parent / "results"
@@ -33,6 +34,8 @@ WIDTH = 8.4
 CONFIDENCE = 0.95
 VERSIONS = {module.__name__: module.__version__ for module in (jax, optax)}
 _BEGIN = time.monotonic()
+Contender = TypeVar("Contender")
+Judged = TypeVar("Judged")
 
 
 class Verdict(StrEnum):
@@ -117,6 +120,22 @@ def make_parser(description: str | None, **sizes: tuple[int, str]) -> argparse.A
         help="for the figure and its numbers (default: examples/evidence/results)",
     )
     return parser
+
+
+def side_by_side(
+    judge: Callable[[Contender], Judged], contenders: Mapping[str, Contender]
+) -> dict[str, Judged]:
+    """Judges each, two at a time; a bar shows how many are done.
+
+    While one is compiled, or leaves a core idle, another trains.
+    """
+    judged = {}
+    with progress_bar(len(contenders)) as on_progress, ThreadPoolExecutor(2) as pool:
+        found = pool.map(judge, contenders.values())
+        for name, one in zip(contenders, found, strict=True):
+            judged[name] = one
+            on_progress(name, 1)
+    return judged
 
 
 def publish(

@@ -3,17 +3,18 @@
     python examples/evidence/connections.py
 
 A residual convnet, whose tensors differ in connections and in depth, is trained by the authors'
-formulas as they ran (Keras 3 names all kernels alike, so that each was scaled like the last), by
-these as written, by ours for whole modules, and by ours with the depth that is read from the
-computation. Each tries the same rates, as Adam does, and is judged by other seeds. A control trains
-along: Adam at the rate times the mean of the scales, weighted by parameters.
+three formulas as they ran (Keras 3 names all kernels alike, so that each was scaled like the last),
+by these as written, by ours for whole modules, by ours with the depth that is read from the
+computation, and by the multiplicative one as its authors' comment promises it, signed. Each tries
+the same rates, as Adam does, and is judged by other seeds. A control trains along: Adam at the rate
+times the mean of the scales, weighted by parameters.
 
 What some 4,000 parameters and 18 epochs can't show: the scales of networks whose tensors differ by
 more, and what is gained late in a long training.
 """
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -25,7 +26,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import _evidence as evidence
-from _command_line import progress_bar
 from _digits import CLASSES, SEARCH_SEED, Factory, Network, Runs, best, train
 from _evidence import Estimate, Finding, Verdict
 from _figures import BLUE, GREEN, ORANGE, PINK, entitle, log_ticks, tidy
@@ -79,7 +79,19 @@ NETWORK = Network(initialize, apply)
 ADAM = "Adam"
 # Each contender runs at both of its rates.
 TUNED, AT_UNTUNED = 0, 1
-COLOURS = {"as it ran": PINK, "as written": ORANGE, "by module": BLUE, "by computation": GREEN}
+SCALINGS = {
+    "additive": "additive scales",
+    "multiplicative": "multiplicative scales",
+    "depth": "scales by depth",
+}
+LEGEND: dict[str, Any] = {"fontsize": 8, "frameon": False}
+COLOURS = {
+    "as it ran": PINK,
+    "as written": ORANGE,
+    "by module": BLUE,
+    "signed, by module": "0.6",
+    "by computation": GREEN,
+}
 
 
 class Contender(NamedTuple):
@@ -109,12 +121,7 @@ class Judged(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = make_parser().parse_args(argv)
-    contenders = make_contenders()
-    with progress_bar(3 * len(contenders)) as on_progress:
-        judged = {
-            name: judge_one(contender, options, partial(on_progress, name))
-            for name, contender in contenders.items()
-        }
+    judged = evidence.side_by_side(partial(judge_one, options), make_contenders())
     tables = {
         f"{title}; − is less the test loss of others, seed by seed": {
             name: row(found, judged[ADAM], which) for name, found in judged.items()
@@ -142,38 +149,40 @@ def make_contenders() -> dict[str, Contender]:
     leaves = [f"{layer}/{leaf}" for layer in LAYERS for leaf in ("kernel", "bias")]
     created = {leaf: {"depth": float(i)} for i, leaf in enumerate(leaves)}
     written: dict[str, Any] = {"units": "leaf"}
-    scales = connection_table(params, scaling="additive", **written)
-    last = next(unit.scale for unit in scales if unit.path == f"{LAYERS[-1]}/kernel")
-    alike = {leaf: {"scale": float(last)} for leaf in leaves if leaf.endswith("kernel")}
 
     def by(scaling: str, **how: Any) -> Contender:
         table = connection_table(params, scaling=scaling, **how)
         return Contender(partial(caadam, scaling=scaling, **how), table.mean_scale)
 
+    def as_it_ran(scaling: str) -> Contender:
+        table = connection_table(params, scaling=scaling, **written)
+        last = next(unit.scale for unit in table if unit.path == f"{LAYERS[-1]}/kernel")
+        alike = {leaf: {"scale": float(last)} for leaf in leaves if leaf.endswith("kernel")}
+        return by(scaling, overrides=alike, **written)
+
     return {
         ADAM: Contender(optax.adam, 1.0),
-        "connections, as it ran": by("additive", overrides=alike, **written),
-        "connections, as written": by("additive", **written),
-        "connections, by module": by("additive"),
+        "additive, as it ran": as_it_ran("additive"),
+        "additive, as written": by("additive", **written),
+        "additive, by module": by("additive"),
+        "multiplicative, as it ran": as_it_ran("multiplicative"),
+        "multiplicative, as written": by("multiplicative", **written),
+        "multiplicative, by module": by("multiplicative"),
+        "multiplicative, signed, by module": by("signed"),
         "depth, as written": by("depth", overrides=created, **written),
         "depth, by module": by("depth"),
         "depth, by computation": by("depth", architecture=by_computation),
     }
 
 
-def judge_one(
-    contender: Contender, options: argparse.Namespace, on_progress: Callable[[float], object]
-) -> Judged:
+def judge_one(options: argparse.Namespace, contender: Contender) -> Judged:
     train_on = partial(train, NETWORK, steps=options.steps)
     searching = SEARCH_SEED + np.arange(options.trials)
     search = train_on(contender.factory, RATES[:, None], searching)
-    on_progress(1)
     rate = float(RATES[best(search)])
     rates = np.array([[rate], [UNTUNED]])
     runs = train_on(contender.factory, rates, np.arange(options.seeds))
-    on_progress(1)
     control = train_on(optax.adam, contender.mean_scale * rates, np.arange(options.seeds))
-    on_progress(1)
     return Judged(rate, contender.mean_scale, search, runs, control)
 
 
@@ -195,16 +204,14 @@ def row(found: Judged, adam: Judged, which: int) -> dict[str, Estimate | float |
 
 def judge(judged: Mapping[str, Judged]) -> list[Finding]:
     return [
-        finding(judged, "connections", "CaAdam: scales by connections train better than Adam"),
-        finding(judged, "depth", "CaAdam: scales by depth train better than Adam"),
+        finding(judged, scaling, f"CaAdam: {in_words} train better than Adam")
+        for scaling, in_words in SCALINGS.items()
     ]
 
 
 def finding(judged: Mapping[str, Judged], scaling: str, claim: str) -> Finding:
     """On all contenders with this scaling."""
-    mine = {
-        name.partition(", ")[2]: found for name, found in judged.items() if name.startswith(scaling)
-    }
+    mine = with_scaling(judged, scaling)
     adam = judged[ADAM].runs
 
     def less_adam(which: int) -> dict[str, Estimate]:
@@ -229,6 +236,13 @@ def finding(judged: Mapping[str, Judged], scaling: str, claim: str) -> Finding:
     )
 
 
+def with_scaling(judged: Mapping[str, Judged], scaling: str) -> dict[str, Judged]:
+    """Those, by what sets them apart."""
+    return {
+        name.partition(", ")[2]: found for name, found in judged.items() if name.startswith(scaling)
+    }
+
+
 def listed(differences: Mapping[str, Estimate]) -> str:
     return ", ".join(
         f"{how} {x.mean:+.3f} [{x.low:+.3f}, {x.high:+.3f}]" for how, x in differences.items()
@@ -236,35 +250,43 @@ def listed(differences: Mapping[str, Estimate]) -> str:
 
 
 def draw(judged: Mapping[str, Judged]) -> Figure:
-    figure = Figure(figsize=(evidence.WIDTH, 3.6), layout="constrained")
-    own, evened, gains = figure.subplots(1, 3, width_ratios=(1, 1, 1.15))
-    for name, found in judged.items():
-        scaling, _, how = name.partition(", ")
-        style = {"color": COLOURS.get(how, "0.2"), "marker": "o", "markersize": 3}
-        style["linestyle"] = "--" if scaling == "depth" else "-"
-        losses = found.search.validation.mean(axis=1)
-        own.plot(RATES, losses, label=name, **style)
-        evened.plot(RATES * found.mean_scale, losses, **style)
-    for axes in (own, evened):
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        tidy(axes)
-        log_ticks(axes.xaxis, at=[1])
-        log_ticks(axes.yaxis, at=[1, 2, 3, 5])
-    evened.sharey(own)
-    entitle(own, "at the rate itself", "rate", "validation loss")
-    entitle(evened, "at Adam's equivalent", "rate × mean scale", "")
-    draw_gains(gains, {name: found for name, found in judged.items() if name != ADAM}, judged[ADAM])
-    figure.legend(loc="outside upper center", ncols=4, fontsize=8, frameon=False)
+    figure = Figure(figsize=(evidence.WIDTH, 6.4), layout="constrained")
+    rows: Any = figure.subfigures(2, 1)
+    above, below = rows
+    (additive, multiplicative), (depth, gains) = above.subplots(1, 2), below.subplots(1, 2)
+    labels: dict[str, Any] = {}
+    for axes, scaling in zip((additive, multiplicative, depth), SCALINGS, strict=True):
+        labels |= draw_searches(axes, {ADAM: judged[ADAM], **with_scaling(judged, scaling)})
+        axes.sharey(additive)
+        entitle(axes, SCALINGS[scaling], "rate × mean scale", "validation loss")
+    draw_gains(gains, judged)
+    above.legend(labels.values(), labels, loc="outside upper center", ncols=6, **LEGEND)
     return figure
 
 
-def draw_gains(axes: Axes, judged: Mapping[str, Judged], adam: Judged) -> None:
+def draw_searches(axes: Axes, judged: Mapping[str, Judged]) -> dict[str, Any]:
+    """At the rates of Adam that are theirs: where a scaling is but a rate, the curves coincide."""
+    lines = {}
+    for how, found in judged.items():
+        losses = found.search.validation.mean(axis=1)
+        dots = {"color": COLOURS.get(how, "0.2"), "marker": "o", "markersize": 3}
+        (lines[how],) = axes.plot(RATES * found.mean_scale, losses, **dots)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    log_ticks(axes.xaxis, at=[1])
+    log_ticks(axes.yaxis, at=[1, 2, 3, 5])
+    tidy(axes)
+    return lines
+
+
+def draw_gains(axes: Axes, judged: Mapping[str, Judged]) -> None:
     """The intervals of the differences that decide."""
     axes.axvline(0, color="0.6", linewidth=1)
-    for i, (name, found) in enumerate(judged.items()):
-        colour = COLOURS[name.partition(", ")[2]]
-        for shift, other, filled in ((-0.15, adam.runs, True), (0.15, found.control, False)):
+    adam = judged[ADAM].runs
+    names = [name for name in judged if name != ADAM]
+    for i, name in enumerate(names):
+        found, colour = judged[name], COLOURS[name.partition(", ")[2]]
+        for shift, other, filled in ((-0.15, adam, True), (0.15, found.control, False)):
             center, low, high = less(found.runs, other, TUNED)
             axes.errorbar(
                 center,
@@ -277,9 +299,9 @@ def draw_gains(axes: Axes, judged: Mapping[str, Judged], adam: Judged) -> None:
                 capsize=2,
                 linewidth=1.2,
             )
-    axes.set_yticks(range(len(judged)), [name.replace(", ", ",\n") for name in judged])
+    axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
-    entitle(axes, "tuned: less Adam's (filled),\nthe control's (open)", "test loss", "")
+    entitle(axes, "tuned: less Adam's, the control's (open)", "test loss", "")
     tidy(axes, grid="x")
 
 

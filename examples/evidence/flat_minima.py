@@ -1,25 +1,16 @@
-"""InvAdam, DualAdam: do they leave sharp minima sooner, and does training end in flatter ones?
+"""DualAdam: does training end in flatter minima, and do these generalize better?
 
     python examples/evidence/flat_minima.py
 
-First, wells of one depth and several widths, in which the gradient's noise has the variance H / B,
-as that of batches of B has at a minimum of curvature H. The rate of each method is such that the
-widest well holds all for equally long. By the diffusion theory of Xie et al. (arXiv 2006.15815) a
-barrier ΔL delays the escape by exp(ΔL / T), T = α' H / 2B, where α' is the rate after the division
-or multiplication by sqrt(v) = sqrt(H / B):
+Trainings on the digits, all tuned by as many trials, DualAdam beside Adam with a linear warm-up of
+the same length: the largest eigenvalue of the Hessian, and the test accuracy.
 
-    ΔL / T = 2 B ΔL / (α H) of SGD, 2 B^½ ΔL / (α H^½) of Adam, 2 B^1.5 ΔL / (α H^1.5) of InvAdam
-
-Then trainings on the digits, all tuned by as many trials, DualAdam beside Adam with a linear
-warm-up of the same length: the largest eigenvalue of the Hessian, and the test accuracy.
-
-Not to be seen here: noise with B as large as batches have makes InvAdam's steps, which scale as the
-squared gradient, and so its escapes, vanish unless its rate grows along; and sharpness is compared
-at the end of some 4,000 parameters' training, where the loss is still falling.
+Not to be seen here: a sharpness that no longer changes, for at the end of these trainings of some
+4,000 parameters the loss is still falling. What noise alone does is told by `escapes.py`.
 """
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -32,7 +23,6 @@ from matplotlib.figure import Figure
 
 import _evidence as evidence
 import _smooth as smooth
-from _command_line import progress_bar
 from _curvature import sharpness
 from _digits import (
     CLASSES,
@@ -46,8 +36,7 @@ from _digits import (
     train,
 )
 from _evidence import Estimate, Finding, Verdict
-from _figures import GREEN, ORANGE, PINK, entitle, log_ticks, tidy
-from _wells import CURVATURES, ESCAPING, Escape, Escaping, escape
+from _figures import GREEN, ORANGE, PINK, entitle, tidy
 from optax_ext import dualadam, invadam
 
 HIDDEN = 32
@@ -95,34 +84,17 @@ TRAINING = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = make_parser().parse_args(argv)
-    with progress_bar(len(ESCAPING) + 2 * len(TRAINING)) as on_progress:
-        escapes = {}
-        for name, method in ESCAPING.items():
-            escapes[name] = escape(method, options.groups, options.trajectories, options.patience)
-            on_progress(name, 1)
-        trained = {
-            name: judge_one(contender, options, partial(on_progress, name))
-            for name, contender in TRAINING.items()
-        }
-    tables = {
-        "ΔL / T as the times in the widest and in the sharpest well tell it, and p": {
-            name: row_of_escape(ESCAPING[name], found) for name, found in escapes.items()
-        },
-        "On the digits; − is less another's, seed by seed": {
-            name: row_of_training(name, trained) for name in trained
-        },
-    }
-    findings = [judge_escapes(escapes), judge_trainings(trained)]
-    figures = {"flat_minima": draw(escapes, trained)}
-    evidence.publish("flat_minima", options, findings, tables, figures)
+    trained = evidence.side_by_side(partial(judge_one, options), TRAINING)
+    title = "On the digits; − is less another's, seed by seed"
+    rows = {name: row(name, trained) for name in trained}
+    evidence.publish(
+        "flat_minima", options, [judge(trained)], {title: rows}, {"flat_minima": draw(trained)}
+    )
 
 
 def make_parser() -> argparse.ArgumentParser:
     return evidence.make_parser(
         __doc__,
-        groups=(10, "of trajectories, between which the escapes' intervals are"),
-        trajectories=(100, "in each group and well"),
-        patience=(60000, "steps after which those that have not left are given up"),
         seeds=(16, "initial weights and orders of the images"),
         trials=(4, f"seeds apart on which each of {len(RATES)} rates is tried"),
         steps=(1000, "of each training"),
@@ -147,15 +119,11 @@ class Judged(NamedTuple):
     found_sharpness: Any
 
 
-def judge_one(
-    contender: Training, options: argparse.Namespace, on_progress: Callable[[float], object]
-) -> Judged:
+def judge_one(options: argparse.Namespace, contender: Training) -> Judged:
     train_on = partial(train, NETWORK, contender.factory, steps=options.steps)
     search = train_on(contender.rates[:, None], SEARCH_SEED + np.arange(options.trials))
-    on_progress(1)
     rate = float(contender.rates[best(search)])
     runs = train_on(rate, np.arange(options.seeds))
-    on_progress(1)
     flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), search.params)
     found = np.asarray(sharpness_of_each(flat)).reshape(search.test.shape)
     return Judged(rate, search, runs, np.asarray(sharpness_of_each(runs.params)), found)
@@ -175,20 +143,7 @@ def sharpness_of_each(params: Any) -> jax.Array:
     return lax.map(partial(sharpness, lambda p: cross_entropy(apply, p, train)), params)
 
 
-def row_of_escape(method: Escaping, found: Escape) -> dict[str, Estimate | float | str]:
-    return {
-        "widest": evidence.mean(found.barriers[0]),
-        "widest, theory": float(found.theory[0]),
-        "sharpest": evidence.mean(found.barriers[-1]),
-        "sharpest, theory": float(found.theory[-1]),
-        "steps in the widest": evidence.mean(found.times[0]),
-        "in the sharpest": evidence.mean(found.times[-1]),
-        "p": evidence.mean(found.powers),
-        "p, theory": "-" if method.power is None else method.power,
-    }
-
-
-def row_of_training(name: str, trained: Mapping[str, Judged]) -> dict[str, Estimate | float | str]:
+def row(name: str, trained: Mapping[str, Judged]) -> dict[str, Estimate | float | str]:
     found, other = trained[name], trained[TRAINING[name].control]
     return {
         "rate": f"{found.rate:.3g}",
@@ -212,22 +167,7 @@ def better(found: Judged, other: Judged) -> Estimate:
     return evidence.mean(found.runs.accuracy - other.runs.accuracy)
 
 
-def judge_escapes(escapes: Mapping[str, Escape]) -> Finding:
-    p = {name: evidence.mean(found.powers) for name, found in escapes.items()}
-    times = {name: found.times.mean(axis=1) for name, found in escapes.items()}
-    sooner = {name: time[0] / time[-1] for name, time in times.items()}
-    holds = p["InvAdam"].low > p["SGD"].high and p["SGD"].low > p["Adam"].high
-    return Finding(
-        "InvAdam: under gradient noise it leaves sharp minima first",
-        Verdict.HOLDS if holds else Verdict.NOT_SEEN,
-        f"The barrier falls with curvature as H^-p, p = {p['InvAdam']} (theory 1.5), SGD's"
-        f" {p['SGD']} (1), Adam's {p['Adam']} (½); wells {CURVATURES[-1] / CURVATURES[0]:.1f} times"
-        f" as sharp are left {sooner['InvAdam']:.0f}, {sooner['SGD']:.0f} and {sooner['Adam']:.0f}"
-        " times sooner.",
-    )
-
-
-def judge_trainings(trained: Mapping[str, Judged]) -> Finding:
+def judge(trained: Mapping[str, Judged]) -> Finding:
     pairs = {
         name: (found, trained[TRAINING[name].control])
         for name, found in trained.items()
@@ -261,34 +201,19 @@ def points(x: Estimate) -> str:
     return f"{x.mean:+.2f} [{x.low:+.2f}, {x.high:+.2f}] points"
 
 
-def draw(escapes: Mapping[str, Escape], trained: Mapping[str, Judged]) -> Figure:
+def draw(trained: Mapping[str, Judged]) -> Figure:
     figure = Figure(figsize=(evidence.WIDTH, 3.8), layout="constrained")
-    wells, ends, gains = figure.subplots(1, 3)
-    draw_escapes(wells, escapes)
+    ends, gains = figure.subplots(1, 2)
     for name, found in trained.items():
         losses, curvatures = np.log10(found.search.train), np.log10(found.found_sharpness)
         across, along = (x.mean(axis=1) for x in (losses, curvatures))
         ends.plot(across, along, linestyle="", label=name, **style(name))
     entitle(ends, "trained at every rate", "log10 of training loss", "log10 of sharpness")
     draw_gains(gains, trained)
-    for axes in (wells, ends, gains):
+    for axes in (ends, gains):
         tidy(axes)
-    figure.legend(loc="outside upper center", ncols=5, fontsize=8, frameon=False)
+    figure.legend(loc="outside upper center", ncols=3, fontsize=8, frameon=False)
     return figure
-
-
-def draw_escapes(axes: Axes, escapes: Mapping[str, Escape]) -> None:
-    for name, found in escapes.items():
-        colour = ESCAPING[name].colour
-        centers, *ends = np.array([evidence.mean(barriers) for barriers in found.barriers]).T
-        dots = {"color": colour, "marker": "o", "markersize": 3.5, "linestyle": "", "capsize": 2}
-        axes.errorbar(CURVATURES, centers, abs(centers - ends), label=f"{name} (left)", **dots)
-        axes.plot(CURVATURES, found.theory, color=colour, linewidth=1)
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    for axis in (axes.xaxis, axes.yaxis):
-        log_ticks(axis, at=[1, 1.5, 2, 3, 4, 5])
-    entitle(axes, "escapes; lines are theory", "curvature H", "barrier ΔL / T")
 
 
 def draw_gains(axes: Axes, trained: Mapping[str, Judged]) -> None:

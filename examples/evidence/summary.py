@@ -1,41 +1,111 @@
-"""Fills README's table of claims and verdicts from the results; runs nothing.
+"""Fills README's table of claims, and the page with all figures and numbers; runs nothing.
 
 python examples/evidence/summary.py
 """
 
+import ast
 import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from _evidence import RESULTS, Estimate
 from benchmarks.summary import fill
 
-README = Path(__file__).parents[2] / "README.md"
-RESULTS = Path(__file__).parent / "results"
+FOLDER = Path(__file__).parent
+README = FOLDER.parents[1] / "README.md"
+PAGE = RESULTS / "README.md"
+# In the order of README's methods.
+SCRIPTS = (
+    "lag",
+    "edge_of_stability",
+    "escapes",
+    "flat_minima",
+    "plain_depth",
+    "connections",
+    "landscapes",
+)
+
+# A file of results, as `_evidence.publish` writes it.
+Document = Mapping[str, Any]
 
 
 def main() -> None:
+    documents = load(RESULTS)
     text = README.read_text(encoding="utf-8")
-    README.write_text(fill(text, "evidence-table", table(RESULTS)), encoding="utf-8")
-    print(README)
+    README.write_text(fill(text, "evidence-table", table(documents)), encoding="utf-8")
+    PAGE.write_text(page(documents), encoding="utf-8")
+    print(README, PAGE, sep="\n")
 
 
-def table(folder: Path) -> str:
-    """In Markdown, a row for each claim, the scripts in order of their names."""
-    lines = ["| claim | verdict | what was seen | figure | `python examples/evidence/…` |"]
-    lines.append("|---|---|---|---|---|")
-    for path in sorted(folder.glob("*.json")):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        lines += [row(path.stem, found, finding) for finding in found["findings"]]
+def load(folder: Path) -> dict[str, Document]:
+    return {
+        script: json.loads((folder / f"{script}.json").read_text(encoding="utf-8"))
+        for script in SCRIPTS
+    }
+
+
+def table(documents: Mapping[str, Document]) -> str:
+    """README's, in Markdown: a row for each claim."""
+    lines = ["| claim | verdict | figure | `python examples/evidence/…` |", "|---|---|---|---|"]
+    for script, found in documents.items():
+        figures = ", ".join(
+            f"[{Path(name).stem}](examples/evidence/results/{name})" for name in found["figures"]
+        )
+        command = f"`{script}.py`, {takes(found['seconds'])}"
+        for finding in found["findings"]:
+            claim = f"[{finding['claim']}](examples/evidence/results/README.md#{script})"
+            lines.append(f"| {claim} | {finding['verdict']} | {figures} | {command} |")
     return "\n".join(lines)
 
 
-def row(script: str, found: dict[str, Any], finding: dict[str, str]) -> str:
-    figures = ", ".join(
-        f"[{Path(figure).stem}](examples/evidence/results/{figure})" for figure in found["figures"]
+def page(documents: Mapping[str, Document]) -> str:
+    """All there is to see, in Markdown, a section for each script."""
+    sections = [section(script, found) for script, found in documents.items()]
+    intro = (
+        "Written by `python examples/evidence/summary.py` from the files beside it, which the"
+        " scripts write. Intervals, in brackets, are of 95 % confidence over seeds."
     )
-    command = f"`{script}.py`, {takes(found['seconds'])}"
-    cells = finding["claim"], f"**{finding['verdict']}**", finding["shown"], figures, command
-    return f"| {' | '.join(cells)} |"
+    return "\n\n".join(["# What the papers claim, put to a test", intro, *sections]) + "\n"
+
+
+def section(script: str, found: Document) -> str:
+    """What is asked and how, in the script's own words; verdicts, figures, and tables."""
+    title, _, how = read_docstring(script).partition("\n\n")
+    command, _, how = how.partition("\n\n")
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    parts = [
+        f'<a id="{script}"></a>',
+        f"## {title}",
+        f"`{command.strip()}`, {takes(found['seconds'])} on {found['device']}, {versions}.",
+        how,
+        *(f"- **{x['claim']}: {x['verdict']}.** {x['shown']}" for x in found["findings"]),
+        *(f"![{Path(name).stem}]({name})" for name in found["figures"]),
+        *(table_of(title, rows) for title, rows in found["tables"].items()),
+    ]
+    return "\n\n".join(parts)
+
+
+def read_docstring(script: str) -> str:
+    """Without importing it."""
+    tree = ast.parse((FOLDER / f"{script}.py").read_text(encoding="utf-8"))
+    return ast.get_docstring(tree) or ""
+
+
+def table_of(title: str, rows: Mapping[str, Mapping[str, Any]]) -> str:
+    columns = list(next(iter(rows.values())))
+    lines = [f"{title}:", "", f"| | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
+    for name, cells in rows.items():
+        lines.append(f"| {name} | {' | '.join(map(in_words, cells.values()))} |")
+    return "\n".join(lines)
+
+
+def in_words(cell: Any) -> str:
+    """As the script prints it; an estimate is a list of its mean and its ends, if there are any."""
+    if isinstance(cell, list):
+        return str(Estimate(*(math.nan if x is None else x for x in cell)))
+    return cell if isinstance(cell, str) else f"{cell:.3g}"
 
 
 def takes(seconds: float) -> str:

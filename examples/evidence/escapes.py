@@ -1,0 +1,228 @@
+"""InvAdam: does gradient noise drive it out of sharp minima sooner than out of wide ones?
+
+    python examples/evidence/escapes.py
+
+Wells of one depth and several widths, in which the gradient's noise has the variance H / B, as
+that of batches of B has at a minimum of curvature H. The rate of each method is such that the
+widest well holds all for equally long. By the diffusion theory of Xie et al. (arXiv 2006.15815) a
+barrier ΔL delays the escape by exp(ΔL / T), T = α' H / 2B, where α' is the rate after the division
+or multiplication by sqrt(v) = sqrt(H / B):
+
+    ΔL / T = 2 B ΔL / (α H) of SGD, 2 B^½ ΔL / (α H^½) of Adam, 2 B^1.5 ΔL / (α H^1.5) of InvAdam
+
+Not to be seen here: noise with B as large as batches have makes InvAdam's steps, which scale as the
+squared gradient, and so its escapes, vanish unless its rate grows along.
+"""
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+import _evidence as evidence
+from _command_line import progress_bar
+from _digits import Factory
+from _evidence import Estimate, Finding, Verdict
+from _figures import BLUE, GREEN, ORANGE, entitle, log_ticks, tidy
+from optax_ext import dualadam, invadam
+
+# Depth of all wells, their curvatures, and B.
+BARRIER, CURVATURES, BATCH = 0.02, np.geomspace(1, 2.5, 6), 1.0
+# ΔL / T in the widest well.
+LONGEST = 5.5
+# The walls are passed for good half a hill's width behind the top.
+PASSED = 1.5 * np.pi
+
+
+class Escaping(NamedTuple):
+    """A method in a well.
+
+    Attributes:
+      factory: makes it for a rate.
+      gain: α' / α, for the noise's deviation.
+      power: the theory's p in ΔL / T ~ H^-p; `None` for a blend, which has no single one.
+      colour: of its curve.
+    """
+
+    factory: Factory
+    gain: Callable[[Any], Any]
+    power: float | None
+    colour: str
+
+
+def half_dualadam(rate: Any) -> optax.GradientTransformation:
+    """DualAdam in the middle of its first phase, for good."""
+    return dualadam(rate, switch_rate=lambda count: jnp.full_like(count, 0.5, jnp.float32))
+
+
+ESCAPING = {
+    "SGD": Escaping(optax.sgd, np.ones_like, 1.0, "0.2"),
+    "Adam": Escaping(optax.adam, lambda s: 1 / s, 0.5, BLUE),
+    "InvAdam": Escaping(invadam, lambda s: s, 1.5, ORANGE),
+    "DualAdam, half and half": Escaping(half_dualadam, lambda s: (s + 1 / s) / 2, None, GREEN),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options = make_parser().parse_args(argv)
+    escapes = {}
+    with progress_bar(len(ESCAPING)) as on_progress:
+        for name, method in ESCAPING.items():
+            escapes[name] = escape(method, options.groups, options.trajectories, options.patience)
+            on_progress(name, 1)
+    title = "ΔL / T as the times in the widest and in the sharpest well tell it, and p"
+    rows = {name: row(ESCAPING[name], found) for name, found in escapes.items()}
+    evidence.publish(
+        "escapes", options, [judge(escapes)], {title: rows}, {"escapes": draw(escapes)}
+    )
+
+
+def make_parser() -> argparse.ArgumentParser:
+    return evidence.make_parser(
+        __doc__,
+        groups=(10, "of trajectories, between which the intervals are"),
+        trajectories=(100, "in each group and well"),
+        patience=(60000, "steps after which those that have not left are given up"),
+    )
+
+
+class Escape(NamedTuple):
+    """Of one method, for each well (and each group of trajectories).
+
+    Attributes:
+      times: mean steps until they have left.
+      barriers: ΔL / T that the times tell.
+      theory: ΔL / T by the closed form.
+      powers: p of each group.
+    """
+
+    times: Any
+    barriers: Any
+    theory: Any
+    powers: Any
+
+
+def escape(method: Escaping, groups: int, trajectories: int, steps: int) -> Escape:
+    deviation = np.sqrt(CURVATURES / BATCH)
+    gains = method.gain(deviation)
+    rate = 2 * BATCH * BARRIER / (LONGEST * CURVATURES[0] * gains[0])
+    theory = 2 * BATCH * BARRIER / (rate * gains * CURVATURES)
+    left, time = leave(method.factory, rate, groups * trajectories, steps)
+    # The mean of exponential times, of which the long ones are cut off.
+    total, count = (np.reshape(x, (-1, groups, trajectories)).sum(-1) for x in (time, left))
+    times = total / np.maximum(count, 1)
+    barriers = barrier_of(times * (rate * gains * CURVATURES)[:, None])
+    powers = -np.polyfit(np.log(CURVATURES), np.log(barriers), 1)[0]
+    return Escape(times, barriers, theory, powers)
+
+
+@partial(jax.jit, static_argnames=("factory", "number", "steps"))
+def leave(factory: Factory, rate: Any, number: int, steps: int) -> tuple[Any, Any]:
+    """Whether each trajectory leaves its well, and its steps until then, or the end.
+
+    The wells are those of ΔL (1 - cos(x / w)) / 2, of curvature ΔL / 2 w² at their bottom; all
+    methods here are elementwise, so that all trajectories are one vector of parameters.
+    """
+    tx = factory(rate)
+    curvatures = jnp.asarray(CURVATURES, jnp.float32)[:, None]
+    width = jnp.sqrt(BARRIER / 2 / curvatures)
+    deviation = jnp.sqrt(curvatures / BATCH)
+
+    def step(run: Any, t: Any) -> tuple[Any, None]:
+        x, state, inside, time = run
+        noise = deviation * jax.random.normal(jax.random.fold_in(key, t), x.shape)
+        gradient = BARRIER / 2 / width * jnp.sin(x / width) + noise
+        updates, state = tx.update(gradient, state, x)
+        x = x + updates
+        return (x, state, inside & (abs(x / width) < PASSED), time + inside), None
+
+    key = jax.random.key(0, impl="rbg")
+    x = jnp.zeros((len(CURVATURES), number))
+    begin = x, tx.init(x), jnp.ones(x.shape, bool), jnp.zeros(x.shape)
+    (_, _, inside, time), _ = lax.scan(step, begin, jnp.arange(steps))
+    return ~inside, time
+
+
+def barrier_of(times: Any) -> Any:
+    """ΔL / T from mean first passages, in units of the time 1 / (α' H) in which a well relaxes.
+
+    Of y = x / w, whose diffusion D is 2 T / ΔL, it is the integral over 0 < z < y < `PASSED` of
+    exp((U(y) - U(z)) / D) / D, with U = 1 - cos; exact also where the barrier is low.
+    """
+    y = np.linspace(0, PASSED, 2001)
+    exponents = np.linspace(0.05, 12, 400)
+
+    def passage(exponent: float) -> float:
+        weight = np.exp((1 - np.cos(y)) * exponent / 2)
+        inner = np.cumsum(1 / weight) * (y[1] - y[0])
+        return float(np.sum(weight * inner) * (y[1] - y[0]) * exponent / 2)
+
+    passages = [passage(exponent) for exponent in exponents]
+    return np.exp(np.interp(np.log(times), np.log(passages), np.log(exponents)))
+
+
+def row(method: Escaping, found: Escape) -> dict[str, Estimate | float | str]:
+    return {
+        "widest": evidence.mean(found.barriers[0]),
+        "widest, theory": float(found.theory[0]),
+        "sharpest": evidence.mean(found.barriers[-1]),
+        "sharpest, theory": float(found.theory[-1]),
+        "steps in the widest": evidence.mean(found.times[0]),
+        "in the sharpest": evidence.mean(found.times[-1]),
+        "p": evidence.mean(found.powers),
+        "p, theory": "-" if method.power is None else method.power,
+    }
+
+
+def judge(escapes: Mapping[str, Escape]) -> Finding:
+    p = {name: evidence.mean(found.powers) for name, found in escapes.items()}
+    times = {name: found.times.mean(axis=1) for name, found in escapes.items()}
+    sooner = {name: time[0] / time[-1] for name, time in times.items()}
+    holds = p["InvAdam"].low > p["SGD"].high and p["SGD"].low > p["Adam"].high
+    return Finding(
+        "InvAdam: under gradient noise it leaves sharp minima first",
+        Verdict.HOLDS if holds else Verdict.NOT_SEEN,
+        f"The barrier falls with curvature as H^-p, p = {p['InvAdam']} (theory 1.5), SGD's"
+        f" {p['SGD']} (1), Adam's {p['Adam']} (½); wells {CURVATURES[-1] / CURVATURES[0]:.1f} times"
+        f" as sharp are left {sooner['InvAdam']:.0f}, {sooner['SGD']:.0f} and {sooner['Adam']:.0f}"
+        " times sooner.",
+    )
+
+
+def draw(escapes: Mapping[str, Escape]) -> Figure:
+    figure = Figure(figsize=(evidence.WIDTH, 3.6), layout="constrained")
+    steps, barriers = figure.subplots(1, 2)
+    for name, found in escapes.items():
+        colour = ESCAPING[name].colour
+        draw_groups(steps, found.times, colour, linewidth=1)
+        draw_groups(barriers, found.barriers, colour, linestyle="", label=name)
+        barriers.plot(CURVATURES, found.theory, color=colour, linewidth=1)
+    log_ticks(steps.yaxis, at=[1], form="{x:,.0f}")
+    log_ticks(barriers.yaxis, at=[1, 1.5, 2, 3, 4, 5])
+    entitle(steps, "how long wells hold", "curvature H", "steps until they are left")
+    entitle(barriers, "the same as a barrier; lines are theory", "curvature H", "ΔL / T")
+    figure.legend(loc="outside upper center", ncols=4, fontsize=8, frameon=False)
+    return figure
+
+
+def draw_groups(axes: Axes, values: Any, colour: str, **look: Any) -> None:
+    """Means over the groups of each well, and their intervals."""
+    centers, *ends = np.array([evidence.mean(of_groups) for of_groups in values]).T
+    dots = {"color": colour, "marker": "o", "markersize": 3.5, "capsize": 2}
+    axes.errorbar(CURVATURES, centers, abs(centers - ends), **dots, **look)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    log_ticks(axes.xaxis, at=[1, 1.5, 2, 3])
+    tidy(axes)
+
+
+if __name__ == "__main__":
+    main()
