@@ -16,8 +16,14 @@ from strategies import MENAGERIE, filled, shape, with_some_missing
 
 P = PartitionSpec
 TREE = {"bias": shape(8), "kernel": shape(96, 24), "odd": shape(5, 3), "scale": shape()}
-OPTIONS = ({}, {"mode": "rotating"}, {"slow_dtype": jnp.bfloat16})
-every_way = pytest.mark.parametrize("options", OPTIONS, ids=["exact", "rotating", "narrow"])
+every_way = pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, id="exact"),
+        pytest.param({"mode": "rotating"}, id="rotating", marks=pytest.mark.slow),
+        pytest.param({"slow_dtype": jnp.bfloat16}, id="narrow"),
+    ],
+)
 
 
 def lookahead(offload: str | None = "pinned_host", **options):

@@ -131,10 +131,20 @@ def largest_error(ours, expected) -> float:
     return max(jax.tree.leaves(errors))
 
 
+# One phase, two with one norm of all leaves, and two with norms of each.
+PATHS = ("fame", "vradam", "lamb")
+
+
+def quick_where_broad(name: str, where: str) -> Any:
+    """A case that is slow unless it shows what others would show too."""
+    quick = name in PATHS and where in BROADEST
+    return pytest.param(name, where, marks=[] if quick else [pytest.mark.slow])
+
+
 @pytest.mark.parametrize(
-    "where", [pytest.param(x, marks=[pytest.mark.slow] * (x not in BROADEST)) for x in LAYOUTS]
+    ("name", "where"),
+    [quick_where_broad(*case) for case in itertools.product(OPTIMIZERS | UNFUSED, LAYOUTS)],
 )
-@pytest.mark.parametrize("name", OPTIMIZERS | UNFUSED)
 def test_a_chain(name, where):
     """The same numbers, beside the parameters, and nothing said between devices but norms."""
     tx, layout = (OPTIMIZERS | UNFUSED)[name], LAYOUTS[where]
@@ -145,20 +155,12 @@ def test_a_chain(name, where):
     assert_scalar_sums(program)
 
 
-# One phase, two with one norm of all leaves, and two with norms of each.
-PATHS = ("fame", "vradam", "lamb")
-
-
 @pytest.mark.parametrize(
     ("name", "where"),
     [
-        *itertools.product(PATHS, LAYOUTS),
-        *(
-            pytest.param(name, where, marks=pytest.mark.slow)
-            for name in OPTIMIZERS | OPTAXES
-            for where in BROADEST
-            if name not in PATHS
-        ),
+        quick_where_broad(name, where)
+        for name, where in itertools.product(OPTIMIZERS | OPTAXES, LAYOUTS)
+        if name in PATHS or where in BROADEST
     ],
 )
 def test_a_fused_step(name, where):
