@@ -185,6 +185,10 @@ def test_results_are_of_a_whole_run(load_module, name):
     assert all((FOLDER / "results" / figure).is_file() for figure in found["figures"])
     evidence, script = load_module("_evidence"), load_module(name)
     assert found["options"] == evidence.sizes(script.make_parser().parse_args([]))
+    constants = evidence.constants(script)
+    assert found["constants"].keys() == constants.keys()
+    for constant, value in constants.items():
+        np.testing.assert_allclose(found["constants"][constant], value, err_msg=constant)
 
 
 def test_intervals(load_module):

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from enum import StrEnum
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -100,7 +101,10 @@ def share(successes: ArrayLike) -> Estimate:
 
 
 def make_parser(description: str | None, **sizes: tuple[int, str]) -> argparse.ArgumentParser:
-    """A command line with `--out` and sizes, each given as its default and what it is of."""
+    """A command line with `--out` and sizes, each given as its default and what it is of.
+
+    The folder is made while it is parsed, so that no training is lost for want of one.
+    """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -114,7 +118,7 @@ def make_parser(description: str | None, **sizes: tuple[int, str]) -> argparse.A
         )
     parser.add_argument(
         "--out",
-        type=Path,
+        type=_folder,
         default=RESULTS,
         metavar="FOLDER",
         help="for the figure and its numbers (default: examples/evidence/results)",
@@ -136,6 +140,15 @@ def side_by_side(
             judged[name] = one
             on_progress(name, 1)
     return judged
+
+
+def _folder(text: str) -> Path:
+    """A folder that is there from now on."""
+    try:
+        Path(text).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error.strerror}") from error
+    return Path(text)
 
 
 def publish(
@@ -164,12 +177,12 @@ def publish(
         "tables": {title: _rounded(rows) for title, rows in tables.items()},
         "figures": [f"{figure}.png" for figure in figures],
         "options": sizes(options),
+        "constants": constants(sys.modules.get(name, sys.modules["__main__"])),
         "confidence": CONFIDENCE,
         "seconds": round(time.monotonic() - _BEGIN),
         "device": jax.devices()[0].device_kind,
         "versions": VERSIONS,
     }
-    options.out.mkdir(parents=True, exist_ok=True)
     for figure, drawn in figures.items():
         save_png(drawn, options.out / f"{figure}.png")
     path = options.out / f"{name}.json"
@@ -180,6 +193,19 @@ def publish(
 def sizes(options: argparse.Namespace) -> dict[str, int]:
     """The options that decide the results."""
     return {name: value for name, value in vars(options).items() if name != "out"}
+
+
+def constants(script: ModuleType) -> dict[str, Any]:
+    """The numbers that a script names in capitals, which decide the results too."""
+
+    def is_number(x: Any) -> bool:
+        return isinstance(x, int | float) or (isinstance(x, np.ndarray) and x.dtype.kind in "if")
+
+    return {
+        name: np.asarray(value).tolist()
+        for name, value in vars(script).items()
+        if name.isupper() and is_number(value)
+    }
 
 
 def _printable(title: str, rows: Rows) -> Table:

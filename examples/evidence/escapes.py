@@ -118,7 +118,9 @@ def escape(method: Escaping, groups: int, trajectories: int, steps: int) -> Esca
     left, time = leave(method.factory, rate, groups * trajectories, steps)
     # The mean of exponential times, of which the long ones are cut off.
     total, count = (np.reshape(x, (-1, groups, trajectories)).sum(-1) for x in (time, left))
-    times = total / np.maximum(count, 1)
+    if not count.all():
+        raise SystemExit(f"--patience {steps}: of a group of {trajectories}, none left its well")
+    times = total / count
     barriers = barrier_of(times * (rate * gains * CURVATURES)[:, None])
     powers = -np.polyfit(np.log(CURVATURES), np.log(barriers), 1)[0]
     return Escape(times, barriers, theory, powers)
@@ -190,10 +192,10 @@ def judge(escapes: Mapping[str, Escape]) -> Finding:
     return Finding(
         "InvAdam: under gradient noise it leaves sharp minima first",
         Verdict.HOLDS if holds else Verdict.NOT_SEEN,
-        f"The barrier falls with curvature as H^-p, p = {p['InvAdam']} (theory 1.5), SGD's"
-        f" {p['SGD']} (1), Adam's {p['Adam']} (½); wells {CURVATURES[-1] / CURVATURES[0]:.1f} times"
-        f" as sharp are left {sooner['InvAdam']:.0f}, {sooner['SGD']:.0f} and {sooner['Adam']:.0f}"
-        " times sooner.",
+        f"The barrier falls with curvature as H^-p, p = {p['InvAdam']} (theory 1.5, for barriers"
+        f" that are high throughout), SGD's {p['SGD']} (1), Adam's {p['Adam']} (½); wells"
+        f" {CURVATURES[-1] / CURVATURES[0]:.1f} times as sharp are left {sooner['InvAdam']:.0f},"
+        f" {sooner['SGD']:.0f} and {sooner['Adam']:.0f} times sooner.",
     )
 
 

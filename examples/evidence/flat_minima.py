@@ -184,11 +184,12 @@ def judge(trained: Mapping[str, Judged]) -> Finding:
         for name, pair in pairs.items()
     ]
     alone = trained["InvAdam"], trained[ADAM]
+    losses = [found.runs.train.mean() for found in alone]
     return Finding(
         "DualAdam: it ends in flatter minima that generalize better",
         Verdict.HOLDS if all(wins) else Verdict.ONLY_UNTUNED if any(plain) else Verdict.NOT_SEEN,
-        f"{'; '.join(said)}. InvAdam alone: {ratio(flatter(*alone))} times Adam's,"
-        f" {points(better(*alone))}.",
+        f"{'; '.join(said)}. InvAdam alone: {ratio(flatter(*alone))} times Adam's, at a training"
+        f" loss of {losses[0]:.3g} instead of {losses[1]:.3g}, {points(better(*alone))}.",
     )
 
 

@@ -5,7 +5,9 @@
 All are tuned by one search: the same rates, constant or with a cosine to 0, from the same starts.
 What is best by the mean logarithm of the last loss is then judged by other starts. There is no
 weight decay, and every other argument has its default. (CaAdam knows no difference between two
-parameters of one tensor: here it is Adam.)
+parameters of one tensor: here it is Adam, and its path lies on AdamW's.)
+
+In the pictures, a path leads from the open dot to the filled one; the star is the minimum.
 
 On two parameters there is no noise, no batch and nothing to generalize to: what can be seen is how
 a rule follows a curved valley, or leaves a hollow. Fifteen intervals of 95 % are not corrected for
@@ -212,7 +214,7 @@ def judge(outcomes: Mapping[str, Mapping[str, Outcome]]) -> list[Finding]:
     higher = sum(x.low > 0 for x in differences.values())
     return [
         Finding(
-            "All: they end lower than AdamW on hard landscapes",
+            "A question of ours: all end lower than AdamW on hard landscapes",
             Verdict.HOLDS if len(lower) == len(differences) else Verdict.NOT_SEEN,
             f"Of {len(differences)} comparisons with AdamW as well tuned, {len(lower)} lower"
             f" ({'; '.join(lower) or 'none'}), {higher} higher, the others the same within the"
@@ -224,11 +226,13 @@ def judge(outcomes: Mapping[str, Mapping[str, Outcome]]) -> list[Finding]:
 def draw(outcomes: Mapping[str, Mapping[str, Outcome]], method: str) -> Figure:
     figure = Figure(figsize=(evidence.WIDTH, 3.3), layout="constrained")
     for axes, (name, landscape) in zip(figure.subplots(1, 3), LANDSCAPES.items(), strict=True):
-        draw_contours(axes, landscape)
+        paths = [outcomes[who][name].path for who in ("adamw", method)]
+        draw_contours(axes, landscape, np.concatenate(paths))
         for who, colour, style in (("adamw", "0.2", "--"), (method, ORANGE, "-")):
             found = outcomes[who][name]
             label = f"{who}, rate {found.rate:.2g}, {'cosine' if found.cosine else 'constant'}"
             axes.plot(*found.path.T, color=colour, linestyle=style, linewidth=1.2, label=label)
+            axes.plot(*found.path[0], color=colour, marker="o", markersize=6, fillstyle="none")
             axes.plot(*found.path[-1], color=colour, marker="o", markersize=4)
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), fontsize=8, frameon=False)
         entitle(axes, name, "first parameter", "")
@@ -237,16 +241,15 @@ def draw(outcomes: Mapping[str, Mapping[str, Outcome]], method: str) -> Figure:
     return figure
 
 
-def draw_contours(axes: Axes, landscape: Landscape) -> None:
-    x, y = (
-        np.linspace(low, high, 181) for low, high in zip(landscape.low, landscape.high, strict=True)
-    )
+def draw_contours(axes: Axes, landscape: Landscape, visited: Any) -> None:
+    """Of where starts are, and what was visited from there."""
+    low = np.minimum(landscape.low, visited.min(axis=0) - 0.1)
+    high = np.maximum(landscape.high, visited.max(axis=0) + 0.1)
+    x, y = (np.linspace(*ends, 181) for ends in zip(low, high, strict=True))
     points = jnp.stack(jnp.meshgrid(jnp.asarray(x), jnp.asarray(y)))
     losses = np.asarray(jax.vmap(jax.vmap(landscape.loss, -1), -1)(points)).T
     axes.contour(x, y, np.log10(losses + 1e-2), levels=8, colors="0.8", linewidths=0.7)
     axes.plot(*landscape.minimum, marker="*", color="black", markersize=9, linestyle="")
-    axes.set_xlim(landscape.low[0], landscape.high[0])
-    axes.set_ylim(landscape.low[1], landscape.high[1])
 
 
 if __name__ == "__main__":
