@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import numpy as np
 import optax
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 from rich.box import SIMPLE_HEAD
@@ -149,6 +150,24 @@ def _folder(text: str) -> Path:
     except OSError as error:
         raise argparse.ArgumentTypeError(f"{text}: {error.strerror}") from error
     return Path(text)
+
+
+def draw_estimates(
+    axes: Axes,
+    places: ArrayLike,
+    estimates: Sequence[Estimate],
+    *,
+    across: bool = False,
+    **look: Any,
+) -> None:
+    """Dots and intervals at these places along x, or `across`, along y."""
+    centers, *ends = np.transpose(estimates)
+    spread = abs(centers - ends)
+    look = {"marker": "o", "markersize": 4, "capsize": 2, "linewidth": 1.2} | look
+    if across:
+        axes.errorbar(centers, places, xerr=spread, **look)
+    else:
+        axes.errorbar(places, centers, yerr=spread, **look)
 
 
 def publish(

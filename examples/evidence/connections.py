@@ -288,19 +288,10 @@ def draw_gains(axes: Axes, judged: Mapping[str, Judged]) -> None:
     names = [name for name in judged if name != ADAM]
     for i, name in enumerate(names):
         found, colour = judged[name], COLOURS[name.partition(", ")[2]]
-        for shift, other, filled in ((-0.15, adam, True), (0.15, found.control, False)):
-            center, low, high = less(found.runs, other, TUNED)
-            axes.errorbar(
-                center,
-                i + shift,
-                xerr=[[center - low], [high - center]],
-                color=colour,
-                marker="o",
-                markersize=4,
-                fillstyle="full" if filled else "none",
-                capsize=2,
-                linewidth=1.2,
-            )
+        for shift, other, fill in ((-0.15, adam, "full"), (0.15, found.control, "none")):
+            gain = [less(found.runs, other, TUNED)]
+            look = {"color": colour, "fillstyle": fill}
+            evidence.draw_estimates(axes, [i + shift], gain, across=True, **look)
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     entitle(axes, "tuned: less Adam's, the control's (open)", "test loss", "")

@@ -217,9 +217,8 @@ def draw(escapes: Mapping[str, Escape]) -> Figure:
 
 def draw_groups(axes: Axes, values: Any, colour: str, **look: Any) -> None:
     """Means over the groups of each well, and their intervals."""
-    centers, *ends = np.array([evidence.mean(of_groups) for of_groups in values]).T
-    dots = {"color": colour, "marker": "o", "markersize": 3.5, "capsize": 2}
-    axes.errorbar(CURVATURES, centers, abs(centers - ends), **dots, **look)
+    estimates = [evidence.mean(of_groups) for of_groups in values]
+    evidence.draw_estimates(axes, CURVATURES, estimates, color=colour, **look)
     axes.set_xscale("log")
     axes.set_yscale("log")
     log_ticks(axes.xaxis, at=[1, 1.5, 2, 3])

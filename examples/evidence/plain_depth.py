@@ -270,10 +270,8 @@ def draw(outcomes: Outcomes) -> Figure:
 def draw_depths(axes: Axes, outcomes: Outcomes) -> None:
     for i, (name, colour) in enumerate(COLOURS.items()):
         widths = [evidence.mean(by_name[name].decades) for by_name in outcomes.values()]
-        centers, *ends = np.array(widths).T
-        dots = {"color": colour, "marker": "o", "markersize": 4, "capsize": 2, "linewidth": 1.2}
         shifted = np.add(list(outcomes), 0.2 * (i - 1))
-        axes.errorbar(shifted, centers, abs(centers - ends), label=name, **dots)
+        evidence.draw_estimates(axes, shifted, widths, color=colour, label=name)
     axes.set_xticks(list(outcomes))
     axes.set_ylim(0)
     entitle(axes, "where trainings succeed", "convolutions", "decades of rates")
@@ -299,10 +297,9 @@ def draw_parts(axes: Axes, deepest: Mapping[str, Judged]) -> None:
     for i, name in enumerate(others):
         colour = {**COLOURS, FALLBACK: GREEN}.get(name, "0.5")
         for shift, measure, fill in zip((-0.15, 0.15), MEASURES, ("full", "none"), strict=True):
-            center, low, high = measure(deepest[name], deepest[NOVAK])
-            dots = {"color": colour, "marker": "o", "markersize": 4, "fillstyle": fill}
-            across = [[center - low], [high - center]]
-            axes.errorbar(center, i + shift, xerr=across, capsize=2, **dots)
+            change = [measure(deepest[name], deepest[NOVAK])]
+            look = {"color": colour, "fillstyle": fill}
+            evidence.draw_estimates(axes, [i + shift], change, across=True, **look)
     axes.set_yticks(range(len(others)), others)
     axes.invert_yaxis()
     tidy(axes, grid="x")
