@@ -140,7 +140,7 @@ SMOKE = {
         slow=True,
     ),
     "escapes": Smoke(
-        ["--groups=4", "--trajectories=50", "--patience=3000"], check_escapes, slow=True
+        ["--groups=2", "--trajectories=100", "--patience=8000"], check_escapes, slow=True
     ),
     "flat_minima": Smoke(["--seeds=8", "--trials=1", "--steps=20"], check_flat_minima, slow=True),
     "lag": Smoke(["--seeds=8", "--steps=1000"], check_lag),
@@ -276,12 +276,14 @@ def test_edge_of_adam(load_module, times_edge, stable):
     [
         ("edge_of_stability", "--steps=70", "--steps must be a multiple of 50, got 70"),
         ("plain_depth", "--seeds=1", "--seeds must be 2 or more, .*, got 1"),
+        ("escapes", "--patience=2", "--patience 2: of a group of 100, none left its well"),
+        ("lag", f"--out={__file__}", "test_evidence.py: File exists"),
     ],
 )
 def test_sizes_that_cannot_be(load_module, capsys, script, option, message):
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as exit_:
         load_module(script).main([option])
-    assert re.search(message, capsys.readouterr().err)
+    assert re.search(message, f"{capsys.readouterr().err}{exit_.value}")
 
 
 def test_batches_of_an_epoch_are_disjoint(load_module):
