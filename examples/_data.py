@@ -1,6 +1,7 @@
 """The images: scikit-learn's handwritten digits, or the user's own from an .npz file."""
 
 import zipfile
+import zlib
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +14,9 @@ from sklearn.model_selection import train_test_split
 
 # Three to train on, one to validate and one to test.
 FEWEST_PER_CLASS = 5
+
+# What comes of a damaged file, by where the damage is.
+UNREADABLE = (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
 class DataError(ValueError):
@@ -62,7 +66,7 @@ def read_npz(path: Path) -> tuple[NDArray[Any], NDArray[Any]]:
             if missing:
                 raise DataError(f"{path}: lacks {_names(missing)}, has {_names(set(arrays))}")
             return arrays["x"], arrays["y"]
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except UNREADABLE as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{path}: unreadable: {error}") from error

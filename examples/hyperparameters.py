@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     sweep = Sweep(new_runs, rates, jnp.zeros((*rates.shape, options.seeds)))
     restarts = warm_restarts(options.steps)
 
-    with open_checkpoints(options) as checkpoints:
+    with open_checkpoints("hyperparameters", options) as checkpoints:
         if latest := checkpoints.latest_step():
             sweep = checkpoints.restore(latest, args=ocp.args.StandardRestore(sweep))
         with steps_to(options.rounds * options.steps, checkpoints) as steps:

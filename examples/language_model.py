@@ -27,7 +27,7 @@ import optax
 import orbax.checkpoint as ocp
 
 import optax_ext
-from _command_line import add_numbers, make_parser, positive
+from _command_line import above_zero, add_numbers, make_parser, not_negative, positive
 from _language import HEADS, LENGTH, Transformer, draw, read_text
 from _resume import open_checkpoints, steps_to
 from pallas_kernels import fuse
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     training, held_out = np.split(text, [int((1 - HELD_OUT) * len(text))])
     state = begin(options)
 
-    with open_checkpoints(options) as checkpoints:
+    with open_checkpoints("language_model", options) as checkpoints:
         if latest := checkpoints.latest_step():
             state = checkpoints.restore(latest, args=ocp.args.StandardRestore(state))
         with steps_to(options.steps, checkpoints) as steps:
@@ -125,11 +125,15 @@ def bits_per_byte(state: FusedTrainState, batch: jax.Array) -> jax.Array:
 def write(
     state: FusedTrainState, prompt: jax.Array, key: jax.Array, temperature: float, length: int
 ) -> jax.Array:
-    """Draws bytes one by one, each from what the model makes of the last `LENGTH`."""
+    """Draws bytes one by one, each from what the model makes of the last `LENGTH`.
+
+    The logit that is highest with noise of Gumbel's is a draw; without any, the likeliest byte.
+    """
 
     def write_byte(window: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits = state.apply_fn({"params": state.params}, window[None])[0, -1]
-        byte = jax.random.categorical(key, logits.astype(jnp.float32) / temperature)
+        noise = temperature * jax.random.gumbel(key, logits.shape)
+        byte = jnp.argmax(logits.astype(jnp.float32) + noise)
         return jnp.append(window[1:], byte), byte
 
     window = jnp.asarray(prompt, jnp.int32)
@@ -153,14 +157,14 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, np.ndarray]:
     )
     add_numbers(
         parser,
-        ("--rate", float, 3e-3, "learning rate, at its peak"),
+        ("--rate", above_zero, 3e-3, "learning rate, at its peak"),
         ("--steps", positive, 300, "in all"),
         ("--batch", positive, 32, "sequences in a step"),
         ("--width", positive, 128, "of the model"),
         ("--layers", positive, 2, "of the model"),
         ("--log-every", positive, 50, "steps between reports"),
         ("--write", positive, 400, "bytes, at the end"),
-        ("--temperature", float, 0.7, "of what is written"),
+        ("--temperature", not_negative, 0.7, "of what is written; at 0, the likeliest bytes"),
     )
     options = parser.parse_args(argv)
     if options.width % HEADS:

@@ -45,8 +45,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import optax_ext
-from _command_line import positive
+from _command_line import above_zero, natural, positive
 from _language import HEADS, LENGTH, Transformer, draw, read_text
+from _resume import open_checkpoints
 from pallas_kernels import FusedTransformation, fuse
 
 VIRTUAL_CPU_DEVICES = 8
@@ -60,30 +61,43 @@ OPTIMIZERS = {
     "adamw": optax.adamw,
 }
 
+# What a run may go on with: on other devices it is the same up to rounding.
+MAY_CHANGE = {
+    "steps",
+    "layout",
+    "model_parallel",
+    "cpu_devices",
+    "cluster",
+    "coordinator",
+    "processes",
+    "process",
+    "give_up_after",
+}
+
 Tree = Any
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse(argv)
     start_jax(options)
-    mesh = make_mesh(options.model_parallel)
+    mesh = make_mesh(options.model_parallel, options.batch)
     model = Transformer(options.width, options.layers)
     params = lay_out(model, mesh, by_data=options.layout == "fully-sharded")
     shardings = jax.tree.map(lambda x: x.sharding, params)
     tx = fuse(OPTIMIZERS[options.optimizer](options.rate), shardings=shardings)
 
-    manager = open_checkpoints(options.checkpoints, options.save_every)
+    manager = None
+    if options.checkpoints:
+        manager = open_checkpoints("sharded", options, may_change=MAY_CHANGE)
     first, params, state = begin(model, tx, params, manager)
     console = Console(quiet=jax.process_index() > 0)
     console.print(placement(params, state, mesh))
     if first:
         console.print(f"resumed after step {first}")
-    if first >= options.steps:
-        return
 
     train_step = make_step(model, tx, in_use=lay_out(model, mesh, by_data=False))
     text, batches = read_text(), NamedSharding(mesh, PartitionSpec("data"))
-    loss = math.nan
+    loss = None
     with progress_bar(console, first, options.steps, options.batch * LENGTH) as advance:
         for step in range(first, options.steps):
             batch = spread(draw(text, step, options.batch), batches)
@@ -95,7 +109,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if manager is not None:
         manager.close()
     final = fingerprint(params)  # by all processes together
-    console.print(f"step {options.steps}: loss {loss:.4f}, parameters {final}")
+    last = "" if loss is None else f"loss {loss:.4f}, "  # nothing was left to do
+    console.print(f"step {max(first, options.steps)}: {last}parameters {final}")
 
 
 def start_jax(options: argparse.Namespace) -> None:
@@ -110,16 +125,23 @@ def start_jax(options: argparse.Namespace) -> None:
         )
 
 
-def make_mesh(model_parallel: int) -> Mesh:
-    """All devices of all processes, in rows of those that share a layer."""
+def make_mesh(model_parallel: int, batch: int) -> Mesh:
+    """All devices of all processes, in rows of those that share a layer and a part of the batch."""
     devices = jax.device_count()
-    if model_parallel < 1 or math.gcd(devices, HEADS) % model_parallel:
+    if math.gcd(devices, HEADS) % model_parallel:
         raise SystemExit(
             f"--model-parallel must divide {devices} devices and {HEADS} heads,"
             f" got {model_parallel}"
         )
-    shape = devices // model_parallel, model_parallel
-    return jax.make_mesh(shape, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    parts = devices // model_parallel
+    if batch % parts:
+        raise SystemExit(
+            f"--batch must be a multiple of {parts}, the devices that have different data,"
+            f" got {batch}"
+        )
+    return jax.make_mesh(
+        (parts, model_parallel), ("data", "model"), axis_types=(AxisType.Auto,) * 2
+    )
 
 
 def lay_out(model: Transformer, mesh: Mesh, *, by_data: bool) -> Tree:
@@ -170,13 +192,6 @@ def begin(
     shardings = jax.tree.map(lambda x: x.sharding, params)
     new = jax.jit(lambda: model.init(jax.random.key(0), batch), out_shardings=shardings)()
     return 0, new, jax.jit(tx.init, out_shardings=places)(new)
-
-
-def open_checkpoints(folder: Path | None, period: int) -> ocp.CheckpointManager | None:
-    if folder is None:
-        return None
-    options = ocp.CheckpointManagerOptions(save_interval_steps=period, max_to_keep=2)
-    return ocp.CheckpointManager(folder.resolve(), options=options)
 
 
 def spread(batch: np.ndarray, sharding: NamedSharding) -> jax.Array:
@@ -276,7 +291,7 @@ def progress_bar(
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=console, disable=console.quiet) as progress:
+    with Progress(*columns, console=console, disable=console.quiet or first >= steps) as progress:
         task = progress.add_task("", total=steps, completed=first, note="compiling")
         begun = time.perf_counter()
 
@@ -299,7 +314,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="fame")
-    parser.add_argument("--rate", type=float, default=1e-3, help="learning rate (default: 1e-3)")
+    parser.add_argument(
+        "--rate", type=above_zero, default=1e-3, help="learning rate (default: 1e-3)"
+    )
     parser.add_argument("--steps", type=positive, default=100, help="in all, resumed ones included")
     parser.add_argument("--batch", type=positive, default=32, help="sequences in a step")
     parser.add_argument("--width", type=positive, default=128)
@@ -312,7 +329,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--model-parallel",
-        type=int,
+        type=positive,
         default=1,
         metavar="N",
         help="devices that share the heads, the hidden units and the same data",
@@ -329,7 +346,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--cluster", action="store_true", help="find the other processes by itself")
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0")
     parser.add_argument("--processes", type=positive, metavar="N")
-    parser.add_argument("--process", type=int, metavar="I", help="this one's number, from 0")
+    parser.add_argument("--process", type=natural, metavar="I", help="this one's number, from 0")
     parser.add_argument(
         "--give-up-after",
         type=positive,
@@ -338,8 +355,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="how long a process that died may be silent before the others end (default: 100)",
     )
     options = parser.parse_args(argv)
-    if options.coordinator and None in (options.processes, options.process):
+    number, of = options.process, options.processes
+    if options.coordinator and None in (number, of):
         parser.error("--coordinator needs --processes and --process")
+    if not options.coordinator and not options.cluster and (number, of) != (None, None):
+        parser.error("--processes and --process need --coordinator")
+    if number is not None and of is not None and number >= of:
+        parser.error(f"--process must be below {of}, got {number}")
     if options.width % HEADS:
         parser.error(f"--width must be a multiple of {HEADS}, got {options.width}")
     return options

@@ -20,7 +20,15 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 import optax_ext
-from _command_line import add_data, add_numbers, make_parser, positive
+from _command_line import (
+    above_zero,
+    add_data,
+    add_numbers,
+    make_parser,
+    natural,
+    not_negative,
+    positive,
+)
 from _data import DataError, Dataset, Split, draw, load
 from _resume import open_checkpoints, steps_to
 from pallas_kernels import fuse
@@ -35,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = Network(data.train.images.shape[-1], data.classes, rngs=nnx.Rngs(options.seed))
     optimizer = FusedOptimizer(model, fuse(make_optimizer(options)), wrt=nnx.Param)
 
-    with open_checkpoints(options) as checkpoints:
+    with open_checkpoints("train_nnx", options) as checkpoints:
         if latest := checkpoints.latest_step():
             target = ocp.args.StandardRestore(nnx.state((model, optimizer)))
             nnx.update((model, optimizer), checkpoints.restore(latest, args=target))
@@ -153,12 +161,12 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Dataset]:
     parser.add_argument("--optimizer", choices=METHODS, default="vradam")
     add_numbers(
         parser,
-        ("--rate", float, 1e-2, "learning rate, at its peak"),
-        ("--head-rate", float, 0.5, "that of the head, relative to it"),
-        ("--decay", float, 1e-2, "of kernels"),
+        ("--rate", above_zero, 1e-2, "learning rate, at its peak"),
+        ("--head-rate", not_negative, 0.5, "that of the head, relative to it"),
+        ("--decay", not_negative, 1e-2, "of kernels"),
         ("--steps", positive, 300, "in all"),
         ("--batch", positive, 64, "images in a step"),
-        ("--seed", int, 0, "of weights, order and dropout"),
+        ("--seed", natural, 0, "of weights, order and dropout"),
         ("--log-every", positive, 50, "steps between reports"),
     )
     options = parser.parse_args(argv)

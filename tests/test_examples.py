@@ -143,6 +143,11 @@ def test_bad_files(compare, tmp_path, capsys):
     torn = tmp_path / "torn.npz"
     torn.write_bytes(whole[:200].replace(b"\x93NUMPY", b"\x93NUMPU") + whole[200:])
     expect_exit(compare, capsys, [f"--data={torn}"], "torn.npz: unreadable")
+    np.savez_compressed(torn, **some_images())
+    damaged = bytearray(torn.read_bytes())
+    damaged[100:110] = bytes(range(246, 256))
+    torn.write_bytes(damaged)
+    expect_exit(compare, capsys, [f"--data={torn}"], "torn.npz: unreadable: .*decompressing")
 
 
 @pytest.mark.parametrize(

@@ -75,11 +75,11 @@ def test_interrupted_run_ends_where_the_whole_one_ends(
 
 def test_second_interrupt_ends_at_once(load_module, tmp_path):
     resume = load_module("_resume")
-    taken = []
+    options, taken = Namespace(checkpoints=tmp_path, save_every=1), []
 
     def take_steps():
         with (
-            resume.open_checkpoints(Namespace(checkpoints=tmp_path, save_every=1)) as checkpoints,
+            resume.open_checkpoints("this", options) as checkpoints,
             resume.steps_to(9, checkpoints) as steps,
         ):
             for step in steps:
@@ -96,34 +96,123 @@ def test_second_interrupt_ends_at_once(load_module, tmp_path):
 def test_folder_is_of_one_training(load_module, tmp_path):
     open_checkpoints = load_module("_resume").open_checkpoints
 
-    def begin(**options):
-        open_checkpoints(Namespace(checkpoints=tmp_path, **options)).close()
+    def begin(program="this", **changes):
+        options = {"checkpoints": tmp_path / "run", "save_every": 1, "log_every": 2, "head_rate": 1}
+        may_change = {"steps"}
+        open_checkpoints(program, Namespace(**options | changes), may_change=may_change).close()
 
-    begin(save_every=1, log_every=2)
-    begin(save_every=3, log_every=2)
-    with pytest.raises(SystemExit, match="it began with --log-every 2, got 4"):
-        begin(save_every=1, log_every=4)
+    begin(steps=1)
+    begin(steps=2, save_every=3, log_every=4)
+    with pytest.raises(SystemExit, match="it began with --head-rate 1, got 2"):
+        begin(head_rate=2)
+    with pytest.raises(SystemExit, match="another version of the program wrote it"):
+        begin(text=None)
     with pytest.raises(SystemExit, match="another program wrote it"):
-        begin(save_every=1, text=None)
+        begin("that")
+
+
+def test_folder_is_of_one_text_wherever_that_lies(load_module, tmp_path):
+    open_checkpoints = load_module("_resume").open_checkpoints
+
+    def begin(text: Path):
+        options = Namespace(checkpoints=tmp_path / "run", save_every=1, text=text)
+        open_checkpoints("this", options).close()
+
+    text = tmp_path / "text"
+    text.write_text("one")
+    begin(text)
+    begin(text.rename(tmp_path / "moved"))
+    text.write_text("two")
+    with pytest.raises(SystemExit, match=r"began with --text a file of 3 bytes, SHA-256 .*, got"):
+        begin(text)
+
+
+def test_folder_of_another_program_is_left_alone(load_module, tmp_path):
+    with ocp.CheckpointManager(tmp_path) as checkpoints:
+        checkpoints.save(3, args=ocp.args.StandardSave({"x": np.ones(2)}))
+    written = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit, match="another program wrote it"):
+        load_module("_resume").open_checkpoints("this", Namespace(checkpoints=tmp_path))
+    assert sorted(tmp_path.rglob("*")) == written
+
+
+def test_folder_must_be_writable(load_module, monkeypatch, tmp_path):
+    resume, file = load_module("_resume"), tmp_path / "file"
+    file.touch()
+    for folder, message in (file, "File exists"), (file / "run", "Not a directory"):
+        with pytest.raises(SystemExit, match=f"--checkpoints {folder}: {message}"):
+            resume.open_checkpoints("this", Namespace(checkpoints=folder))
+    monkeypatch.setattr(resume.os, "access", lambda *_: False)  # root may write anywhere
+    with pytest.raises(SystemExit, match=f"--checkpoints {tmp_path}: can't be written to"):
+        resume.open_checkpoints("this", Namespace(checkpoints=tmp_path))
+
+
+def test_sharded_folder_is_of_one_training(load_module, monkeypatch, tmp_path, capsys):
+    module = load_module("sharded")
+    monkeypatch.setattr(module, "start_jax", lambda options: None)  # it runs already
+    options = [f"--checkpoints={tmp_path}", "--width=16", "--layers=1", "--steps=1"]
+    options.append(f"--batch={jax.device_count()}")
+
+    def last_line(*changes: str) -> str:
+        module.main([*options, *changes])
+        return capsys.readouterr().out.splitlines()[-1]
+
+    line = last_line()
+    assert re.fullmatch(r"step 1: loss \d\.\d{4}, parameters [0-9a-f]{16}", line), line
+    assert last_line("--layout=replicated") == f"step 1: parameters {line.split()[-1]}"
+    assert last_line("--steps=2").startswith("step 2: loss")
+    assert last_line().startswith("step 2: parameters")
+    for change, message in {
+        "--rate=5": r"it began with --rate 0\.001, got 5\.0",
+        "--optimizer=novak": "it began with --optimizer fame, got novak",
+    }.items():
+        with pytest.raises(SystemExit, match=message):
+            module.main([*options, change])
+
+
+def test_batch_is_shared_evenly(load_module):
+    make_mesh, devices = load_module("sharded").make_mesh, jax.device_count()
+    assert make_mesh(devices, batch=3).shape == {"data": 1, "model": devices}
+    with pytest.raises(SystemExit, match=f"--batch must be a multiple of {devices}, .* got 3"):
+        make_mesh(1, batch=3)
 
 
 @pytest.mark.parametrize(
     ("name", "argument", "message"),
     [
         ("train_nnx", "--steps=0", "must be a whole number above 0, got '0'"),
+        ("train_nnx", "--rate=-1", "must be a finite number above 0, got '-1'"),
+        ("train_nnx", "--rate=nan", "must be a finite number above 0, got 'nan'"),
+        ("train_nnx", "--head-rate=inf", "must be a finite number, 0 or above, got 'inf'"),
+        ("train_nnx", "--decay=-1", "must be a finite number, 0 or above, got '-1'"),
+        ("train_nnx", "--decay=much", "must be a finite number, 0 or above, got 'much'"),
+        ("train_nnx", "--seed=-1", "must be a whole number from 0 to 2³² - 1, got '-1'"),
+        ("train_nnx", "--seed=4294967296", "must be a whole number from 0 to 2³² - 1"),
         ("train_nnx", "--data=none.npz", "none.npz: no such file"),
         ("language_model", "--text=none.txt", "--text none.txt: no such file"),
+        ("language_model", "--rate=0", "must be a finite number above 0, got '0'"),
+        ("language_model", "--temperature=-1", "must be a finite number, 0 or above, got '-1'"),
         ("language_model", "--width=12", "--width must be a multiple of 8, got 12"),
         ("hyperparameters", "--rates=4", "--rates must be odd, .* got 4"),
         ("hyperparameters", "--seeds=1", "--seeds must be 2 or more .* got 1"),
         ("sharded", "--steps=0", "must be a whole number above 0, got '0'"),
         ("sharded", "--width=12", "--width must be a multiple of 8, got 12"),
+        ("sharded", "--rate=nan", "must be a finite number above 0, got 'nan'"),
+        ("sharded", "--model-parallel=0", "must be a whole number above 0, got '0'"),
+        ("sharded", "--process=-1", "must be a whole number from 0 to 2³² - 1, got '-1'"),
+        ("sharded", "--process=0", "--processes and --process need --coordinator"),
+        ("sharded", "--processes=2", "--processes and --process need --coordinator"),
+        (
+            "sharded",
+            "--coordinator=localhost:1 --processes=2 --process=2",
+            "--process must be below 2, got 2",
+        ),
         ("sharded", "--coordinator=localhost:1", "--coordinator needs --processes and --process"),
     ],
 )
 def test_bad_options(load_module, capsys, name, argument, message):
     with pytest.raises(SystemExit) as exit_:
-        load_module(name).main([argument])
+        load_module(name).main(argument.split())
     assert exit_.value.code == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert re.search(f": error: .*{message}", last), last
@@ -201,6 +290,26 @@ def test_writes_what_the_model_says(load_module):
     written = module.write(state, prompt, jax.random.key(0), 0.5, length=4)
     assert module.decode(written) == "bcde"
     assert module.decode([0xC3, 0xA9, 0xFF]) == "é\ufffd"
+
+
+def test_temperature_is_of_the_draws(load_module):
+    module = load_module("language_model")
+    logits = jnp.log(jnp.full(256, 1e-9).at[jnp.array([65, 66])].set(jnp.array([0.8, 0.2])))
+    state = module.FusedTrainState.create(
+        apply_fn=lambda variables, tokens: jnp.broadcast_to(logits, (*tokens.shape, 256)),
+        params={},
+        tx=optax.identity(),
+    )
+
+    def share_of_likeliest(temperature):
+        prompt = np.zeros(module.LENGTH, np.uint8)
+        written = module.write(state, prompt, jax.random.key(0), temperature, length=2000)
+        return module.decode(written).count("A") / 2000
+
+    assert share_of_likeliest(0.0) == 1
+    # 4 : 1, to the power of 1 / temperature; five standard deviations of a share.
+    assert share_of_likeliest(1.0) == pytest.approx(4 / 5, abs=0.045)
+    assert share_of_likeliest(0.5) == pytest.approx(16 / 17, abs=0.026)
 
 
 def test_rates_change_without_compiling(load_module, monkeypatch):
