@@ -67,7 +67,7 @@ CURVATURES = (OF_EDGE, OF_OWN_EDGE, HIGHEST, OF_H)
 PEAKS, LOSS, LESS = "peaks, decades", "log10 of loss", "less AdamW's"
 STYLES: dict[str, dict[str, Any]] = {
     ADAMW: {"color": "0.2", "marker": "o"},
-    VRADAM: {"color": BLUE, "marker": "o"},
+    VRADAM: {"color": BLUE, "marker": "o", "linestyle": "--"},
     STRONGER: {"color": ORANGE, "marker": "o"},
     MEAN_RATE: {"color": GREEN, "marker": "s"},
     REPLAYED: {"color": PINK, "marker": "s", "linestyle": "--"},
@@ -171,16 +171,21 @@ def tune(
 
     without = [(x, None) for x in grid(len(STRENGTHS) * options.rates)]
     gated = [(x, beta3) for beta3 in STRENGTHS for x in grid(options.rates)]
-    trials = {f"{rate:.2g}, {beta3}": (rate, beta3) for rate, beta3 in without + gated}
+    trials = {f"trial {i}": trial for i, trial in enumerate(without + gated)}
     search = partial(late_losses, FIRST_SEARCH_SEED, options.trials)
     losses = [found.mean() for found in evidence.side_by_side(search, trials).values()]
-    best = [
+    best = (
         without[int(np.nanargmin(losses[: len(without)]))],
         gated[int(np.nanargmin(losses[len(without) :]))],
-    ]
-    judged = [*best, (UNTUNED, None), (UNTUNED, DEFAULT)]
-    a, b, c, d = (Tuned(*trial, late_losses(FIRST_SEED, options.seeds, trial)) for trial in judged)
-    return (a, b), (c, d)
+    )
+
+    def judged(rate: float, beta3: float | None) -> Tuned:
+        return Tuned(rate, beta3, late_losses(FIRST_SEED, options.seeds, (rate, beta3)))
+
+    return (
+        (judged(*best[0]), judged(*best[1])),
+        (judged(UNTUNED, None), judged(UNTUNED, DEFAULT)),
+    )
 
 
 def grid(rates: int) -> list[float]:
@@ -328,15 +333,18 @@ def draw(runs: Mapping[str, Sequence[Run]], edge: Mapping[str, Cells]) -> Figure
         draw_curve(panels["rate"], name, thin(curves.rate))
         draw_curve(panels["loss"], name, thin(curves.loss))
         draw_point(panels["peaks"], edge[name], style)
-    for axes, level, text in ((panels["edge"], OF_ADAM, "38 / α"), (panels["H"], 2, "2 / α")):
+    for axes, level, text in (
+        (panels["edge"], OF_ADAM, "38 / α"),
+        (panels["H"], OF_DESCENT, "2 / α"),
+    ):
         axes.axhline(level / RATE, color="black", linestyle=":", linewidth=1)
-        right = {"xycoords": axes.get_yaxis_transform(), "ha": "right", "va": "top"}
-        axes.annotate(text, (1, level / RATE), fontsize=9, **right)
+        beside = {"xycoords": axes.get_yaxis_transform(), "ha": "left", "va": "center"}
+        axes.annotate(text, (1.01, level / RATE), fontsize=9, **beside)
     entitle(panels["edge"], "curvature that Adam sees", "steps", "top eigenvalue of $P^{-1} H$")
     entitle(panels["H"], "curvature of the loss", "steps", "top eigenvalue of H")
-    entitle(panels["rate"], "rate, with gate and schedule", "steps", "rate α")
+    entitle(panels["rate"], "rate, with gate and schedule", "steps", "rate")
     entitle(panels["loss"], f"loss, means of {MEASURED_EVERY} steps", "steps", "squared error")
-    title = "what decides: steady is below, trained is left (means, intervals over seeds)"
+    title = "lower is steadier, left is a lower loss (means and intervals over seeds)"
     entitle(panels["peaks"], title, "log10 of the loss in the end", "peaks of the loss, decades")
     for name, axes in panels.items():
         axes.set_yscale("log")
