@@ -249,10 +249,11 @@ def judge_edges(edge: Mapping[str, Cells]) -> list[Finding]:
         return Finding(
             f"VRAdam: with {error}, Adam trains at the edge of stability, 38 / α",
             Verdict.HOLDS if stays else Verdict.REFUTED,
-            f"The largest eigenvalue of P^-1 H is {at.mean:.2g} of 38 / α"
-            f" [{at.low:.2g}, {at.high:.2g}] in the second half of the steps, and at most"
-            f" {highest.mean:.2g} of it on the way; that of H is"
-            f" {cells[OF_H].mean:.2g}, far from 2 / α = {OF_DESCENT / RATE:.0f}.",
+            f"The largest eigenvalue of P^-1 H is {at.mean:.3g} of 38 / α"
+            f" [{at.low:.3g}, {at.high:.3g}] in the second half of the steps, and at most"
+            f" {highest.mean:.3g} of it on the way; that of H is"
+            f" {cells[OF_H].mean:.2g}, and gradient descent's edge 2 / α ="
+            f" {OF_DESCENT / RATE:.0f}.",
         )
 
     return [
@@ -265,11 +266,12 @@ def judge_steadiness(edge: Mapping[str, Cells]) -> Finding:
     """It has to be steadier than its controls, and than slow ones without a higher loss."""
     gated, published = edge[STRONGER], edge[VRADAM]
 
-    def below(column: str, control: str) -> bool:
-        return gated[column].high < edge[control][column].low
+    def beats(one: Cells, other: Cells, columns: Sequence[str] = (PEAKS, LOSS)) -> bool:
+        return all(one[column].high < other[column].low for column in columns)
 
-    steadier = all(below(PEAKS, control) for control in (ADAMW, MEAN_RATE, REPLAYED))
-    beaten = [control for control in SLOW if below(PEAKS, control) and below(LOSS, control)]
+    steadier = all(beats(gated, edge[name], [PEAKS]) for name in (ADAMW, MEAN_RATE, REPLAYED))
+    beaten = [name for name in SLOW if beats(gated, edge[name])]
+    better = [name for name in SLOW if beats(edge[name], gated)]
     verdict = Verdict.NOT_SEEN
     if steadier:
         verdict = Verdict.HOLDS if len(beaten) == len(SLOW) else Verdict.ONLY_UNTUNED
@@ -286,9 +288,9 @@ def judge_steadiness(edge: Mapping[str, Cells]) -> Finding:
         f" the edge of the gated rate; as published, where the gate's mean is"
         f" {published['mean rate / α'].mean:.3f} here, by {shown(VRADAM)}. AdamW at α peaks by"
         f" {shown(ADAMW)}, at the gated run's mean rate {shown(MEAN_RATE)}, at the rates of"
-        f" another seed's gate {shown(REPLAYED)}. AdamW that is slow late: {slow}; the gate has"
-        f" both smaller peaks and a lower loss than {len(beaten) or 'none'} of these"
-        f" {len(SLOW)}.",
+        f" another seed's gate {shown(REPLAYED)}. AdamW that is slow late: {slow}. In both"
+        f" peaks and loss the gate is better than {len(beaten)} of these {len(SLOW)}, and"
+        f" {len(better)} better than the gate.",
     )
 
 
