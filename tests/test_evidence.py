@@ -58,19 +58,27 @@ def check_landscapes(tables: dict[str, Any]) -> None:
 
 
 def check_edge_of_stability(tables: dict[str, Any]) -> None:
-    edge, best = tables.values()
-    adamw, gated, strong, slower, replayed, _ = edge.values()
-    rate = "mean rate / α"
+    curvature, loss, *searches = tables.values()
+    adamw, gated, strong, slower, replayed, cosine, quarter, eighth, _ = curvature.values()
+    rate, of_edge, of_own = "mean rate / α", "curvature / edge", "curvature / own edge"
     assert adamw[rate] == [1, 1, 1]
     assert 1 / 11 <= strong[rate][0] < gated[rate][0] < 1
     # Two seeds follow each the other's gate.
     assert slower[rate] == pytest.approx(strong[rate], rel=1e-3)
     assert replayed[rate] == pytest.approx(strong[rate], rel=1e-3)
-    for cells in (adamw, strong, slower):
-        assert cells["P^-1 H, of edge"][0] > 0
-    assert strong["of own rate's"][0] < strong["P^-1 H, of edge"][0]
-    assert adamw["of own rate's"] == adamw["P^-1 H, of edge"]
-    assert [name.partition(" ")[0] for name in best] == ["AdamW", "VRAdam", "AdamW"]
+    # A cosine over 100 steps that begins at 1 and would be 0 after them.
+    assert cosine[rate] == pytest.approx([0.505] * 3, rel=1e-3)
+    assert all(0 < cells[of_edge][0] <= cells["highest / edge"][0] for cells in curvature.values())
+    assert strong[of_own][0] < strong[of_edge][0]
+    assert adamw[of_own] == adamw[of_edge]
+    for cells, share in ((quarter, 1 / 4), (eighth, 1 / 8)):
+        assert cells[rate] == pytest.approx([share] * 3)
+        assert cells[of_own][0] == pytest.approx(share * cells[of_edge][0], rel=1e-3)
+    assert all(cells["peaks, decades"][0] >= 0 for cells in loss.values())
+    for rows in searches:
+        assert list(rows) == ["AdamW", "VRAdam"]
+        assert rows["AdamW"]["less AdamW's"] == [0, 0, 0]
+    assert [cells["rate"] for cells in searches[1].values()] == ["0.001", "0.001"]
 
 
 def check_connections(tables: dict[str, Any]) -> None:
@@ -135,7 +143,7 @@ SMOKE = {
     # As many runs to search as to judge, so that each optimizer is compiled once.
     "connections": Smoke(["--seeds=4", "--trials=1", "--steps=3"], check_connections, slow=True),
     "edge_of_stability": Smoke(
-        ["--seeds=2", "--steps=100", "--images=32", "--rates=2"],
+        ["--seeds=2", "--trials=1", "--steps=100", "--images=32", "--rates=2"],
         check_edge_of_stability,
         slow=True,
     ),
@@ -292,6 +300,30 @@ def test_batches_of_an_epoch_are_disjoint(load_module):
     assert batches.shape == (5, digits.BATCH)
     assert len(np.unique(batches[:2])) == len(np.unique(batches[2:4])) == 2 * digits.BATCH
     assert (batches != digits.draw_batches(1, steps=5, images=130)).any()
+
+
+# Of peaks and of the loss's logarithm: AdamW's, the gate's, and a slow AdamW's.
+@pytest.mark.parametrize(
+    ("adamw", "gated", "slow", "verdict"),
+    [
+        ((0.8, -3.5), (0.1, -3.2), (0.3, -3.0), "HOLDS"),
+        ((0.8, -3.5), (0.1, -3.2), (0.3, -3.4), "ONLY_UNTUNED"),
+        ((0.8, -3.5), (0.1, -3.2), (0.0, -3.0), "ONLY_UNTUNED"),
+        ((0.1, -3.5), (0.1, -3.2), (0.3, -3.0), "NOT_SEEN"),
+    ],
+)
+def test_slow_controls_can_explain_steadiness_away(load_module, adamw, gated, slow, verdict):
+    script, evidence = load_module("edge_of_stability"), load_module("_evidence")
+
+    def cells(peaks, loss):
+        found = dict.fromkeys((*script.CURVATURES, "mean rate / α"), evidence.Estimate(1, 1, 1))
+        around = {script.PEAKS: peaks, script.LOSS: loss}
+        return found | {k: evidence.Estimate(x, x - 0.01, x + 0.01) for k, x in around.items()}
+
+    edge = {name: cells(*adamw) for name in script.STYLES}
+    edge |= {script.STRONGER: cells(*gated)} | {name: cells(0.3, -3.0) for name in script.SLOW}
+    edge[script.COSINE] = cells(*slow)
+    assert script.judge_steadiness(edge).verdict == evidence.Verdict[verdict]
 
 
 def test_what_diverges_is_not_best(load_module):
