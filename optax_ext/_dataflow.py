@@ -104,7 +104,7 @@ class _Run:
     """An abstract run: what it has seen so far, and in which calls and iterations it is."""
 
     uses: list[set[Use]]
-    place: tuple[int, ...] = ()
+    place: tuple[Any, ...] = ()
     bits: dict[tuple[int, tuple[Any, ...]], int] = field(default_factory=dict)
 
     def jaxpr(self, jaxpr: Any, arguments: Sequence[Value]) -> list[Value]:
@@ -140,7 +140,7 @@ class _Run:
             return [self.meet(values, name, _weight_operands(eqn))] * len(eqn.outvars)
         return [self.prepare(eqn, values, i) for i in range(len(eqn.outvars))]
 
-    def at(self, place: int, jaxpr: Any, values: list[Value]) -> list[Value]:
+    def at(self, place: Any, jaxpr: Any, values: list[Value]) -> list[Value]:
         """The results of a call or an iteration."""
         outside, self.place = self.place, (*self.place, place)
         results = self.jaxpr(jaxpr, values)
@@ -226,7 +226,7 @@ class _Run:
             known = self.knowledge()
             row = length - 1 - i if eqn.params["reverse"] else i
             inputs = [*consts, *carry, *(_row(value, row, length) for value in rows)]
-            outputs = self.at(i, body, inputs)
+            outputs = self.at((id(eqn), i), body, inputs)
             for result, output in zip(results, outputs[n_carry:], strict=True):
                 result.append(output)
             before, carry = carry, outputs[:n_carry]

@@ -344,6 +344,24 @@ def test_stacked_layers_however_they_are_written(stack):
     assert read(apply, params, shape(2, 4)) == {"stack": (16, 1), "out": (20, 3)}
 
 
+@pytest.mark.parametrize("loop", ["fori_loop", "scan"])
+def test_loops_over_halves_of_a_stack(loop):
+    """JAX keeps one body for both loops; the six layers are six all the same."""
+
+    def apply(params, x):
+        body = lambda i, x: x @ params["stack"]["kernel"][i]  # noqa: E731
+        step = lambda x, i: (body(i, x), None)  # noqa: E731
+        for start in (0, 3):
+            if loop == "scan":
+                x = lax.scan(step, x, jnp.arange(start, start + 3))[0]
+            else:
+                x = lax.fori_loop(start, start + 3, body, x)
+        return x @ params["out"]["kernel"]
+
+    params = shapes(stack=(6, 4, 4), out=(4, 2))
+    assert read(apply, params, shape(2, 4)) == {"stack": (16, 2.5), "out": (8, 6)}
+
+
 def test_stacked_norms_are_no_kernels():
     """A scale has two axes, one of them the stack's."""
 
