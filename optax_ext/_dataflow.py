@@ -85,7 +85,15 @@ _OPERATIONS = {
 OPAQUE = ("custom_linear_solve", "ffi_call", "io_callback", "pallas_call", "pure_callback")
 _SLICES = ("slice", "dynamic_slice", "split")
 # Noise has no part in the structure: a weight that is dropped at random stays a weight.
-_NOISE = ("random_bits", "random_unwrap", "random_wrap", "rng_bit_generator", "threefry2x32")
+_NOISE = (
+    "random_bits",
+    "random_gamma",
+    "random_unwrap",
+    "random_wrap",
+    "rng_bit_generator",
+    "rng_uniform",
+    "threefry2x32",
+)
 
 
 def uses_of_parameters(jaxpr: Any, count: int) -> list[set[Use]]:

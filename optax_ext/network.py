@@ -116,13 +116,15 @@ def architecture(
       params: the parameters, or their shapes (`jax.eval_shape`): with Flax linen `variables` or
         `variables["params"]`, whichever `apply_fn` takes, with nnx `nnx.state(model, nnx.Param)`.
       *example_inputs: arrays, or their shapes; what is neither, such as `True`, is passed as it is.
+        Keywords are given by `functools.partial(apply_fn, train=False)`.
 
     Returns:
       Depth and connections by path; print it to read them.
 
     Raises:
       ValueError: `params` holds no arrays or other things than arrays, `apply_fn` fails with these
-        arguments, or nothing that it computes brings parameters and inputs together.
+        arguments, nothing that it computes brings parameters and inputs together, or two leaves
+        have one path.
 
     >>> import jax, jax.numpy as jnp
     >>> def residual(params, x):
@@ -223,7 +225,7 @@ def _shorter(x: float) -> int | float:
 
 def _leaves(params: optax.Params) -> list[tuple[Any, Any]]:
     """Path and array of every leaf."""
-    leaves = jax.tree_util.tree_leaves_with_path(params)
+    leaves = [named for named in _paths.named_leaves(params) if named[1] is not None]
     if not leaves:
         raise ValueError(f"params must hold at least one array, got {params!r}")
     for keys, leaf in leaves:
@@ -268,6 +270,7 @@ def _check_number(apply_fn: Callable[..., Any], inputs: tuple[Any, ...]) -> None
     except TypeError as error:
         raise ValueError(
             f"example_inputs must be what apply_fn takes after params, got {len(inputs)}: {error}"
+            " (keywords are given by functools.partial(apply_fn, ...))"
         ) from error
 
 

@@ -739,6 +739,15 @@ def test_noise_is_no_input(key):
     assert read(apply, params, shape(2, 3), key) == expected
 
 
+def test_noise_of_every_distribution():
+    def apply(params, x, key):
+        kernel = params["first"]["kernel"] * jax.random.gamma(key, 2.0, (3, 4))
+        return x @ kernel @ params["out"]["kernel"]
+
+    params = shapes(first=(3, 4), out=(4, 2))
+    assert read(apply, params, shape(2, 3), KEY) == {"first": (12, 0), "out": (8, 1)}
+
+
 def test_what_is_not_used_goes_where_its_module_stands():
     params = shapes(a1=(3, 4), a2=(4, 4), a3=(4, 5), a10=(4, 2))
     params["a2"]["mask"] = shape(4, 4)
