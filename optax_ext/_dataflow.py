@@ -5,7 +5,7 @@ of nothing, then they are constants), `Data` depend on the inputs and know how m
 weights lie behind them. Nothing here knows modules or optimizers.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -63,12 +63,14 @@ class Use(NamedTuple):
       ndim: number of axes of the part.
       level: number of operations with weights before it.
       operation: what sums over it or looks it up; empty if it is used elementwise.
+      opaque: whether that can't be looked into.
     """
 
     key: tuple[Any, ...]
     ndim: int
     level: int
     operation: str
+    opaque: bool = False
 
 
 # What sums products of two operands, or looks up rows of one; and which operands may be weights.
@@ -81,8 +83,11 @@ _OPERATIONS = {
     "gather": (0,),
     "dynamic_slice": (0,),
 }
-# What can't be looked into. Operands with more than one axis are taken for its weights.
-OPAQUE = ("custom_linear_solve", "ffi_call", "io_callback", "pallas_call", "pure_callback")
+# What can't be looked into, as whatever calls and isn't known here. Operands with more than one axis
+# are taken for its weights.
+_OPAQUE = ("custom_linear_solve", "io_callback", "pure_callback")
+# What carries a computation only to join elements by it.
+_JOINING = ("reduce", "scatter", "select_and")
 _SLICES = ("slice", "dynamic_slice", "split")
 # Noise has no part in the structure: a weight that is dropped at random stays a weight.
 _NOISE = (
@@ -145,7 +150,8 @@ class _Run:
         if name == "optimization_barrier":
             return values
         if any(isinstance(value, Data) for value in values):
-            return [self.meet(values, name, _weight_operands(eqn))] * len(eqn.outvars)
+            met = self.meet(values, name, _weight_operands(eqn), _is_opaque(eqn))
+            return [met] * len(eqn.outvars)
         return [self.prepare(eqn, values, i) for i in range(len(eqn.outvars))]
 
     def at(self, place: Any, jaxpr: Any, values: list[Value]) -> list[Value]:
@@ -155,7 +161,13 @@ class _Run:
         self.place = outside
         return results
 
-    def meet(self, values: Sequence[Value], name: str = "", operands: Sequence[int] = ()) -> Value:
+    def meet(
+        self,
+        values: Sequence[Value],
+        name: str = "",
+        operands: Sequence[int] = (),
+        opaque: bool = False,
+    ) -> Value:
         """What depends on data: one level more, if weights take part that are new on its way."""
         data = [value for value in values if isinstance(value, Data)]
         level = max(value.level for value in data)
@@ -166,12 +178,13 @@ class _Run:
         for i, value in enumerate(values):
             if not isinstance(value, Weights):
                 continue
-            inside = _kernels(value.parts, name) if i in operands else set()
+            inside = _kernels(value.parts, opaque) if i in operands else set()
             for part in value.parts:
                 # What is added to a result stands beside the operation that made it.
                 depth = level if i in operands else max(level - 1, 0)
                 operation = name if part in inside else ""
-                self.uses[part.leaf].add(Use(part.key, part.ndim, depth, operation))
+                use = Use(part.key, part.ndim, depth, operation, opaque and part in inside)
+                self.uses[part.leaf].add(use)
             kernels |= inside
         is_new = not all(self.has_passed(part, passed) for part in kernels)
         for part in kernels:
@@ -275,19 +288,31 @@ class _Run:
 
 def _called(eqn: Any) -> Any:
     """The jaxpr that the equation calls with its own arguments: jit, checkpoint, custom_vjp."""
-    if eqn.primitive.name in OPAQUE:
+    if eqn.primitive.name in _OPAQUE:
         return None
-    for name in ("jaxpr", "call_jaxpr"):
-        inner = getattr(eqn.params.get(name), "jaxpr", eqn.params.get(name))
+    counts = len(eqn.invars), len(eqn.outvars)
+    return next((j for j in _jaxprs(eqn) if (len(j.invars), len(j.outvars)) == counts), None)
+
+
+def _is_opaque(eqn: Any) -> bool:
+    """Whether it does what isn't known here."""
+    name = eqn.primitive.name
+    if name.startswith(_JOINING):
+        return False
+    return name in _OPAQUE or "call" in name or any(True for _ in _jaxprs(eqn))
+
+
+def _jaxprs(eqn: Any) -> Iterator[Jaxpr]:
+    """All that the equation carries, open."""
+    for value in eqn.params.values():
+        inner = getattr(value, "jaxpr", value)
         if isinstance(inner, Jaxpr):
-            same = (len(inner.invars), len(inner.outvars)) == (len(eqn.invars), len(eqn.outvars))
-            return inner if same else None
-    return None
+            yield inner
 
 
 def _weight_operands(eqn: Any) -> Sequence[int]:
     """The operands that are summed over or looked up."""
-    if eqn.primitive.name in OPAQUE:
+    if _is_opaque(eqn):
         return range(len(eqn.invars))
     operands = _OPERATIONS.get(eqn.primitive.name, ())
     if eqn.primitive.name == "dot_general":  # with batch axes only it is an elementwise product
@@ -296,9 +321,9 @@ def _weight_operands(eqn: Any) -> Sequence[int]:
     return operands
 
 
-def _kernels(parts: frozenset[Part], name: str) -> set[Part]:
+def _kernels(parts: frozenset[Part], opaque: bool) -> set[Part]:
     """The largest of what an operand is made of, not the norms that rescale it; and all factors."""
-    if name in OPAQUE:
+    if opaque:
         return {part for part in parts if part.ndim > 1}
     largest = max((part.size for part in parts), default=0)
     return {part for part in parts if part.factor or part.size == largest}

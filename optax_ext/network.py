@@ -107,7 +107,7 @@ def architecture(
     What can't be told is read from the module tree, and the leaf's `note` says so: a leaf with more
     than one axis, used elementwise in a module without kernels (added, or modulated by data),
     counts its elements; one that isn't used does too, at the depth of the module before; operands
-    of foreign kernels (`pl.pallas_call`) are weights if they have more than one axis.
+    of foreign code (`pl.pallas_call`) are weights if they have more than one axis.
 
     Args:
       apply_fn: a function of the parameters and the inputs, such as a Flax linen module's `apply`.
@@ -197,7 +197,7 @@ class _Leaf:
             depth = _shorter(sum(self.levels) / len(self.levels))
         if self.operations:
             connections = math.prod(self.shape)
-            opaque = sorted({use.operation for use in self.operations} & set(_dataflow.OPAQUE))
+            opaque = sorted({use.operation for use in self.operations if use.opaque})
             note = f"by shape: in {', '.join(opaque)}" if opaque else ""
         elif not beside_kernel and all(use.ndim > 1 for use in self.uses):
             connections = _paths.connections_by_shape(self.shape)

@@ -10,7 +10,10 @@ from flax import linen, nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
+from jax.custom_batching import custom_vmap
+from jax.custom_derivatives import linear_call
 from jax.experimental import pallas as pl
+from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AxisType, PartitionSpec
 
 import optax_ext
@@ -542,6 +545,21 @@ def by_kernel(x, w):
     return pl.pallas_call(kernel, out, interpret=True)(x, w)
 
 
+batched = custom_vmap(lambda x, w: x @ w)
+batched.def_vmap(lambda size, is_batched, x, w: (x @ w, True))
+partitioned = custom_partitioning(lambda x, w: x @ w)
+partitioned.def_partition(
+    infer_sharding_from_operands=None,
+    partition=lambda *_: None,
+    sharding_rule="i j, j k -> i k",
+)
+
+
+def by_root(x, w):
+    """The fixed point of something that has weights."""
+    return lax.custom_root(lambda y: y - jnp.tanh(x @ w), x, lambda f, y: y - f(y), lambda _, y: y)
+
+
 OPERATIONS = {
     "dot": lambda x, w: x @ w,
     "jit": jax.jit(lambda x, w: x @ w),
@@ -558,6 +576,10 @@ OPERATIONS = {
     "transposed": lambda x, w: (w.T @ x.T).T,
     "cond": lambda x, w: lax.cond(x.sum() > 0, lambda: x @ w, lambda: x),
     "switch": lambda x, w: lax.switch(1, [lambda: x, lambda: x @ w]),
+    "custom_vmap": batched,
+    "custom_partitioning": partitioned,
+    "linear_call": lambda x, w: linear_call(lambda w, x: x @ w, lambda w, y: y @ w.T, w, x),
+    "custom_root": by_root,
     "barrier": lambda x, w: jnp.matmul(*lax.optimization_barrier((x, w))),
     "shard_map": jax.shard_map(
         lambda x, w: lax.psum((x @ w, w), "data")[0],
@@ -587,10 +609,11 @@ def test_operations(operation):
     expected = dict(zip(names, [(16, 0), (16, 1), (16, 2), (16, 1)], strict=True))
     assert places(architecture, params) == expected
     notes = {placed.note for placed in architecture.parameters}
-    assert notes == {
-        by_kernel: {"by shape: in pallas_call"},
-        OPERATIONS["solve"]: {"by shape: in custom_linear_solve"},
-    }.get(operation, {""})
+    assert notes in {
+        by_kernel: [{"by shape: in pallas_call"}],
+        OPERATIONS["solve"]: [{"by shape: in custom_linear_solve"}],
+        by_root: [{""}, {"by shape: in call_hi_primitive"}],  # older JAX can be looked into
+    }.get(operation, [{""}])
 
 
 def test_what_is_not_an_operation():
