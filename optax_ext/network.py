@@ -13,6 +13,7 @@ import optax
 
 from optax_ext import _dataflow, _paths
 from optax_ext._dataflow import Use
+from optax_ext._parts import Unknown
 
 
 class Placed(NamedTuple):
@@ -202,6 +203,8 @@ class _Leaf:
         elif not beside_kernel and all(use.ndim > 1 for use in self.uses):
             connections = _paths.connections_by_shape(self.shape)
             note = "by shape: used elementwise" if connections is not None else ""
+        if any(isinstance(cut, Unknown) for use in self.uses for cut in use.key):
+            note = "; ".join(filter(None, [note, "by place: sliced at an index not known"]))
         if not self.uses:
             note = "by shape and path: not used"
         if connections is not None:
@@ -252,7 +255,7 @@ def _trace(apply_fn: Callable[..., Any], params: Any, inputs: tuple[Any, ...]) -
 
     _check_number(apply_fn, inputs)
     try:
-        return jax.make_jaxpr(apply)(*(leaves[i] for i in traced)).jaxpr
+        return jax.make_jaxpr(apply)(*(leaves[i] for i in traced))
     except Exception as error:
         raise ValueError(
             f"apply_fn must take params and example_inputs, got {_described(inputs)}, for which it"
