@@ -41,6 +41,8 @@ def known(constant: Any) -> Number | None:
     """The number that a constant of a jaxpr is, if it is one."""
     if isinstance(constant, Tracer) or np.size(constant) > _MAX_SIZE:
         return None
+    if not getattr(constant, "is_fully_addressable", True):
+        return None
     return Number(np.asarray(constant)) if _is_integer(jnp.result_type(constant)) else None
 
 

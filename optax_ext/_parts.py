@@ -86,10 +86,13 @@ def sliced(
 
 def _met(part: Part, axis: int, length: int, index: range) -> Part | None:
     first, last = _span(part, axis, length)
-    inside = [(at, i - first) for at, i in enumerate(index) if first <= i < last]
+    at, end = (
+        min(max(-((index.start - bound) // index.step), 0), len(index)) for bound in (first, last)
+    )
+    inside = index[at:end]
     if not inside:
         return None
-    (at, start), (_, stop), count = inside[0], inside[-1], len(inside)
+    start, stop, count = inside[0] - first, inside[-1] - first, len(inside)
     own, total = last - first, part.total
     if axis not in part.foreign or any(span[0] == axis for span in part.spans):
         total = total * len(index) // length

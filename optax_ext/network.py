@@ -99,15 +99,12 @@ def architecture(
     out for a convolution, vocabulary × features for an embedding. When the parts of a leaf are
     used one after the other, as the layers of `scan` are, c is that of one part, and d the mean of
     theirs, at which the scale by depth is the geometric mean of what the layers would have alone.
-    Slices are told apart by where they cut, also by indices that a loop counts, and weights that are
-    stacked, concatenated or repeated before are each where their own slice is. If an index can't be
-    known, as in a loop that waits for data, the `note` says so, and every place of the computation,
-    each iteration of `scan` too, is taken to cut another part.
-
-    Weights may be prepared (cast, masked, normalized, multiplied) on the way to an operation. Its
-    kernels are the largest leaf that the operand is made of, and all factors of a matrix product;
-    others, such as the norms of weight normalization, have the operation's depth. So a query that
-    is computed of parameters alone counts where it meets data.
+    Slices are told apart by where they cut, also by indices that a loop counts, and weights that
+    are stacked, concatenated or repeated before are each where their own slice is. If an index
+    can't be known, as in a loop that waits for data, the `note` says so, and every place of the
+    computation, each iteration of `scan` too, is taken to cut another part. Not followed are
+    weights that are written into an array (`.at[i].set`), or merged with others by `reshape`,
+    before they are sliced.
 
     Weights that data choose or modulate, as `where(mask, w1, w2)`, `lax.cond(mask, w1, w2)` or `w *
     f(x)` with data `mask` and `x`, are used elementwise there and are data from then on: a product

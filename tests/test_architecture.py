@@ -442,6 +442,27 @@ def test_what_is_not_an_operation():
     assert read(apply, params, shape(5, 3)) == {"out": (6, 0)}
 
 
+MODULATED = {
+    "where": lambda x, a, b: jnp.where(x.sum() > 0, a, b),
+    "cond": lambda x, a, b: lax.cond(x.sum() > 0, lambda: a, lambda: b),
+    "product": lambda x, a, b: a * jnp.tanh(x.sum()) + b,
+}
+
+
+@pytest.mark.parametrize("modulated", MODULATED.values(), ids=MODULATED)
+def test_weights_that_data_modulate_are_data(modulated):
+    """A product with them is no operation; the note says what is known of them."""
+
+    def apply(params, x):
+        return x @ modulated(x, params["a"]["kernel"], params["b"]["kernel"]) @ params["out"]["w"]
+
+    params = shapes(a=(4, 4), b=(4, 4)) | {"out": {"w": shape(4, 2)}}
+    architecture = optax_ext.architecture(apply, params, shape(2, 4))
+    assert places(architecture, params) == {"a": (16, 0), "b": (16, 0), "out": (8, 0)}
+    notes = {path: placed.note for path, placed in architecture.items() if placed.note}
+    assert notes == dict.fromkeys(["a/kernel", "b/kernel"], "by shape: used elementwise")
+
+
 def test_weight_normalization():
     """Norms that rescale a kernel are no connections, wherever they stand."""
 

@@ -137,6 +137,20 @@ def test_kernels_side_by_side():
     assert not any(placed.note for placed in architecture.parameters)
 
 
+def test_every_other_layer():
+    """Strides find the layers that stand where they step."""
+
+    def apply(params, x):
+        joined = jnp.concatenate([params["a"]["kernel"], params["b"]["kernel"]])
+        for start in (1, 0):
+            x = over_rows({"stack": {"kernel": joined[start::2]}}, x)
+        return x
+
+    # a[1], b[0], b[2], then a[0], a[2], b[1].
+    params = shapes(a=(3, 4, 4), b=(3, 4, 4))
+    assert read(apply, params, shape(2, 4)) == {"a": (16, 7 / 3), "b": (16, 8 / 3)}
+
+
 def test_kernels_side_by_side_and_apart_again():
     def apply(params, x):
         joined = jnp.concatenate([params["a"]["kernel"], params["b"]["kernel"]], 1)
