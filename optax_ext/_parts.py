@@ -34,6 +34,7 @@ class Part:
       factor: whether it went into a product with other parameters.
       spans: axis, start and stop, where it doesn't fill the axis of the array.
       foreign: axes of the array that it has not: it is repeated along them, or one of a stack.
+      flipped: axes along which it stands in reverse.
     """
 
     leaf: int
@@ -44,6 +45,7 @@ class Part:
     factor: bool = False
     spans: tuple[tuple[int, int, int], ...] = ()
     foreign: frozenset[int] = frozenset()
+    flipped: frozenset[int] = frozenset()
 
 
 Parts = frozenset[Part]
@@ -94,6 +96,8 @@ def _met(part: Part, axis: int, length: int, index: range) -> Part | None:
         return None
     start, stop, count = inside[0] - first, inside[-1] - first, len(inside)
     own, total = last - first, part.total
+    if axis in part.flipped:
+        start, stop = own - 1 - stop, own - 1 - start
     if axis not in part.foreign or any(span[0] == axis for span in part.spans):
         total = total * len(index) // length
     placed = _spanning(replace(part, total=total), axis, at, at + count, len(index))
@@ -120,9 +124,20 @@ def moved(parts: Parts, axes: Mapping[int, int], new: Iterable[int] = ()) -> Par
             part,
             spans=tuple(sorted((axes[a], *span) for a, *span in part.spans if a in axes)),
             foreign=frozenset(axes[a] for a in part.foreign if a in axes).union(new),
+            flipped=frozenset(axes[a] for a in part.flipped if a in axes),
         )
         for part in parts
     )
+
+
+def flipped(parts: Parts, axis: int, length: int) -> Parts:
+    """In reverse along an axis."""
+    found = set[Part]()
+    for part in parts:
+        start, stop = _span(part, axis, length)
+        there = _spanning(part, axis, length - stop, length - start, length)
+        found.add(replace(there, flipped=part.flipped ^ {axis}))
+    return frozenset(found)
 
 
 def squeezed(parts: Parts, ndim: int, lost: Sequence[int], stacked: bool = False) -> Parts:

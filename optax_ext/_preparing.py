@@ -157,6 +157,13 @@ def _reshape(
     return _parts.moved(parts, dict(enumerate(new)), new=ones)
 
 
+def _rev(params: Any, operands: Sequence[_Operand], *_: Any) -> Parts:
+    parts, shape, _number = operands[0]
+    for axis in params["dimensions"]:
+        parts = _parts.flipped(parts, axis, shape[axis])
+    return parts
+
+
 def _transpose(params: Any, operands: Sequence[_Operand], *_: Any) -> Parts:
     return _parts.moved(
         operands[0].parts, {axis: i for i, axis in enumerate(params["permutation"])}
@@ -217,6 +224,7 @@ _RULES: dict[str, Callable[..., Parts | None]] = {
     "ragged_dot": _product,
     "ragged_dot_general": _product,
     "reshape": _reshape,
+    "rev": _rev,
     "slice": _slice,
     "split": _split,
     "squeeze": _squeeze,

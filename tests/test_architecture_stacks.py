@@ -291,13 +291,27 @@ def test_stacked_changes_of_one_kernel(stack):
     assert not any(placed.note for placed in architecture.parameters)
 
 
-def test_a_stack_passed_in_both_directions():
+def flipped(params, x):
+    return over_rows({"stack": {"kernel": params["stack"]["kernel"][::-1]}}, x)
+
+
+@pytest.mark.parametrize("back", [in_reverse, flipped], ids=lambda f: f.__name__)
+def test_a_stack_passed_in_both_directions(back):
     """The outer layers are at depth 0 in one of them, the middle one at 1 in both."""
 
     def apply(params, x):
-        return over_rows(params, x) + in_reverse(params, x)
+        return over_rows(params, x) + back(params, x)
 
     assert read(apply, shapes(stack=(3, 4, 4)), shape(2, 4)) == {"stack": (24, 0.5)}
+
+
+def test_joined_stacks_in_reverse():
+    def apply(params, x):
+        joined = jnp.concatenate([params["a"]["kernel"], params["b"]["kernel"]])
+        return over_rows({"stack": {"kernel": joined[::-1][1:]}}, x)
+
+    # b[0], a[1], a[0]; b[1] is not used.
+    assert depths(apply, shapes(a=(2, 4, 4), b=(2, 4, 4)), shape(2, 4)) == {"a": 1.5, "b": 0}
 
 
 def test_slices_side_by_side_are_one_kernel():
