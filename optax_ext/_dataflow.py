@@ -232,11 +232,11 @@ class _Run:
         consts, rows = values[:n_consts], values[n_consts + n_carry :]
         carry = [_carried(value, loop) for value in values[n_consts : n_consts + n_carry]]
         of_weights = any(isinstance(value, Weights) and value.parts for value in rows)
+        shapes = [var.aval for var in eqn.invars[n_consts + n_carry :]]
         results: list[list[Value]] = []
         for i in range(length):
             known = self.knowledge()
             at = length - 1 - i if eqn.params["reverse"] else i
-            shapes = [var.aval for var in eqn.invars[n_consts + n_carry :]]
             now = [_row(*pair, at, loop) for pair in zip(rows, shapes, strict=True)]
             outputs = self.at((id(eqn), i), body, [*consts, *carry, *now])
             results.append(outputs[n_carry:])
@@ -244,7 +244,6 @@ class _Run:
             same = carry == before and known == self.knowledge()
             if same and not of_weights and loop not in self.counting:
                 carry = [_forgotten(value) for value in carry]  # they may have counted on
-                results = results[-1:]
                 break
         if eqn.params["reverse"]:
             results.reverse()
@@ -252,15 +251,17 @@ class _Run:
         columns = zip(zip(*results, strict=True), ndims, strict=True) if results else ()
         return [
             *(_after(value, loop) for value in carry),
-            *(self.stack(column, ndim) for column, ndim in columns),
+            *(self.stack(column, ndim, length) for column, ndim in columns),
             *[CONSTANT] * (0 if results else stacked),
         ]
 
-    def stack(self, rows: Sequence[Value], ndim: int) -> Value:
-        """The results of all iterations; of one if they are all the same."""
+    def stack(self, rows: Sequence[Value], ndim: int, length: int) -> Value:
+        """The results of all iterations; if they are fewer, the others are the same."""
         weights = [value.parts for value in rows if isinstance(value, Weights)]
         if len(weights) < len(rows):
             return self.meet(rows)
+        if len(weights) < length:
+            weights = [frozenset[Part]().union(*weights)]
         return Weights(_parts.stacked(weights, ndim))
 
     def while_loop(self, eqn: Any, values: list[Value]) -> list[Value]:

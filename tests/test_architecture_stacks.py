@@ -252,6 +252,17 @@ def test_an_index_that_is_not_known():
     assert architecture["out/kernel"].depth == 1
 
 
+def test_the_first_iteration_may_be_the_deepest():
+    """What a loop hands out is as deep as its deepest iteration, here one that starts deep."""
+
+    def apply(params, x):
+        start = x[0] @ params["a"]["kernel"] @ params["b"]["kernel"]
+        return lax.scan(lambda carry, x: (x, carry), start, x)[1] @ params["out"]["kernel"]
+
+    params = shapes(a=(4, 4), b=(4, 4), out=(4, 2))
+    assert depths(apply, params, shape(9, 4)) == {"a": 0, "b": 1, "out": 2}
+
+
 def test_a_long_loop_that_cuts_nothing_by_its_counter_is_short():
     def apply(params, x):
         body = lambda i, x: jnp.tanh(x @ params["layer"]["kernel"]) + i  # noqa: E731
