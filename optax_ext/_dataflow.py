@@ -5,37 +5,24 @@ of nothing, then they are constants), `Data` depend on the inputs and know how m
 weights lie behind them. Nothing here knows modules or optimizers.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from jax.extend.core import Jaxpr, Literal
 
-
-@dataclass(frozen=True)
-class Part:
-    """A parameter, or what slicing left of it.
-
-    Attributes:
-      leaf: index of the parameter.
-      key: the slices that lead to it, from the whole, which is `()`.
-      size: number of its elements.
-      ndim: number of its axes.
-      factor: whether it went into a product with other parameters.
-    """
-
-    leaf: int
-    key: tuple[Any, ...]
-    size: int
-    ndim: int
-    factor: bool = False
+from optax_ext import _numbers, _parts
+from optax_ext._numbers import Number
+from optax_ext._parts import Part, Parts
+from optax_ext._preparing import prepared
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A value that no input has an influence on."""
+    """A value that no input has an influence on: of these parts, or a number that is known."""
 
-    parts: frozenset[Part] = frozenset()
+    parts: Parts = frozenset()
+    number: Number | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -63,12 +50,14 @@ class Use(NamedTuple):
       ndim: number of axes of the part.
       level: number of operations with weights before it.
       operation: what sums over it or looks it up; empty if it is used elementwise.
+      opaque: whether that can't be looked into.
     """
 
     key: tuple[Any, ...]
     ndim: int
     level: int
     operation: str
+    opaque: bool = False
 
 
 # What sums products of two operands, or looks up rows of one; and which operands may be weights.
@@ -81,22 +70,38 @@ _OPERATIONS = {
     "gather": (0,),
     "dynamic_slice": (0,),
 }
-# What can't be looked into. Operands with more than one axis are taken for its weights.
-OPAQUE = ("custom_linear_solve", "ffi_call", "io_callback", "pallas_call", "pure_callback")
-_SLICES = ("slice", "dynamic_slice", "split")
+# What can't be looked into, as whatever calls and isn't known here. Operands with more than one
+# axis are taken for its weights.
+_OPAQUE = ("custom_linear_solve", "io_callback", "pure_callback")
+# What carries a computation only to join elements by it.
+_JOINING = ("reduce", "scatter", "select_and")
+# What cuts its first operand where the others say.
+_INDEXED = ("dynamic_slice", "gather")
 # Noise has no part in the structure: a weight that is dropped at random stays a weight.
-_NOISE = ("random_bits", "random_unwrap", "random_wrap", "rng_bit_generator", "threefry2x32")
+_NOISE = (
+    "random_bits",
+    "random_gamma",
+    "random_unwrap",
+    "random_wrap",
+    "rng_bit_generator",
+    "rng_uniform",
+    "threefry2x32",
+)
 
 
 def uses_of_parameters(jaxpr: Any, count: int) -> list[set[Use]]:
     """All meetings of each of the first `count` arguments with what depends on the others."""
     run = _Run(uses=[set() for _ in range(count)])
     arguments: list[Value] = [
-        Weights(frozenset([Part(i, (), var.aval.size, var.aval.ndim)])) if i < count else Data()
-        for i, var in enumerate(jaxpr.invars)
+        Weights(frozenset([_whole(i, var.aval)])) if i < count else Data()
+        for i, var in enumerate(_open(jaxpr).invars)
     ]
     run.jaxpr(jaxpr, arguments)
     return run.uses
+
+
+def _whole(leaf: int, aval: Any) -> Part:
+    return Part(leaf, (), aval.size, aval.ndim, total=aval.size)
 
 
 @dataclass
@@ -104,16 +109,24 @@ class _Run:
     """An abstract run: what it has seen so far, and in which calls and iterations it is."""
 
     uses: list[set[Use]]
-    place: tuple[int, ...] = ()
+    place: tuple[Any, ...] = ()
+    counting: set[Any] = field(default_factory=set)  # loops whose counters have cut weights
     bits: dict[tuple[int, tuple[Any, ...]], int] = field(default_factory=dict)
 
     def jaxpr(self, jaxpr: Any, arguments: Sequence[Value]) -> list[Value]:
         """The results, open jaxpr or closed."""
-        jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
-        known: dict[Any, Value] = dict(zip(jaxpr.invars, arguments, strict=True))
+        constants = list(getattr(jaxpr, "consts", ()))
+        jaxpr = _open(jaxpr)
+        known: dict[Any, Value] = {}
+        if constants:
+            numbers = [Weights(number=_numbers.known(constant)) for constant in constants]
+            known.update(zip(jaxpr.constvars, numbers, strict=True))
+        known.update(zip(jaxpr.invars, arguments, strict=True))
 
         def read(var: Any) -> Value:
-            return CONSTANT if isinstance(var, Literal) else known.get(var, CONSTANT)
+            if isinstance(var, Literal):
+                return Weights(number=_numbers.known(var.val))
+            return known.get(var, CONSTANT)
 
         for eqn in jaxpr.eqns:
             results = self.equation(eqn, [read(var) for var in eqn.invars])
@@ -137,17 +150,24 @@ class _Run:
         if name == "optimization_barrier":
             return values
         if any(isinstance(value, Data) for value in values):
-            return [self.meet(values, name, _weight_operands(eqn))] * len(eqn.outvars)
-        return [self.prepare(eqn, values, i) for i in range(len(eqn.outvars))]
+            met = self.meet(values, name, _weight_operands(eqn), _is_opaque(eqn))
+            return [met] * len(eqn.outvars)
+        return self.prepare(eqn, [value for value in values if isinstance(value, Weights)])
 
-    def at(self, place: int, jaxpr: Any, values: list[Value]) -> list[Value]:
+    def at(self, place: Any, jaxpr: Any, values: list[Value]) -> list[Value]:
         """The results of a call or an iteration."""
         outside, self.place = self.place, (*self.place, place)
         results = self.jaxpr(jaxpr, values)
         self.place = outside
         return results
 
-    def meet(self, values: Sequence[Value], name: str = "", operands: Sequence[int] = ()) -> Value:
+    def meet(
+        self,
+        values: Sequence[Value],
+        name: str = "",
+        operands: Sequence[int] = (),
+        opaque: bool = False,
+    ) -> Value:
         """What depends on data: one level more, if weights take part that are new on its way."""
         data = [value for value in values if isinstance(value, Data)]
         level = max(value.level for value in data)
@@ -158,12 +178,17 @@ class _Run:
         for i, value in enumerate(values):
             if not isinstance(value, Weights):
                 continue
-            inside = _kernels(value.parts, name) if i in operands else set()
+            inside = set[Part]()
+            if i in operands and opaque:
+                inside = {part for part in value.parts if part.ndim > 1}
+            elif i in operands:
+                inside = _parts.kernels(value.parts)
             for part in value.parts:
                 # What is added to a result stands beside the operation that made it.
                 depth = level if i in operands else max(level - 1, 0)
                 operation = name if part in inside else ""
-                self.uses[part.leaf].add(Use(part.key, part.ndim, depth, operation))
+                use = Use(part.key, part.ndim, depth, operation, opaque and part in inside)
+                self.uses[part.leaf].add(use)
             kernels |= inside
         is_new = not all(self.has_passed(part, passed) for part in kernels)
         for part in kernels:
@@ -181,63 +206,69 @@ class _Run:
             if (part.leaf, part.key[:n]) in self.bits
         )
 
-    def prepare(self, eqn: Any, values: Sequence[Value], output: int) -> Value:
-        """What is made of parameters alone."""
-        name = eqn.primitive.name
-        made_of = [value.parts for value in values if isinstance(value, Weights) and value.parts]
-        parts = frozenset[Part]().union(*made_of)
-        if name in _OPERATIONS and len(made_of) > 1:
-            parts = frozenset(replace(part, factor=True) for part in parts)
-        if name in _SLICES and parts:
-            before, after = eqn.invars[0].aval.size, eqn.outvars[output].aval.size
-            key = self.slice_key(eqn, output)
-            parts = frozenset(
-                replace(part, key=(*part.key, key), size=part.size * after // max(before, 1))
-                for part in parts
-            )
-        if name == "squeeze":  # of a slice: what remains is one of the stacked
-            lost = len(eqn.params["dimensions"])
-            parts = frozenset(
-                replace(part, ndim=part.ndim - lost) if part.key else part for part in parts
-            )
-        return Weights(parts)
-
-    def slice_key(self, eqn: Any, output: int) -> tuple[Any, ...]:
-        """What tells one slice from another; an index unknown here is another at every place."""
-        params = tuple(sorted((name, str(value)) for name, value in eqn.params.items()))
-        starts = eqn.invars[1:]
-        if all(isinstance(start, Literal) for start in starts):
-            return (params, output, tuple(int(start.val) for start in starts))
-        return (params, output, id(eqn), self.place)
+    def prepare(self, eqn: Any, values: Sequence[Weights]) -> list[Value]:
+        """What is made of parameters alone, or of nothing."""
+        numbers = [value.number for value in values]
+        if not any(value.parts for value in values):
+            results = [Weights(number=_numbers.computed(eqn, numbers))]
+            return [*results, *[CONSTANT] * (len(eqn.outvars) - 1)]
+        if eqn.primitive.name in _INDEXED:
+            self.counting.update(*(number.loops for number in numbers if number is not None))
+        parts = [value.parts for value in values]
+        return [
+            Weights(prepared(eqn, parts, numbers, i, self.place)) for i in range(len(eqn.outvars))
+        ]
 
     def scan(self, eqn: Any, values: list[Value]) -> list[Value]:
         """Iteration by iteration, until they teach nothing new."""
-        body = getattr(eqn.params["jaxpr"], "jaxpr", eqn.params["jaxpr"])
+        body, length = eqn.params["jaxpr"], eqn.params["length"]
+        inner, outer = _open(body).invars, _open(body).outvars
         # What is sliced or stacked has one axis less inside; JAX's versions name the counts unlike.
-        sliced = sum(_loses_axis(*pair) for pair in zip(eqn.invars, body.invars, strict=True))
-        stacked = sum(_loses_axis(*pair) for pair in zip(eqn.outvars, body.outvars, strict=True))
-        n_carry = len(body.outvars) - stacked
+        sliced = sum(_loses_axis(*pair) for pair in zip(eqn.invars, inner, strict=True))
+        stacked = sum(_loses_axis(*pair) for pair in zip(eqn.outvars, outer, strict=True))
+        n_carry = len(outer) - stacked
         n_consts = len(values) - n_carry - sliced
-        consts, carry = values[:n_consts], values[n_consts : n_consts + n_carry]
-        rows = values[n_consts + n_carry :]
-        length = eqn.params["length"]
-        results: list[list[Value]] = [[] for _ in range(stacked)]
+        loop = (id(eqn), self.place)
+        consts, rows = values[:n_consts], values[n_consts + n_carry :]
+        carry = [_carried(value, loop) for value in values[n_consts : n_consts + n_carry]]
+        of_weights = any(isinstance(value, Weights) and value.parts for value in rows)
+        shapes = [var.aval for var in eqn.invars[n_consts + n_carry :]]
+        results: list[list[Value]] = []
         for i in range(length):
             known = self.knowledge()
-            row = length - 1 - i if eqn.params["reverse"] else i
-            inputs = [*consts, *carry, *(_row(value, row, length) for value in rows)]
-            outputs = self.at(i, body, inputs)
-            for result, output in zip(results, outputs[n_carry:], strict=True):
-                result.append(output)
-            before, carry = carry, outputs[:n_carry]
-            if carry == before and known == self.knowledge():
+            at = length - 1 - i if eqn.params["reverse"] else i
+            now = [_row(*pair, at, loop) for pair in zip(rows, shapes, strict=True)]
+            outputs = self.at((id(eqn), i), body, [*consts, *carry, *now])
+            results.append(outputs[n_carry:])
+            before, carry = carry, [_carried(value, loop) for value in outputs[:n_carry]]
+            same = carry == before and known == self.knowledge()
+            if same and not of_weights and loop not in self.counting:
+                carry = [_forgotten(value) for value in carry]  # they may have counted on
                 break
-        return [*carry, *map(self.either, results)]
+        if eqn.params["reverse"]:
+            results.reverse()
+        ndims = [var.aval.ndim for var in outer[n_carry:]]
+        columns = zip(zip(*results, strict=True), ndims, strict=True) if results else ()
+        return [
+            *(_after(value, loop) for value in carry),
+            *(self.stack(column, ndim, length) for column, ndim in columns),
+            *[CONSTANT] * (0 if results else stacked),
+        ]
+
+    def stack(self, rows: Sequence[Value], ndim: int, length: int) -> Value:
+        """The results of all iterations; if they are fewer, the others are the same."""
+        weights = [value.parts for value in rows if isinstance(value, Weights)]
+        if len(weights) < len(rows):
+            return self.meet(rows)
+        if len(weights) < length:
+            weights = [frozenset[Part]().union(*weights)]
+        return Weights(_parts.stacked(weights, ndim))
 
     def while_loop(self, eqn: Any, values: list[Value]) -> list[Value]:
         """As often as it takes until they teach nothing new: the number is not known."""
         n, m = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-        of_cond, of_body, carry = values[:n], values[n : n + m], values[n + m :]
+        of_cond, of_body = values[:n], values[n : n + m]
+        carry = [_forgotten(value) for value in values[n + m :]]
         for _ in range(len(carry) + len(self.uses) + 1):
             self.at(id(eqn), eqn.params["cond_jaxpr"], [*of_cond, *carry])
             after = self.at(id(eqn), eqn.params["body_jaxpr"], [*of_body, *carry])
@@ -259,7 +290,9 @@ class _Run:
         weights = [value.parts for value in values if isinstance(value, Weights)]
         if len(weights) < len(values):
             return self.meet(values)
-        return Weights(frozenset[Part]().union(*weights))
+        numbers = [value.number for value in values if isinstance(value, Weights)]
+        same = len(set(map(id, numbers))) == 1
+        return Weights(frozenset[Part]().union(*weights), numbers[0] if same else None)
 
     def knowledge(self) -> int:
         return sum(map(len, self.uses))
@@ -267,19 +300,35 @@ class _Run:
 
 def _called(eqn: Any) -> Any:
     """The jaxpr that the equation calls with its own arguments: jit, checkpoint, custom_vjp."""
-    if eqn.primitive.name in OPAQUE:
+    if eqn.primitive.name in _OPAQUE:
         return None
-    for name in ("jaxpr", "call_jaxpr"):
-        inner = getattr(eqn.params.get(name), "jaxpr", eqn.params.get(name))
-        if isinstance(inner, Jaxpr):
-            same = (len(inner.invars), len(inner.outvars)) == (len(eqn.invars), len(eqn.outvars))
-            return inner if same else None
+    counts = len(eqn.invars), len(eqn.outvars)
+    for jaxpr in _jaxprs(eqn):
+        if (len(_open(jaxpr).invars), len(_open(jaxpr).outvars)) == counts:
+            return jaxpr
     return None
+
+
+def _is_opaque(eqn: Any) -> bool:
+    """Whether it does what isn't known here."""
+    name = eqn.primitive.name
+    if name.startswith(_JOINING):
+        return False
+    return name in _OPAQUE or "call" in name or any(True for _ in _jaxprs(eqn))
+
+
+def _jaxprs(eqn: Any) -> Iterator[Any]:
+    """All that the equation carries, open or closed."""
+    return (value for value in eqn.params.values() if isinstance(_open(value), Jaxpr))
+
+
+def _open(jaxpr: Any) -> Any:
+    return getattr(jaxpr, "jaxpr", jaxpr)
 
 
 def _weight_operands(eqn: Any) -> Sequence[int]:
     """The operands that are summed over or looked up."""
-    if eqn.primitive.name in OPAQUE:
+    if _is_opaque(eqn):
         return range(len(eqn.invars))
     operands = _OPERATIONS.get(eqn.primitive.name, ())
     if eqn.primitive.name == "dot_general":  # with batch axes only it is an elementwise product
@@ -288,25 +337,32 @@ def _weight_operands(eqn: Any) -> Sequence[int]:
     return operands
 
 
-def _kernels(parts: frozenset[Part], name: str) -> set[Part]:
-    """The largest of what an operand is made of, not the norms that rescale it; and all factors."""
-    if name in OPAQUE:
-        return {part for part in parts if part.ndim > 1}
-    largest = max((part.size for part in parts), default=0)
-    return {part for part in parts if part.factor or part.size == largest}
-
-
 def _loses_axis(outer: Any, inner: Any) -> bool:
     return getattr(outer.aval, "ndim", 0) == getattr(inner.aval, "ndim", 0) + 1
 
 
-def _row(value: Value, i: int, length: int) -> Value:
+def _row(value: Value, aval: Any, i: int, loop: Any) -> Value:
     """The i-th of the stacked."""
     if isinstance(value, Data):
         return value
-    return Weights(
-        frozenset(
-            replace(part, key=(*part.key, i), size=part.size // length, ndim=part.ndim - 1)
-            for part in value.parts
-        )
-    )
+    number = None if value.number is None else value.number.at(i, loop)
+    return Weights(_parts.row(value.parts, aval.ndim, i, aval.shape[0]), number)
+
+
+def _carried(value: Value, loop: Any) -> Value:
+    """From one iteration to the next."""
+    if isinstance(value, Data) or value.number is None:
+        return value
+    return Weights(value.parts, value.number.within(loop))
+
+
+def _after(value: Value, loop: Any) -> Value:
+    """Once the loop is over."""
+    if isinstance(value, Data) or value.number is None:
+        return value
+    return Weights(value.parts, value.number.after(loop))
+
+
+def _forgotten(value: Value) -> Value:
+    """Without the number, which may be another."""
+    return value if isinstance(value, Data) else Weights(value.parts)

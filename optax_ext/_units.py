@@ -7,7 +7,6 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
 
@@ -39,10 +38,9 @@ def find_units(
     params: optax.Params, units: str, overrides: Overrides, architecture: Architecture | None
 ) -> tuple[list[Connection], list[int]]:
     """The units in order, and for every leaf the index of its unit (-1 for a `None` leaf)."""
-    paths, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda x: x is None)
     members: dict[str, list[_Member]] = {}
     of_leaf: list[str | None] = []
-    for keys, leaf in paths:
+    for keys, leaf in _paths.named_leaves(params):
         path_of = _paths.module_path if units == "module" else _paths.leaf_path
         name = None if leaf is None else path_of(keys)
         of_leaf.append(name)

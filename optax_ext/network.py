@@ -13,6 +13,7 @@ import optax
 
 from optax_ext import _dataflow, _paths
 from optax_ext._dataflow import Use
+from optax_ext._parts import Unknown
 
 
 class Placed(NamedTuple):
@@ -98,16 +99,21 @@ def architecture(
     out for a convolution, vocabulary × features for an embedding. When the parts of a leaf are
     used one after the other, as the layers of `scan` are, c is that of one part, and d the mean of
     theirs, at which the scale by depth is the geometric mean of what the layers would have alone.
+    Slices are told apart by where they cut, also by indices that a loop counts, and weights that
+    are stacked, concatenated or repeated before are each where their own slice is. If an index
+    can't be known, as in a loop that waits for data, the `note` says so, and every place of the
+    computation, each iteration of `scan` too, is taken to cut another part. Not followed are
+    weights that are written into an array (`.at[i].set`), or merged with others by `reshape`,
+    before they are sliced.
 
-    Weights may be prepared (cast, masked, normalized, multiplied) on the way to an operation. Its
-    kernels are the largest leaf that the operand is made of, and all factors of a matrix product;
-    others, such as the norms of weight normalization, have the operation's depth. So a query that
-    is computed of parameters alone counts where it meets data.
+    Weights that data choose or modulate, as `where(mask, w1, w2)`, `lax.cond(mask, w1, w2)` or `w *
+    f(x)` with data `mask` and `x`, are used elementwise there and are data from then on: a product
+    with them is no operation, so that what follows is less deep by it.
 
     What can't be told is read from the module tree, and the leaf's `note` says so: a leaf with more
     than one axis, used elementwise in a module without kernels (added, or modulated by data),
     counts its elements; one that isn't used does too, at the depth of the module before; operands
-    of foreign kernels (`pl.pallas_call`) are weights if they have more than one axis.
+    of foreign code (`pl.pallas_call`) are weights if they have more than one axis.
 
     Args:
       apply_fn: a function of the parameters and the inputs, such as a Flax linen module's `apply`.
@@ -116,13 +122,15 @@ def architecture(
       params: the parameters, or their shapes (`jax.eval_shape`): with Flax linen `variables` or
         `variables["params"]`, whichever `apply_fn` takes, with nnx `nnx.state(model, nnx.Param)`.
       *example_inputs: arrays, or their shapes; what is neither, such as `True`, is passed as it is.
+        Keywords are given by `functools.partial(apply_fn, train=False)`.
 
     Returns:
       Depth and connections by path; print it to read them.
 
     Raises:
       ValueError: `params` holds no arrays or other things than arrays, `apply_fn` fails with these
-        arguments, or nothing that it computes brings parameters and inputs together.
+        arguments, nothing that it computes brings parameters and inputs together, or two leaves
+        have one path.
 
     >>> import jax, jax.numpy as jnp
     >>> def residual(params, x):
@@ -195,11 +203,13 @@ class _Leaf:
             depth = _shorter(sum(self.levels) / len(self.levels))
         if self.operations:
             connections = math.prod(self.shape)
-            opaque = sorted({use.operation for use in self.operations} & set(_dataflow.OPAQUE))
+            opaque = sorted({use.operation for use in self.operations if use.opaque})
             note = f"by shape: in {', '.join(opaque)}" if opaque else ""
         elif not beside_kernel and all(use.ndim > 1 for use in self.uses):
             connections = _paths.connections_by_shape(self.shape)
             note = "by shape: used elementwise" if connections is not None else ""
+        if any(isinstance(cut, Unknown) for use in self.uses for cut in use.key):
+            note = "; ".join(filter(None, [note, "by place: sliced at an index not known"]))
         if not self.uses:
             note = "by shape and path: not used"
         if connections is not None:
@@ -223,7 +233,7 @@ def _shorter(x: float) -> int | float:
 
 def _leaves(params: optax.Params) -> list[tuple[Any, Any]]:
     """Path and array of every leaf."""
-    leaves = jax.tree_util.tree_leaves_with_path(params)
+    leaves = [named for named in _paths.named_leaves(params) if named[1] is not None]
     if not leaves:
         raise ValueError(f"params must hold at least one array, got {params!r}")
     for keys, leaf in leaves:
@@ -250,7 +260,7 @@ def _trace(apply_fn: Callable[..., Any], params: Any, inputs: tuple[Any, ...]) -
 
     _check_number(apply_fn, inputs)
     try:
-        return jax.make_jaxpr(apply)(*(leaves[i] for i in traced)).jaxpr
+        return jax.make_jaxpr(apply)(*(leaves[i] for i in traced))
     except Exception as error:
         raise ValueError(
             f"apply_fn must take params and example_inputs, got {_described(inputs)}, for which it"
@@ -268,6 +278,7 @@ def _check_number(apply_fn: Callable[..., Any], inputs: tuple[Any, ...]) -> None
     except TypeError as error:
         raise ValueError(
             f"example_inputs must be what apply_fn takes after params, got {len(inputs)}: {error}"
+            " (keywords are given by functools.partial(apply_fn, ...))"
         ) from error
 
 

@@ -1,6 +1,7 @@
 """What a user does with an architecture: optimizers, tables, transformations of JAX, mistakes."""
 
 import pickle
+from functools import partial
 from typing import Any
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import linen, nnx
+from flax import linen, nnx, struct
 from flax.training.train_state import TrainState
 
 import optax_ext
@@ -202,9 +203,59 @@ def test_one_array_is_a_network():
     optax_ext.caadam(0.1, architecture=architecture).init(jnp.ones((3, 2)))
 
 
+def by_keyword(params, x, *, train):
+    return network(params, x) if train is False else None
+
+
+def test_keywords_by_partial():
+    assert optax_ext.architecture(partial(by_keyword, train=False), PARAMS, X) == ARCHITECTURE
+
+
+@struct.dataclass
+class Attention:
+    query: Any
+    key: Any
+    value: Any
+
+
+def test_an_attribute_named_value():
+    """Beside others it is a leaf like them; alone, as in Flax's variables, it is no level."""
+    leaf = jax.ShapeDtypeStruct((4, 4), jnp.float32)
+    layers = [Attention(leaf, leaf, leaf), Attention(leaf, leaf, None)]
+    boxed = {"out": nnx.State({"kernel": nnx.Param(jnp.ones((4, 2)))})}
+    params = {"layers": layers, **boxed}
+    rows = [
+        (row.path, row.connections) for row in optax_ext.connection_table(params, scaling="depth")
+    ]
+    assert rows == [("layers/0", 48), ("layers/1", 32), ("out", 8)]
+
+    def apply(params, x):
+        for layer in params["layers"]:
+            x = (x @ layer.query) * (x @ layer.key)
+        return x @ params["out"]["kernel"][...]
+
+    architecture = optax_ext.architecture(apply, params, jnp.ones((5, 4)))
+    assert [*architecture] == [
+        *("layers/0/query", "layers/0/key", "layers/0/value", "layers/1/query", "layers/1/key"),
+        "out/kernel",
+    ]
+    table = optax_ext.connection_table(params, scaling="depth", architecture=architecture)
+    assert [row.depth for row in table] == [0, 1, 2]
+
+
+def test_two_leaves_of_one_path():
+    params = {"a/b": jnp.ones((3, 2)), "a": {"b": jnp.ones((2, 2))}}
+    message = r"path of its own for every leaf, got 'a/b' for \['a'\]\['b'\] and \['a/b'\]"
+    with pytest.raises(ValueError, match=message):
+        optax_ext.architecture(lambda p, x: x @ p["a/b"] @ p["a"]["b"], params, X)
+    with pytest.raises(ValueError, match=message):
+        optax_ext.connection_table(params, scaling="depth")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ((by_keyword, PARAMS, X), r"got 1: missing .* 'train' \(keywords are given by functools"),
         ((None, PARAMS, X), "apply_fn must be a function of params and inputs, got None"),
         ((network, {}, X), "params must hold at least one array, got {}"),
         ((network, {"a": None}, X), "params must hold at least one array"),
