@@ -170,7 +170,9 @@ def test_optax_lists_its_optimizers():
     assert {row.get("wrapper_name") for row in OPTAX.values()} >= {"mechanize", "schedule_free"}
 
 
-@pytest.mark.parametrize("case", [case for case in PATHS if case.method != "vradam"], ids=str)
+@pytest.mark.parametrize(
+    "case", slow_unless(METHODS, [case for case in PATHS if case.method != "vradam"])
+)
 def test_bfloat16_is_exact(case):
     """Where nothing is summed, kernel and chain round alike."""
     tree = jax.tree.map(lambda x: shape(*x.shape, dtype=jnp.bfloat16), SMALL)

@@ -136,7 +136,7 @@ def test_chain(words, tree, bad):
 
 @pytest.mark.slow
 @given_chains
-@settings(max_examples=30)
+@settings(max_examples=15)
 def test_many_chains(words, tree, bad):
     assert_fused_is_chain(words, tree, bad)
 

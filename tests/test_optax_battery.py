@@ -119,23 +119,21 @@ SHARDING = [
 FLOAT64 = float64_tests(METHODS + PIECES)
 
 
-@pytest.mark.parametrize("case", CONTRIB, ids=str)
+def slow_for_options(cases: Sequence[Case]) -> list[Any]:
+    """Options are tried only where there is time: most of them share their method's path."""
+    options = {row.name for row in OPTIONS}
+    return [
+        pytest.param(case, id=str(case), marks=[pytest.mark.slow] * (case.row in options))
+        for case in cases
+    ]
+
+
+@pytest.mark.parametrize("case", slow_for_options(CONTRIB))
 def test_contrib(case):
     case.run()
 
 
-# They repeat most of the tests above: for the options, only where there is time.
-@pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(
-            case,
-            id=str(case),
-            marks=[pytest.mark.slow] if case.row in {row.name for row in OPTIONS} else [],
-        )
-        for case in ALIAS
-    ],
-)
+@pytest.mark.parametrize("case", slow_for_options(ALIAS))
 def test_alias(case):
     case.run()
 

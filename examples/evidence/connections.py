@@ -7,7 +7,8 @@ three formulas as they ran (Keras 3 names all kernels alike, so that each was sc
 by these as written, by ours for whole modules, by ours with the depth that is read from the
 computation, and by the multiplicative one as its authors' comment promises it, signed. Each tries
 the same rates, as Adam does, and is judged by other seeds. A control trains along: Adam at the rate
-times the mean of the scales, weighted by parameters.
+times the mean of the scales, weighted by parameters. What ran is but another rate, and decides
+nothing; the intervals of the others are not corrected for their number.
 
 What some 4,000 parameters and 18 epochs can't show: the scales of networks whose tensors differ by
 more, and what is gained late in a long training.
