@@ -106,6 +106,11 @@ def architecture(
     weights that are written into an array (`.at[i].set`), or merged with others by `reshape`,
     before they are sliced.
 
+    Weights may be prepared (cast, masked, normalized, multiplied) on the way to an operation. Its
+    kernels are the largest leaf that the operand is made of, and all factors of a matrix product;
+    others, such as the norms of weight normalization, have the operation's depth. So a query that
+    is computed of parameters alone counts where it meets data.
+
     Weights that data choose or modulate, as `where(mask, w1, w2)`, `lax.cond(mask, w1, w2)` or `w *
     f(x)` with data `mask` and `x`, are used elementwise there and are data from then on: a product
     with them is no operation, so that what follows is less deep by it.
