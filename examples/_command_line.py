@@ -35,7 +35,7 @@ def add_numbers(
 
 
 def add_data(parser: argparse.ArgumentParser) -> None:
-    """The option that `_data.load` takes."""
+    """The option that `_data.load_data` reads."""
     parser.add_argument(
         "--data",
         type=Path,

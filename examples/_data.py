@@ -1,5 +1,6 @@
 """The images: scikit-learn's handwritten digits, or the user's own from an .npz file."""
 
+import argparse
 import zipfile
 import zlib
 from functools import lru_cache
@@ -34,6 +35,14 @@ class Dataset(NamedTuple):
     train: Split
     validation: Split
     test: Split
+
+
+def load_data(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Dataset:
+    """What `--data` holds; what is wrong with it ends the program."""
+    try:
+        return load(options.data)
+    except (DataError, OSError) as error:
+        parser.error(str(error))
 
 
 def load(path: Path | None) -> Dataset:

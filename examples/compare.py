@@ -21,7 +21,7 @@ import numpy as np
 import optax
 
 from _command_line import add_data, add_numbers, positive, progress_bar
-from _data import DataError, Dataset, load
+from _data import Dataset, load_data
 from _plot import save_figure
 from _report import Result, print_header, print_table, save_json
 from _training import Curves, Factory, Plan, make_network, time_steps, train
@@ -78,10 +78,10 @@ SEARCH_SEEDS = (1000, 1001)
 def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser()
     arguments = parser.parse_args(argv)
+    data = load_data(parser, arguments)
     try:
-        data = load(arguments.data)
         figure = prepare_output(arguments.out)
-    except (DataError, OSError) as error:
+    except OSError as error:
         parser.error(str(error))
     contenders = {
         name: contender.fused() if arguments.fused else contender

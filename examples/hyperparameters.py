@@ -31,7 +31,7 @@ from scipy.stats import t as student
 
 import optax_ext
 from _command_line import add_data, add_numbers, make_parser, positive
-from _data import DataError, Dataset, Split, draw, load
+from _data import Dataset, Split, draw, load_data
 from _resume import open_checkpoints, steps_to
 
 MIDDLE, REACH = 5e-3, 27.0  # the first round's rates: from MIDDLE / REACH to MIDDLE * REACH
@@ -200,10 +200,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Dataset]:
         parser.error(f"--rates must be odd, so that one is in the middle, got {options.rates}")
     if options.seeds < 2:
         parser.error(f"--seeds must be 2 or more for an interval, got {options.seeds}")
-    try:
-        return options, load(options.data)
-    except DataError as error:
-        parser.error(str(error))
+    return options, load_data(parser, options)
 
 
 if __name__ == "__main__":

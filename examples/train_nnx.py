@@ -29,7 +29,7 @@ from _command_line import (
     not_negative,
     positive,
 )
-from _data import DataError, Dataset, Split, draw, load
+from _data import Dataset, Split, draw, load_data
 from _resume import open_checkpoints, steps_to
 from pallas_kernels import fuse
 from pallas_kernels.flax import FusedOptimizer
@@ -170,10 +170,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Dataset]:
         ("--log-every", positive, 50, "steps between reports"),
     )
     options = parser.parse_args(argv)
-    try:
-        return options, load(options.data)
-    except DataError as error:
-        parser.error(str(error))
+    return options, load_data(parser, options)
 
 
 if __name__ == "__main__":
