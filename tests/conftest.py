@@ -35,8 +35,10 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture
 def load_module(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
-    """Imports a file of the examples as the script does: from its own folder."""
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples")
+    """Imports a file of the examples, or of the evidence, as the script does: from its folder."""
+    examples = Path(__file__).parents[1] / "examples"
+    monkeypatch.syspath_prepend(examples)
+    monkeypatch.syspath_prepend(examples / "evidence")
     return importlib.import_module
 
 

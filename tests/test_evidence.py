@@ -3,7 +3,6 @@
 A new script is a row of `SMOKE`.
 """
 
-import importlib
 import json
 import re
 import subprocess
@@ -11,7 +10,6 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
@@ -25,16 +23,7 @@ from scipy import integrate
 import optax_ext
 from benchmarks.summary import fill
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
-FOLDER = EXAMPLES / "evidence"
-
-
-@pytest.fixture
-def load_module(monkeypatch) -> Callable[[str], ModuleType]:
-    """Imports a file of the evidence as a script does: from its own folder."""
-    monkeypatch.syspath_prepend(EXAMPLES)
-    monkeypatch.syspath_prepend(FOLDER)
-    return importlib.import_module
+FOLDER = Path(__file__).parents[1] / "examples" / "evidence"
 
 
 def check_lag(tables: dict[str, Any]) -> None:

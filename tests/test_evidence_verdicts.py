@@ -1,26 +1,15 @@
 """What the evidence's scripts conclude, from numbers made up to leave no doubt."""
 
-import importlib
-from collections.abc import Callable
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 
-FOLDER = Path(__file__).parents[1] / "examples" / "evidence"
 HOLDS, UNTUNED = "holds", "holds only against an untuned baseline"
 NOT_SEEN, REFUTED = "not seen at this scale", "does not hold"
 # Of eight seeds, which differ by a little.
 SEEDS = np.linspace(-0.01, 0.01, 8)
-
-
-@pytest.fixture
-def load_module(monkeypatch) -> Callable[[str], ModuleType]:
-    monkeypatch.syspath_prepend(FOLDER.parent)
-    monkeypatch.syspath_prepend(FOLDER)
-    return importlib.import_module
 
 
 def verdicts(findings: Any) -> list[str]:
