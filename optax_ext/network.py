@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_ext import _dataflow, _paths
-from optax_ext._dataflow import Use
-from optax_ext._parts import Unknown
+from optax_ext import _paths
+from optax_ext._tracing.parts import Unknown
+from optax_ext._tracing.run import Use, uses_of_parameters
 
 
 class Placed(NamedTuple):
@@ -160,9 +160,7 @@ def architecture(
     jaxpr = _trace(apply_fn, params, example_inputs)
     leaves = [
         _Leaf(_paths.leaf_path(keys), _paths.module_path(keys), jnp.shape(array), uses)
-        for (keys, array), uses in zip(
-            paths, _dataflow.uses_of_parameters(jaxpr, len(paths)), strict=True
-        )
+        for (keys, array), uses in zip(paths, uses_of_parameters(jaxpr, len(paths)), strict=True)
     ]
     if not any(leaf.uses for leaf in leaves):
         raise ValueError(

@@ -4,9 +4,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from optax_ext import _parts
-from optax_ext._numbers import Number
-from optax_ext._parts import Parts, Unknown
+from optax_ext._tracing import parts as _parts
+from optax_ext._tracing.numbers import Number
+from optax_ext._tracing.parts import Parts, Unknown
 
 # What computes every element from those at its place.
 _ELEMENTWISE = frozenset(

@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 
 from jax.extend.core import Jaxpr, Literal
 
-from optax_ext import _numbers, _parts
-from optax_ext._numbers import Number
-from optax_ext._parts import Part, Parts
-from optax_ext._preparing import prepared
+from optax_ext._tracing import numbers as _numbers
+from optax_ext._tracing import parts as _parts
+from optax_ext._tracing.numbers import Number
+from optax_ext._tracing.parts import Part, Parts
+from optax_ext._tracing.preparing import prepared
 
 
 @dataclass(frozen=True)
