@@ -11,6 +11,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.core import Tracer
 
 
@@ -62,6 +63,16 @@ def one_of(choices: Sequence[str], **arguments: Any) -> None:
         if not (isinstance(value, str) and value in choices):
             listed = ", ".join(map(repr, choices))
             raise ValueError(f"{name} must be one of {listed}, got {value!r}")
+
+
+def transformation(**arguments: Any) -> None:
+    """Require pairs of `init` and `update`, which Optax's factories return when called."""
+    for name, value in arguments.items():
+        if isinstance(value, optax.GradientTransformation):
+            continue
+        called = getattr(value, "__name__", None) if callable(value) else None
+        got = repr(value) if called is None else f"the function {called}: call it first"
+        raise ValueError(f"{name} must be a GradientTransformation, got {got}")
 
 
 def memory(**arguments: Any) -> None:
