@@ -1,4 +1,4 @@
-"""The one validator of hyperparameters.
+"""The one validator of arguments.
 
 Every check takes the arguments by their own names, `decay_rate(b1=b1, b2=b2)`, and raises at
 construction time. Tracers have no value yet and pass unseen; arrays that hold a value are checked
@@ -9,9 +9,9 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.core import Tracer
 
 
@@ -41,8 +41,15 @@ def positive(**arguments: Any) -> None:
 
 
 def period(**arguments: Any) -> None:
-    """Numbers of steps: integers >= 1."""
-    _numbers(arguments, lambda x: x >= 1 and x == int(x), "the integers >= 1")
+    """Require numbers of steps: integers that an int32 counter reaches.
+
+    Floats are refused, also whole ones: from step 2^24 on a float32 no longer holds every count.
+    """
+    for name, value in arguments.items():
+        _scalar(name, value)
+        valid = _is_integer(value) and (isinstance(value, Tracer) or 1 <= int(value) < 2**31)
+        if not valid:
+            raise ValueError(f"{name} must be an integer in [1, 2147483647], got {value!r}")
 
 
 def schedule_or(check: Callable[..., None], **arguments: Any) -> None:
@@ -66,13 +73,31 @@ def one_of(choices: Sequence[str], **arguments: Any) -> None:
 
 
 def transformation(**arguments: Any) -> None:
-    """Require pairs of `init` and `update`, which Optax's factories return when called."""
+    """Require pairs of functions `init` and `update`, of whatever class."""
     for name, value in arguments.items():
-        if isinstance(value, optax.GradientTransformation):
-            continue
-        called = getattr(value, "__name__", None) if callable(value) else None
-        got = repr(value) if called is None else f"the function {called}: call it first"
-        raise ValueError(f"{name} must be a GradientTransformation, got {got}")
+        functions = (getattr(value, field, None) for field in ("init", "update"))
+        if isinstance(value, type) or not all(map(callable, functions)):
+            raise ValueError(f"{name} must be a GradientTransformation, got {_uncalled(value)}")
+
+
+def returned_by(kind: type, **arguments: Any) -> None:
+    """Require instances of a class, which its factories return when they are called."""
+    for name, value in arguments.items():
+        if not isinstance(value, kind):
+            raise ValueError(f"{name} must be a {kind.__name__}, got {_uncalled(value)}")
+
+
+def float_leaves(**trees: Any) -> None:
+    """Require trees of real or complex arrays: nothing else has a gradient."""
+    for name, tree in trees.items():
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            dtype = jnp.result_type(leaf)
+            if not jnp.issubdtype(dtype, jnp.inexact):
+                where = "/".join((name, *(jax.tree_util.keystr((k,), simple=True) for k in path)))
+                raise ValueError(
+                    f"{name} must be floats, but {where} is {dtype}: leave it out with"
+                    " optax.masked or optax.partition"
+                )
 
 
 def memory(**arguments: Any) -> None:
@@ -94,31 +119,59 @@ def storage_dtype(kind: Any = jnp.inexact, **arguments: Any) -> None:
     for name, value in arguments.items():
         if value is None:
             continue
+        wanted = f"{name} must be None or of {kind.__name__} dtype, got {value!r}"
+        if isinstance(value, jax.Array):  # a dtype is callable, and was called like a schedule
+            raise ValueError(
+                f"{wanted}; under optax.inject_hyperparams, name {name} in its static_args"
+            )
         try:
             valid = jnp.issubdtype(jnp.dtype(value), kind)
         except TypeError:
             valid = False
         if not valid:
-            raise ValueError(f"{name} must be None or of {kind.__name__} dtype, got {value!r}")
+            raise ValueError(wanted)
 
 
 def _numbers(arguments: dict[str, Any], inside: Callable[[float], bool], interval: str) -> None:
     for name, value in arguments.items():
-        if getattr(value, "ndim", 0) != 0:
-            raise ValueError(f"{name} must be a scalar, got an array of shape {value.shape}")
+        _scalar(name, value)
         if isinstance(value, Tracer):
             continue
         number = _as_float(value)
         if number is None:
             raise ValueError(f"{name} must be a number in {interval}, got {value!r}")
         if not (math.isfinite(number) and inside(number)):
-            raise ValueError(f"{name} must be in {interval}, got {value}")
+            raise ValueError(f"{name} must be in {interval}, got {value}{_rounding(value)}")
+
+
+def _scalar(name: str, value: Any) -> None:
+    if getattr(value, "ndim", 0) != 0:
+        raise ValueError(f"{name} must be a scalar, got an array of shape {value.shape}")
+
+
+def _is_integer(value: Any) -> bool:
+    return jnp.issubdtype(getattr(value, "dtype", type(value)), jnp.integer)
 
 
 def _as_float(value: Any) -> float | None:
-    if isinstance(value, str):  # "0.1" is no number, whatever float says
+    """Return the number that `value` is; text and truth values are none, whatever `float` says."""
+    if isinstance(value, str) or jnp.issubdtype(getattr(value, "dtype", type(value)), jnp.bool_):
         return None
     try:
         return float(value)
     except (TypeError, ValueError):
         return None
+
+
+def _rounding(value: Any) -> str:
+    """Return a hint for a number that may have been in its range before it was rounded."""
+    if not isinstance(value, jax.Array) or value.dtype.itemsize > 2:
+        return ""
+    return f" in {value.dtype}; under optax.inject_hyperparams, set hyperparam_dtype=jnp.float32"
+
+
+def _uncalled(value: Any) -> str:
+    if not callable(value):
+        return repr(value)
+    kind = "class" if isinstance(value, type) else "function"
+    return f"the {kind} {getattr(value, '__name__', value)}: call it first"

@@ -64,11 +64,10 @@ def rounded(x: jax.Array, dtype: DTypeLike) -> jax.Array:
 
 
 def real_zeros_like(params: optax.Params, dtype: DTypeLike | None) -> optax.Updates:
-    """Zeros for a second moment: real also for complex parameters."""
+    """Return zeros for a second moment: real, and by default in at least float32."""
 
     def zeros(p):
-        own = jnp.finfo(jnp.result_type(p)).dtype
-        return jnp.zeros_like(p, dtype=own if dtype is None else dtype)
+        return jnp.zeros_like(p, dtype=real_dtype(jnp.result_type(p)) if dtype is None else dtype)
 
     return jax.tree.map(zeros, params)
 
@@ -106,15 +105,24 @@ def abs_sq(x: jax.Array) -> jax.Array:
     return (x * x.conj()).real if jnp.iscomplexobj(x) else x * x
 
 
+def root(x: jax.Array) -> jax.Array:
+    r"""Return :math:`\sqrt x`, whose derivative at 0 is 0 here instead of infinite.
+
+    A tensor that is 0 and stays 0 then adds nothing to a derivative, where the infinite one makes
+    it NaN. The inner select is what keeps the infinity out: a mask of the result comes too late.
+    """
+    return jnp.where(x == 0, 0, jnp.sqrt(jnp.where(x == 0, 1, x)))
+
+
 def norm(x: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """Euclidean norm of one tensor, accumulated in `dtype`."""
-    return jnp.sqrt(jnp.sum(abs_sq(upcast(x)), dtype=dtype))
+    """Return the Euclidean norm of one tensor, accumulated in `dtype`."""
+    return root(jnp.sum(abs_sq(upcast(x)), dtype=dtype))
 
 
 def global_norm(tree: Any, dtype: DTypeLike) -> jax.Array:
-    """Euclidean norm of all tensors together, accumulated in `dtype`."""
+    """Return the Euclidean norm of all tensors together, accumulated in `dtype`."""
     squares = [jnp.sum(abs_sq(upcast(x)), dtype=dtype) for x in jax.tree.leaves(tree)]
-    return jnp.sqrt(sum(squares, start=jnp.zeros((), dtype)))
+    return root(sum(squares, start=jnp.zeros((), dtype)))
 
 
 def scale_each(scales: jax.Array, updates: optax.Updates) -> optax.Updates:

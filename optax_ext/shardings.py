@@ -7,7 +7,7 @@ import jax
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from optax_ext import _memory
+from optax_ext import _checks, _memory
 
 
 def state_shardings(tx: optax.GradientTransformation, params: optax.Params) -> optax.OptState:
@@ -27,7 +27,7 @@ def state_shardings(tx: optax.GradientTransformation, params: optax.Params) -> o
       A tree of `NamedSharding` like the state.
 
     Raises:
-      ValueError: a parameter has no `NamedSharding`, or lies on another mesh than the others.
+      ValueError: `tx` is no transformation, a parameter has no `NamedSharding`, or lies on another mesh than the others.
 
     >>> import jax.numpy as jnp, optax_ext
     >>> mesh = jax.make_mesh((1,), ("data",))
@@ -39,6 +39,7 @@ def state_shardings(tx: optax.GradientTransformation, params: optax.Params) -> o
     ('data',)
     >>> state = jax.jit(tx.init, out_shardings=placed)({"w": jnp.ones((8, 4))})
     """
+    _checks.transformation(tx=tx)
     mesh = _mesh(params)
     return optax.tree.map_params(
         tx,

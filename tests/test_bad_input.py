@@ -11,15 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 import optax_ext
 from cases import METHODS
 
 # What a caller may pass there can't be told by looking at it.
-FREE_FORM = {
-    *("mask", "inner", "first", "second", "join", "params", "tx"),
-    *("apply_fn", "example_inputs"),
-}
+FREE_FORM = {"mask", "params", "apply_fn", "example_inputs"}
 
 
 def schedule(count: Any) -> Any:
@@ -28,17 +26,20 @@ def schedule(count: Any) -> Any:
 
 @dataclass(frozen=True)
 class Range:
-    """Values that an argument takes, and values that it doesn't with what is said of them."""
+    """Values that an argument takes, and values that it refuses with what its error says.
+
+    `traceable` is a number that may be traced, if any may.
+    """
 
     good: tuple[Any, ...]
     bad: tuple[tuple[Any, str], ...]
-    traceable: bool = False
+    traceable: float | None = None
 
 
 def number(interval: str, *, inside: tuple[Any, ...], outside: tuple[Any, ...]) -> Range:
     arrays = jnp.asarray(outside[0]), np.asarray(outside[0])
     numbers = *outside, *arrays, math.nan, math.inf, -math.inf
-    others = None, "half", "0.5", 1j, [0.5], schedule
+    others = None, "half", "0.5", 1j, [0.5], True, np.False_, jnp.asarray(True), schedule
     return Range(
         good=(*inside, *map(jnp.asarray, inside), *map(np.asarray, inside)),
         bad=(
@@ -46,7 +47,7 @@ def number(interval: str, *, inside: tuple[Any, ...], outside: tuple[Any, ...]) 
             *((value, f"must be a number in {interval}, got {value!r}") for value in others),
             (jnp.ones(2), "must be a scalar, got an array of shape (2,)"),
         ),
-        traceable=True,
+        traceable=0.5,
     )
 
 
@@ -78,7 +79,17 @@ TRACTABLE = number("(2/3, 1)", inside=(0.67, 0.999), outside=(0.5, 2 / 3, 1.0))
 SHARE = number("[0, 1]", inside=(0.0, 1, 0.5), outside=(1.001, -0.1, 2))
 SIZE = number("[0, inf)", inside=(0, 1e-30, 1e30), outside=(-1e-8, -1))
 POSITIVE = number("(0, inf)", inside=(1e-30, 3), outside=(0, -1.0))
-PERIOD = number("the integers >= 1", inside=(1, 100), outside=(0, 2.5, -5))
+PERIOD = Range(
+    (1, 2**31 - 1, np.int64(5), np.uint8(5), np.asarray(5), jnp.asarray(5)),
+    (
+        *(
+            (value, f"must be an integer in [1, 2147483647], got {value!r}")
+            for value in (0, -5, 2**31, 1e12, 2.5, 5.0, np.float32(5), jnp.asarray(5.0), True, "5")
+        ),
+        (jnp.ones(2, int), "must be a scalar, got an array of shape (2,)"),
+    ),
+    traceable=5,
+)
 FLAG = Range(
     (True, False),
     tuple((value, f"must be True or False, got {value!r}") for value in (None, 1, "yes")),
@@ -106,6 +117,12 @@ OVERRIDES = Range(
     ),
 )
 PARAMS = {"in": {"kernel": jnp.ones((2, 3))}, "out": {"kernel": jnp.ones((3, 3))}}
+SHARDED = {
+    "kernel": jax.device_put(
+        jnp.ones((8, 3)),
+        NamedSharding(jax.make_mesh((8,), ("data",)), PartitionSpec("data")),
+    )
+}
 ARCHITECTURE = Range(
     (
         None,
@@ -168,6 +185,28 @@ CASCADE = {
 }
 OF_SQUARES = {"dtype": REAL_DTYPE}
 INNER = optax.adam(0.1)
+TRANSFORMATION = Range(
+    (INNER, optax_ext.fame(0.1), optax.MultiSteps(INNER, 2), optax.identity()),
+    (
+        *(
+            (value, f"must be a GradientTransformation, got {value!r}")
+            for value in (None, "adam", 0.1, {"init": 1})
+        ),
+        *(
+            (factory, f"got the function {factory.__name__}: call it first")
+            for factory in (optax.adam, optax_ext.vradam, optax_ext.ema)
+        ),
+        (optax.MultiSteps, "got the class MultiSteps: call it first"),
+    ),
+)
+JOIN = Range(
+    (optax_ext.ratio(eps=0.1), optax_ext.product(eps=0.1)),
+    (
+        (None, "must be a Join, got None"),
+        (INNER, "must be a Join, got GradientTransformationExtraArgs("),
+        (optax_ext.ratio, "must be a Join, got the function ratio: call it first"),
+    ),
+)
 
 
 class Row(NamedTuple):
@@ -245,15 +284,24 @@ TABLE = [
         {"b2": 0.9, "eps": 0.1},
         {"b2": TRACTABLE, "eps": SIZE},
     ),
-    Row(optax_ext.scale_by_moments, {}, {}),
+    Row(
+        optax_ext.scale_by_moments,
+        {"first": INNER, "second": INNER, "join": optax_ext.ratio(eps=0.1)},
+        {"first": TRANSFORMATION, "second": TRANSFORMATION, "join": JOIN},
+    ),
+    Row(optax_ext.state_shardings, {"params": SHARDED}, {"tx": TRANSFORMATION}),
     Row(optax_ext.correct_bias, {"b1": 0.9, "b2": 0.9}, {"b1": DECAY, "b2": DECAY}),
     Row(optax_ext.rectify, {}, {"b2": TRACTABLE}),
-    Row(optax_ext.autoscale, {"inner": INNER}, {"decay": DECAY}),
+    Row(
+        optax_ext.autoscale,
+        {"inner": INNER, "decay": 0.9},
+        {"inner": TRANSFORMATION, "decay": DECAY},
+    ),
     Row(optax_ext.scale_by_trust_ratio, {}, {"max_ratio": POSITIVE}),
     Row(
         optax_ext.velocity_regularized,
         {"inner": INNER, "beta3": 1.0, "lr_cutoff": 10.0, "b1": 0.9},
-        VELOCITY,
+        VELOCITY | {"inner": TRANSFORMATION},
     ),
     Row(
         optax_ext.velocity_regularized,
@@ -263,7 +311,7 @@ TABLE = [
     Row(
         optax_ext.lookahead,
         {"inner": INNER, "sync_period": 5, "slow_step_size": 0.5},
-        LOOKAHEAD | {"mode": choice("exact", "rotating")},
+        LOOKAHEAD | {"inner": TRANSFORMATION, "mode": choice("exact", "rotating")},
     ),
     Row(optax_ext.scale_by_connections, {"scaling": "additive"}, CONNECTIONS),
     Row(
@@ -320,10 +368,10 @@ def test_takes_tracers_of_numbers_only(row, argument):
         row.factory(**row.arguments | {argument: value})
         return value
 
-    if row.ranges[argument].traceable:
-        jax.eval_shape(build, 0.5)
+    if (number := row.ranges[argument].traceable) is not None:
+        jax.eval_shape(build, number)
         with pytest.raises(ValueError, match=f"{argument} must be a scalar"):
-            jax.eval_shape(build, jnp.ones(2))
+            jax.eval_shape(build, jnp.full(2, number))
 
 
 def test_every_argument_is_in_the_table():

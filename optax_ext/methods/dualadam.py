@@ -46,8 +46,10 @@ def invadam(
         scales like the gradient.
       weight_decay: λ, decoupled, in [0, inf), or a schedule.
       mask: tree of bools, or a function of the parameters to one: where to decay.
-      mu_dtype: storage of the first moment; `None` is the parameters' own.
-      nu_dtype: storage of the second moment; `None` is the parameters' own.
+      mu_dtype: storage of the first moment; `None` is the parameters' own. bfloat16 will do for
+        decays up to .9: see `ema`.
+      nu_dtype: storage of the second moment; `None` is at least float32. In bfloat16 it stops
+        following the gradient at b2 >= .99: see `ema_of_squares`.
 
     Returns:
       The chain. Its state has `mu` and `nu` for `optax.tree.get`.
@@ -118,8 +120,10 @@ def dualadam(
       scale_free: as in `invadam`.
       weight_decay: λ, decoupled, in [0, inf), or a schedule.
       mask: tree of bools, or a function of the parameters to one: where to decay.
-      mu_dtype: storage of the first moment; `None` is the parameters' own.
-      nu_dtype: storage of the second moment; `None` is the parameters' own.
+      mu_dtype: storage of the first moment; `None` is the parameters' own. bfloat16 will do for
+        decays up to .9: see `ema`.
+      nu_dtype: storage of the second moment; `None` is at least float32. In bfloat16 it stops
+        following the gradient at b2 >= .99: see `ema_of_squares`.
 
     Returns:
       The chain. Its state has `inverse_share` (r_t), `mu` and `nu` for `optax.tree.get`.

@@ -67,8 +67,10 @@ def fame(
       weight_decay: L2 coefficient, added to the gradient as weight_decay · θ; in [0, inf), or a
         schedule.
       mask: tree of bools, or a function of the parameters to one: where to decay.
-      mu_dtype: storage of m, d and e; `None` is the parameters' own.
-      nu_dtype: storage of v; `None` is the parameters' own.
+      mu_dtype: storage of m, d and e; `None` is the parameters' own. bfloat16 will do for
+        decays up to .9: see `ema`.
+      nu_dtype: storage of v; `None` is at least float32. In bfloat16 it stops
+        following the gradient at b2 >= .99: see `ema_of_squares`.
 
     Returns:
       The chain. Its state has `mu` (m), `later` (d and e) and `nu` for `optax.tree.get`.

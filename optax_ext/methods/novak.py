@@ -89,11 +89,14 @@ def novak(
         `optax_ext.lookahead`) or "none".
       sync_period: k, an integer >= 1; a Python one for "rotating".
       slow_step_size: a, in [0, 1].
-      slow_dtype: storage of the slow weights; `None` is the parameters' own.
+      slow_dtype: storage of the slow weights; `None` is the parameters' own. bfloat16 can stop
+        the training: see `optax_ext.lookahead`.
       offload: where they wait, "pinned_host" for the host's memory; `None` is the device's.
       mask: tree of bools, or a function of the parameters to one: where to decay.
-      mu_dtype: storage of the first moment; `None` is the parameters' own.
-      nu_dtype: storage of the second moment; `None` is the parameters' own.
+      mu_dtype: storage of the first moment; `None` is the parameters' own. bfloat16 will do for
+        decays up to .9: see `ema`.
+      nu_dtype: storage of the second moment; `None` is at least float32. In bfloat16 it stops
+        following the gradient at b2 >= .99: see `ema_of_squares`.
 
     Returns:
       The chain. Its state has `rectification`, `trust_ratio` and `autoscale` where they are on,

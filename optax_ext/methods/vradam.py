@@ -62,8 +62,10 @@ def vradam(
       norm_reduction: "sum", or "mean" over the coordinates in scope.
       weight_decay: λ, decoupled and gated like the step, in [0, inf), or a schedule.
       mask: tree of bools, or a function of the parameters to one: where to decay.
-      mu_dtype: storage of u; `None` is the parameters' own.
-      nu_dtype: storage of v; `None` is the parameters' own.
+      mu_dtype: storage of u; `None` is the parameters' own. bfloat16 will do for
+        decays up to .9: see `ema`.
+      nu_dtype: storage of v; `None` is at least float32. In bfloat16 it stops
+        following the gradient at b2 >= .99: see `ema_of_squares`.
 
     Returns:
       The chain. Its state has `gate` (α_t / α), `mu` and `nu` for `optax.tree.get`.

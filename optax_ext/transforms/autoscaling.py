@@ -38,14 +38,15 @@ def autoscale(
       n_t = \mathrm{EMA}(\lVert g \rVert)_t / (1 - b^t)
 
     The norm is that of all tensors together. After NOVAK, whose :math:`1/(1 + \log n_t)` is
-    singular at :math:`n_t = 1/e` and negative below: the maximum with 0 is ours.
+    singular at :math:`n_t = 1/e` and negative below: the maximum with 0 is ours. A norm whose
+    square overflows counts as the root of the largest number, so that the average recovers.
 
     Args:
       inner: transformation to scale.
       decay: b, decay of the average norm, in [0, 1).
 
     Raises:
-      ValueError: `decay` is out of its range.
+      ValueError: `decay` is out of its range, or `inner` is no transformation.
 
     >>> import jax.numpy as jnp
     >>> tx = autoscale(optax.sgd(1.0), decay=0.99)
@@ -53,10 +54,12 @@ def autoscale(
     >>> print(f"{-update[0] / jnp.e:.3f}")
     0.500
     """
+    _checks.transformation(inner=inner)
     _checks.decay_rate(decay=decay)
     inner = optax.with_extra_args_support(inner)
 
     def init(params: optax.Params) -> AutoscaleState:
+        _checks.float_leaves(params=params)
         dtype = scalar_dtype(params)
         zero, one = jnp.zeros((), dtype), jnp.ones((), dtype)
         return AutoscaleState(first_count(), zero, one, inner.init(params))
@@ -64,8 +67,10 @@ def autoscale(
     def update(updates, state, params=None, **extra_args):
         count = next_count(state.count)
         dtype = state.norm_ema.dtype
-        norm_ema = average(global_norm(updates, dtype), state.norm_ema, decay).astype(dtype)
-        scale = 1 / (1 + jnp.maximum(0, jnp.log(norm_ema / total_weight(decay, count, dtype))))
+        norm = jnp.minimum(global_norm(updates, dtype), jnp.finfo(dtype).max ** 0.5)
+        norm_ema = average(norm, state.norm_ema, decay).astype(dtype)
+        mean = norm_ema / total_weight(decay, count, dtype)
+        scale = 1 / (1 + jnp.log(jnp.maximum(1, mean)))
         step, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
         scaled = tree_map(lambda u: times(scale, u), step)
         return scaled, AutoscaleState(count, norm_ema, scale, inner_state)

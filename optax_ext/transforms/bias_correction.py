@@ -20,8 +20,20 @@ def total_weight(decay: ArrayLike, count: jax.Array, dtype: DTypeLike) -> jax.Ar
     Written as :math:`-\mathrm{expm1}(t \log b)`: the plain form loses five of float32's seven
     digits for b = 0.999 and small t.
     """
-    log_decay = jnp.log1p(jnp.asarray(decay - 1, dtype))
-    return -jnp.expm1(count.astype(dtype) * log_decay)
+    return _total_weight(jnp.asarray(decay - 1, dtype), count.astype(dtype))
+
+
+@jax.custom_jvp
+def _total_weight(x: jax.Array, t: jax.Array) -> jax.Array:
+    r"""Return :math:`1 - (1 + x)^t`."""
+    return -jnp.expm1(t * jnp.log1p(x))
+
+
+@_total_weight.defjvp
+def _derivative(primals, tangents):
+    """Differentiate the plain form, since the logarithm's derivative is infinite at b = 0."""
+    (x, t), (dx, _) = primals, tangents
+    return _total_weight(x, t), -t * (1 + x) ** (t - 1) * dx
 
 
 def debias(average: optax.Updates, decay: ArrayLike, count: jax.Array) -> optax.Updates:
@@ -60,7 +72,7 @@ def correct_bias(*, b1: ArrayLike, b2: ArrayLike) -> optax.GradientTransformatio
     _checks.decay_rate(b1=b1, b2=b2)
 
     def init(params: optax.Params) -> CorrectBiasState:
-        del params
+        _checks.float_leaves(params=params)
         return CorrectBiasState(first_count())
 
     def update(updates, state, params=None, **extra_args):

@@ -13,7 +13,15 @@ import optax
 from jax.typing import ArrayLike
 
 from optax_ext import _checks
-from optax_ext._numerics import cast, first_count, next_count, scalar_dtype, tree_map, upcast
+from optax_ext._numerics import (
+    cast,
+    first_count,
+    next_count,
+    root,
+    scalar_dtype,
+    tree_map,
+    upcast,
+)
 from optax_ext.transforms.rectification import is_tractable, sma_length
 
 
@@ -52,7 +60,10 @@ def scale_by_moments(
     Args:
       first: estimator of the first moment, such as `ema`; any transformation of the gradient.
       second: estimator of the second moment, such as `ema_of_squares`.
-      join: `ratio`, `product`, `blend` or `ratio_once_tractable`.
+      join: a `Join`, as `ratio`, `product`, `blend` and `ratio_once_tractable` return.
+
+    Raises:
+      ValueError: an argument is of another kind, such as a factory that was not called.
 
     >>> import jax.numpy as jnp, optax_ext
     >>> adam = scale_by_moments(
@@ -62,9 +73,12 @@ def scale_by_moments(
     >>> print(update.round(3))
     [ 1. -1.]
     """
+    _checks.transformation(first=first, second=second)
+    _checks.returned_by(Join, join=join)
     first, second = map(optax.with_extra_args_support, (first, second))
 
     def init(params: optax.Params) -> ScaleByMomentsState:
+        _checks.float_leaves(params=params)
         return ScaleByMomentsState(first.init(params), second.init(params), join.init(params))
 
     def update(updates, state, params=None, **extra_args):
@@ -87,7 +101,7 @@ def ratio(*, eps: ArrayLike) -> Join:
       eps: :math:`\epsilon`, in [0, inf), in units of the gradient.
     """
     _checks.non_negative(eps=eps)
-    return _stateless(lambda m, v: m / _root(v, eps))
+    return _stateless(lambda m, v: m / (root(v) + cast(eps, v)))
 
 
 def product(*, eps: ArrayLike, scale_free: bool = False) -> Join:
@@ -95,7 +109,9 @@ def product(*, eps: ArrayLike, scale_free: bool = False) -> Join:
 
     It grows with the square of the gradient's scale: gradients past 1e19 overflow float32, and a
     loss scale changes the method. `scale_free` divides the root by its root mean square over the
-    tensor, after which the product scales like the gradient.
+    tensor, after which the product scales like the gradient. Where a square overflowed, it leaves
+    the coordinate out of the mean and makes its product 0: the coordinate stands still, as it does
+    in Adam, and the others go on.
 
     Args:
       eps: :math:`\epsilon`, in [0, inf), in units of the gradient (of nothing if `scale_free`).
@@ -103,7 +119,8 @@ def product(*, eps: ArrayLike, scale_free: bool = False) -> Join:
     """
     _checks.non_negative(eps=eps)
     _checks.flag(scale_free=scale_free)
-    return _stateless(lambda m, v: m * _root(v, eps, scale_free))
+    factor = _inverse(eps, scale_free)
+    return _stateless(lambda m, v: m * factor(v))
 
 
 class BlendState(NamedTuple):
@@ -143,11 +160,13 @@ def blend(inverse_share: optax.Schedule, *, eps: ArrayLike, scale_free: bool = F
         share = jnp.asarray(inverse_share(state.count), state.inverse_share.dtype)
         return BlendState(next_count(state.count), share)
 
+    inverse = _inverse(eps, scale_free)
+
     def combine(m, v, state):
         # Blending the factors, not the updates, gives XLA one product to fuse instead of three.
         share = cast(state.inverse_share, v)
-        adam, inverse = 1 / _root(v, eps), _root(v, eps, scale_free)
-        return m * jnp.where(share == 0, adam, (1 - share) * adam + share * inverse)
+        adam = 1 / (root(v) + cast(eps, v))
+        return m * jnp.where(share == 0, adam, (1 - share) * adam + share * inverse(v))
 
     return Join(init, advance, combine)
 
@@ -219,18 +238,24 @@ def ratio_once_tractable(*, b2: ArrayLike, eps: ArrayLike) -> Join:
         return TractabilityState(count, sma_length(b2, count, dtype).astype(dtype))
 
     def combine(m, v, state):
-        return jnp.where(is_tractable(state.sma_length), m / _root(v, eps), m)
+        return jnp.where(is_tractable(state.sma_length), m / (root(v) + cast(eps, v)), m)
 
     return Join(init, advance, combine)
 
 
-def _root(v: jax.Array, eps: ArrayLike, scale_free: bool = False) -> jax.Array:
-    r""":math:`\sqrt{v} + \epsilon`, the root over its root mean square if `scale_free`."""
-    root = jnp.sqrt(v)
-    if scale_free:
-        mean_square = jnp.sum(v) / max(v.size, 1)
-        root = jnp.where(mean_square > 0, root * jax.lax.rsqrt(mean_square), 0)
-    return root + cast(eps, v)
+def _inverse(eps: ArrayLike, scale_free: bool) -> Callable[[jax.Array], jax.Array]:
+    r"""Return the factor on :math:`\hat m` as a function of :math:`\hat v`."""
+    if not scale_free:
+        return lambda v: root(v) + cast(eps, v)
+
+    def relative(v: jax.Array) -> jax.Array:
+        overflowed = v == jnp.inf
+        squares = jnp.where(overflowed, 0, v)
+        mean = jnp.sum(squares) / max(v.size, 1)
+        scale = jnp.where(mean > 0, jax.lax.rsqrt(jnp.where(mean > 0, mean, 1)), 0)
+        return jnp.where(overflowed, 0, root(squares) * scale + cast(eps, v))
+
+    return relative
 
 
 def _stateless(combine: Callable[[jax.Array, jax.Array], jax.Array]) -> Join:

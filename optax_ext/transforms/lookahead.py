@@ -69,8 +69,9 @@ def lookahead(
       sync_period: k, an integer >= 1; for "rotating" a Python one, since it decides shapes.
       slow_step_size: a, in [0, 1].
       mode: "exact" or "rotating".
-      slow_dtype: storage of the slow weights; `None` is the parameters' own. A synchronization
-        pulls towards the rounded ones.
+      slow_dtype: storage of the slow weights; `None` is the parameters' own. The fast weights
+        restart from the rounded slow ones, so whatever a period adds below the rounding is lost: in
+        bfloat16 a weight that moves by less than .2 to .4 % in a period stands still.
       offload: where the slow weights wait, "pinned_host" for the host's memory; `None` is the
         device's. From there they come, one leaf after another, at a synchronization only. A `vmap`
         over states, whose counts might differ, can't do that.
@@ -89,6 +90,7 @@ def lookahead(
     [1.] [0.]
     [1.] [1.]
     """
+    _checks.transformation(inner=inner)
     _checks.period(sync_period=sync_period)
     _checks.fraction(slow_step_size=slow_step_size)
     _checks.one_of(("exact", "rotating"), mode=mode)
@@ -108,6 +110,7 @@ def lookahead(
         return taken if offload is None else _memory.away(taken)
 
     def init(params: optax.Params) -> LookaheadState:
+        _checks.float_leaves(params=params)
         slow = jax.tree.map(partial(_also_abstract, take_slow), params)
         return LookaheadState(first_count(), slow, inner.init(params))
 

@@ -72,10 +72,14 @@ def estimator(
     init: optax.TransformInitFn,
     advance: Callable[[optax.Updates, Any, jax.Array], tuple[optax.Updates, Any]],
 ) -> optax.GradientTransformationExtraArgs:
-    """A transformation from `advance(gradient, state, count) -> (estimate, state)`.
+    """Return the transformation of `advance(gradient, state, count) -> (estimate, state)`.
 
-    The state is a NamedTuple with a `count`; dtypes of state and estimate are taken care of here.
+    The state is a NamedTuple with a `count`. Leaves and dtypes are taken care of here.
     """
+
+    def checked_init(params: optax.Params) -> Any:
+        _checks.float_leaves(params=params)
+        return init(params)
 
     def update(updates, state, params=None, **extra_args):
         del params, extra_args
@@ -83,7 +87,7 @@ def estimator(
         estimate, advanced = advance(upcast(updates), state, count)
         return cast_like(estimate, updates), store(advanced, state)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(checked_init, update)
 
 
 class EmaState(NamedTuple):
@@ -103,7 +107,7 @@ class EmaOfSquaresState(NamedTuple):
 
     Attributes:
       count: number of updates done.
-      nu: the uncorrected average, one real leaf per parameter.
+      nu: the uncorrected average, one real leaf per parameter, by default in at least float32.
     """
 
     count: jax.Array
@@ -157,6 +161,12 @@ def ema(
 
     .. math:: m = b\, m + (1 - b)\, g, \qquad \hat m = m / (1 - b^t)
 
+    A stored average stops where a step :math:`(1 - b) |g - m|` is less than its rounding, half a
+    unit in the last place. In bfloat16 that is 2 to 4 % away from a constant g for b = .9, 4 to 8 %
+    for .95, 20 to 40 % for .99. At .999 m falls no more. Noise in g rounds both ways and hides the
+    error of the small decays, not that of the large ones. float16 has an eighth of these errors,
+    and no numbers below 6e-8.
+
     Args:
       decay: :math:`b`, in [0, 1).
       bias_correction: "adam" returns :math:`\hat m`, "none" :math:`m`.
@@ -191,10 +201,14 @@ def ema_of_squares(
 
     .. math:: v = b\, v + (1 - b)\, |g|^2, \qquad \hat v = v / (1 - b^t)
 
+    Decays of second moments are too large for a narrow average (see `ema`): in bfloat16, v stays
+    20 to 40 % too large after the gradient fell at b = .99, and forever what it was at .999. In
+    float16, squares of gradients below 2e-4 are 0. So v is at least float32 by default.
+
     Args:
       decay: :math:`b`, in [0, 1).
       bias_correction: "adam" returns :math:`\hat v`, "none" :math:`v`.
-      dtype: storage of `nu`; `None` is the parameters' own, or its real part's.
+      dtype: storage of `nu`; `None` is float32, or the parameters' own where that is wider.
 
     Raises:
       ValueError: an argument is out of its range.
@@ -232,7 +246,8 @@ def max_ema_of_squares(
     Args:
       decay: :math:`b`, in [0, 1).
       bias_correction: "adam" returns :math:`\hat v`, "none" :math:`v_{max}`.
-      dtype: storage of `nu` and `nu_max`; `None` is the parameters' own, or its real part's.
+      dtype: storage of `nu` and `nu_max`; `None` is float32, or the parameters' own where that is
+        wider. For less see `ema_of_squares`.
 
     Raises:
       ValueError: an argument is out of its range.
@@ -277,6 +292,7 @@ def triple_ema(
     The mean lag in steps is :math:`L_1 - 2 L_2 + L_3` with :math:`L = b / (1 - b)`: it vanishes
     for equal decays, (.9, .9, .9), and is 12.1 for (.9, .3, .8), more than the 9.0 of a plain .9.
     The price of no lag is noise: its gain (the sum of squared weights) is .199 instead of .053.
+    Each stage is an average of its own and needs the precision that `ema` says for its decay.
 
     Args:
       decays: one decay in [0, 1) per stage.
@@ -324,12 +340,12 @@ def triple_ema_of_squares(
 
     The stages are those of `triple_ema`, run on :math:`|g|^2`. For equal decays the combination
     weighs some past squares negatively and can fall below 0: it is clamped there, since a root
-    is taken of it next.
+    is taken of it next. The stages nearly cancel, so they need float32 whatever their decays.
 
     Args:
       decays: one decay in [0, 1) per stage.
       bias_correction: :math:`c_t` as in `triple_ema`.
-      dtype: storage of the stages; `None` is the parameters' own, or its real part's.
+      dtype: storage of the stages; `None` is float32, or the parameters' own where that is wider.
 
     Raises:
       ValueError: an argument is out of its range.

@@ -17,7 +17,7 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from optax_ext import _checks
-from optax_ext._numerics import cast, first_count, scalar_dtype, tree_map
+from optax_ext._numerics import cast, first_count, next_count, scalar_dtype, tree_map
 from optax_ext.transforms.bias_correction import total_weight
 from optax_ext.transforms.moments import EmaState, average, estimator
 
@@ -26,12 +26,12 @@ Weights = tuple[ArrayLike, ArrayLike]
 
 def nadam(b: ArrayLike, t: jax.Array, dtype: DTypeLike) -> Weights:
     r""":math:`\hat m = b\, m/(1 - b^{t+1}) + (1 - b)\, g/(1 - b^t)` (Dozat 2016, constant b)."""
-    return b / total_weight(b, t + 1, dtype), (1 - b) / total_weight(b, t, dtype)
+    return b / total_weight(b, next_count(t), dtype), (1 - b) / total_weight(b, t, dtype)
 
 
 def classical(b: ArrayLike, t: jax.Array, dtype: DTypeLike) -> Weights:
     r""":math:`\hat m = (b\, m + (1 - b)\, g) / (1 - b^{t+1})`: one more step, same gradient."""
-    ahead = total_weight(b, t + 1, dtype)
+    ahead = total_weight(b, next_count(t), dtype)
     return b / ahead, (1 - b) / ahead
 
 
@@ -136,7 +136,7 @@ def scheduled_nesterov_ema(
         mu = average(g, state.mu, decay)
         dtype = state.momentum_product.dtype
         now = scheduled_momentum(decay, count, dtype)
-        ahead = scheduled_momentum(decay, count + 1, dtype)
+        ahead = scheduled_momentum(decay, next_count(count), dtype)
         product = now * state.momentum_product
         weights = ahead / (1 - ahead * product), (1 - now) / (1 - product)
         return _weighted(weights, mu, g), ScheduledNesterovState(count, mu, product)

@@ -41,7 +41,8 @@ def sma_length(b2: ArrayLike, count: jax.Array, dtype: DTypeLike) -> jax.Array:
     t = count.astype(dtype)
     rate = -jnp.log1p(jnp.asarray(b2 - 1, dtype))
     early = t + langevin(rate / 2) - t * langevin(t * rate / 2)
-    late = longest_sma(b2) - 2 * t / jnp.expm1(t * rate)
+    # Not t / expm1(t λ), the same: that overflows, and its derivative is then NaN.
+    late = longest_sma(b2) - 2 * t * jnp.exp(-t * rate) / -jnp.expm1(-t * rate)
     return jnp.where(t * rate < 1, early, late)
 
 
@@ -101,6 +102,7 @@ def rectify(*, b2: ArrayLike) -> optax.GradientTransformationExtraArgs:
     _checks.tractable_decay_rate(b2=b2)
 
     def init(params: optax.Params) -> RectifyState:
+        _checks.float_leaves(params=params)
         return RectifyState(first_count(), jnp.ones((), scalar_dtype(params)))
 
     def update(updates, state, params=None, **extra_args):

@@ -46,6 +46,7 @@ def scale_by_trust_ratio(*, max_ratio: ArrayLike) -> optax.GradientTransformatio
     _checks.positive(max_ratio=max_ratio)
 
     def init(params: optax.Params) -> TrustRatioState:
+        _checks.float_leaves(params=params)
         return TrustRatioState(jnp.ones(len(flatten(params)[0]), scalar_dtype(params)))
 
     def update(updates, state, params=None, **extra_args):

@@ -62,7 +62,8 @@ def velocity_regularized(
 
     The sum runs over coordinates, so the right :math:`\beta_3` depends on the size of the model
     and on the scale of the loss; the mean does not depend on the size. With gradients clipped to
-    a global norm of 1 and :math:`\beta_3 = 1` the gate never closes below 1/2.
+    a global norm of 1 and :math:`\beta_3 = 1` the gate never closes below 1/2. A tensor without a
+    gradient (`None`) is left out of the sum, as in the authors' code, though it keeps its velocity.
 
     Args:
       inner: transformation to regularize, with its learning rate.
@@ -76,7 +77,8 @@ def velocity_regularized(
       b1: decay of the velocity; needed for "corrected_velocity" only.
 
     Raises:
-      ValueError: an argument is out of its range, or (at `init`) `inner` keeps no velocity.
+      ValueError: an argument is out of its range, `inner` is no transformation, or (at `init`)
+        `inner` keeps no velocity.
 
     >>> import jax.numpy as jnp
     >>> tx = velocity_regularized(optax.adamw(0.1), beta3=1.0, lr_cutoff=10.0)
@@ -85,6 +87,7 @@ def velocity_regularized(
     >>> print(f"{state.gate:.4f}", updates.round(4))  # ||u||^2 = 25, cut off at 10
     0.0909 [-0.0091 -0.0091]
     """
+    _checks.transformation(inner=inner)
     _checks.non_negative(beta3=beta3, lr_cutoff=lr_cutoff)
     _checks.positive(power=power)
     _checks.one_of(("velocity", "corrected_velocity", "gradient"), norm_of=norm_of)
@@ -95,6 +98,7 @@ def velocity_regularized(
     inner = optax.with_extra_args_support(inner)
 
     def init(params: optax.Params) -> VelocityRegularizedState:
+        _checks.float_leaves(params=params)
         inner_state = inner.init(params)
         tensors = len(flatten(params)[0])
         if norm_of != "gradient":
@@ -111,7 +115,9 @@ def velocity_regularized(
         count = next_count(state.count)
         dtype = state.gate.dtype
         step, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
-        moving = updates if norm_of == "gradient" else _velocities(inner_state)
+        moving = updates
+        if norm_of != "gradient":
+            moving = _without_absent(_velocities(inner_state), updates)
         sizes = penalty(moving, power, norm_scope, norm_reduction, dtype)
         sizes = jnp.minimum(sizes, jnp.finfo(dtype).max)  # for beta3 = 0 has no use for inf
         if norm_of == "corrected_velocity" and b1 is not None:
@@ -144,6 +150,21 @@ def penalty(tree: Any, power: ArrayLike, scope: str, reduction: str, dtype: DTyp
     if reduction == "mean":
         sums = [total / max(size, 1) for total, size in zip(sums, sizes, strict=True)]
     return jnp.stack(sums) if sums else jnp.zeros((0,), dtype)
+
+
+def _without_absent(velocities: list[Any], updates: optax.Updates) -> list[Any]:
+    """Replace the velocities of leaves that are `None` in `updates` by `None`.
+
+    Leaves are matched by path, since a velocity may cover a part of the parameters only.
+    """
+    leaves = jax.tree.leaves_with_path(updates, is_leaf=lambda g: g is None)
+    absent = {path for path, g in leaves if g is None}
+    return [
+        jax.tree.map_with_path(
+            lambda path, u: None if path in absent else u, tree, is_leaf=lambda u: u is None
+        )
+        for tree in velocities
+    ]
 
 
 def _velocities(inner_state: optax.OptState) -> list[Any]:
