@@ -162,10 +162,9 @@ def ema(
     .. math:: m = b\, m + (1 - b)\, g, \qquad \hat m = m / (1 - b^t)
 
     A stored average stops where a step :math:`(1 - b) |g - m|` is less than its rounding, half a
-    unit in the last place. In bfloat16 that is 2 to 4 % away from a constant g for b = .9, 4 to 8 %
-    for .95, 20 to 40 % for .99. At .999 m falls no more. Noise in g rounds both ways and hides the
-    error of the small decays, not that of the large ones. float16 has an eighth of these errors,
-    and no numbers below 6e-8.
+    unit in the last place. In bfloat16, :math:`|g - m|` is then still 2 to 4 % of m for b = .9, 4 to
+    8 % for .95 and 20 to 40 % for .99; at .999 m does not fall at all. float16 has an eighth of
+    these errors, and no numbers below 6e-8.
 
     Args:
       decay: :math:`b`, in [0, 1).
@@ -201,9 +200,9 @@ def ema_of_squares(
 
     .. math:: v = b\, v + (1 - b)\, |g|^2, \qquad \hat v = v / (1 - b^t)
 
-    Decays of second moments are too large for a narrow average (see `ema`): in bfloat16, v stays
-    20 to 40 % too large after the gradient fell at b = .99, and forever what it was at .999. In
-    float16, squares of gradients below 2e-4 are 0. So v is at least float32 by default.
+    Decays of second moments are too large for narrow storage (see `ema`). In bfloat16, v stays up
+    to 60 % too large after the gradient fell for b = .99, and does not fall at all for .999. In
+    float16, squares of gradients below 2e-4 are 0. So v is stored in float32 by default.
 
     Args:
       decay: :math:`b`, in [0, 1).
