@@ -427,3 +427,48 @@ def test_missing_params_raise_what_optax_raises(optimizer):
         return str(error.value)
 
     assert message(optimizer) == message(optax.adamw(0.1))
+
+
+PIECES = {
+    **NEED_PARAMS,
+    "ema": optax_ext.ema(decay=0.9),
+    "ema_of_squares": optax_ext.ema_of_squares(decay=0.9),
+    "correct_bias": optax_ext.correct_bias(b1=0.9, b2=0.9),
+    "rectify": optax_ext.rectify(b2=0.99),
+    "autoscale": optax_ext.autoscale(INNER, decay=0.9),
+    "velocity_regularized": optax_ext.velocity_regularized(INNER, beta3=1.0, lr_cutoff=10.0),
+    "scale_by_moments": optax_ext.scale_by_moments(INNER, INNER, optax_ext.ratio(eps=0.1)),
+}
+
+
+@pytest.mark.parametrize(
+    "leaf", [jnp.zeros((), jnp.int32), jnp.ones(3, bool), jax.random.key(0), 3], ids=repr
+)
+@pytest.mark.parametrize("optimizer", PIECES.values(), ids=PIECES)
+def test_leaves_without_gradients_are_named_with_a_remedy(optimizer, leaf):
+    params = PARAMS | {"norm": {"batches": leaf}}
+    with pytest.raises(ValueError, match=r"params/norm/batches is .* optax\.masked"):
+        optimizer.init(params)
+    mask = {"in": True, "out": True, "norm": False}
+    optax.masked(optimizer, mask).init(params)
+
+
+def test_hyperparameters_rounded_to_the_parameters_name_the_remedy():
+    params = {"kernel": jnp.ones(3, jnp.bfloat16)}
+    injected = optax.inject_hyperparams(optax_ext.fame)
+    with pytest.raises(
+        ValueError, match=r"b2 must be in \[0, 1\), got 1.* in bfloat16.*hyperparam"
+    ):
+        injected(1e-3).init(params)
+    optax.inject_hyperparams(optax_ext.fame, hyperparam_dtype=jnp.float32)(1e-3).init(params)
+
+
+def test_injected_dtypes_name_the_remedy():
+    """Optax takes what is callable, a dtype too, for a schedule."""
+    injected = optax.inject_hyperparams(optax_ext.fame)(1e-3, mu_dtype=jnp.bfloat16)
+    with pytest.raises(
+        ValueError, match=r"mu_dtype must be None or .*name mu_dtype in its static_"
+    ):
+        injected.init(PARAMS)
+    static = optax.inject_hyperparams(optax_ext.fame, static_args="mu_dtype")
+    static(1e-3, mu_dtype=jnp.bfloat16).init(PARAMS)

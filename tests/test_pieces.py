@@ -249,3 +249,53 @@ def test_connection_table_of_nothing():
     assert list(table) == []
     assert len(str(table).splitlines()) == 1
     assert table.mean_scale == 1
+
+
+LAST_COUNT = 2**31 - 1
+INVADAM = optax_ext.invadam(0.1)  # Optax's own optimizers take no `None`
+
+
+@pytest.mark.parametrize("nesterov", ["nadam", "nadam_scheduled", "classical", "hybrid"])
+def test_the_last_counts_are_like_those_before(nesterov):
+    """An int32 that wraps would turn all powers of the decay around."""
+    tx = optax_ext.novak(0.1, nesterov=nesterov, lookahead="none")
+    state = tx.init(PARAMS)
+    for gradient in GRADS:
+        _, state = tx.update(gradient, state, PARAMS)
+    ends = []
+    for count in (LAST_COUNT - 1000, LAST_COUNT - 1, LAST_COUNT):
+        late = optax.tree.set(state, count=jnp.int32(count))
+        ends.append(tx.update(GRADS[0], late, PARAMS)[0])
+    assert_close(ends[1], ends[0])
+    assert_close(ends[2], ends[0])
+
+
+@pytest.mark.parametrize("norm_of", ["velocity", "corrected_velocity", "gradient"])
+@pytest.mark.parametrize("norm_reduction", ["sum", "mean"])
+@pytest.mark.parametrize(
+    "wrap", [lambda inner: inner, lambda inner: optax.masked(inner, True)], ids=["bare", "masked"]
+)
+def test_a_tensor_without_gradient_does_not_weigh_in_the_gate(norm_of, norm_reduction, wrap):
+    """As in the authors' code; its velocity waits."""
+    options = {"norm_of": norm_of, "norm_reduction": norm_reduction, "b1": 0.9, "lr_cutoff": 100.0}
+    whole, alone = regularized(wrap(INVADAM), **options), regularized(INVADAM, **options)
+    part = {"in": PARAMS["in"]}
+    state, expected_state = whole.init(PARAMS), alone.init(part)
+    for t, gradient in enumerate(GRADS):
+        absent = t >= 2
+        present = gradient | {"out": {"kernel": None}} if absent else gradient
+        updates, state = whole.update(present, state, PARAMS)
+        _, expected_state = alone.update({"in": gradient["in"]}, expected_state, part)
+        same = np.allclose(state.gate, expected_state.gate, rtol=1e-6)
+        assert same == absent
+    assert updates["out"]["kernel"] is None
+
+
+def test_gates_of_tensors_keep_their_places_without_gradient():
+    tx = regularized(INVADAM, norm_scope="tensor")
+    _, state = tx.update(GRADS[0], tx.init(PARAMS), PARAMS)
+    gradient = GRADS[1] | {"in": {"bias": None, "kernel": GRADS[1]["in"]["kernel"]}}
+    _, with_all = tx.update(GRADS[1], state, PARAMS)
+    _, without = tx.update(gradient, state, PARAMS)
+    assert without.gate[0] == 1
+    assert_close(without.gate[1:], with_all.gate[1:])
