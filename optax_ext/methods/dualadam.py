@@ -100,7 +100,9 @@ def dualadam(
         + r_t\, \hat m\, (\sqrt{\hat v} + \epsilon) \right) - \alpha \lambda \theta
 
     Provenance. Rule, decoupled decay, default rate 1e-3 and s = .01: [code]; the authors' CIFAR
-    script has s = 8e-5 and rate 1e-2. A schedule for the share, and `scale_free`: [ours].
+    script has s = 8e-5 and rate 1e-2, with which the blend ends near epoch 32 of 200, and no decay
+    beside 1e-2 for its AdamW and RAdam. (pytorch_optimizer's DualAdam couples the decay to the
+    gradient by default.) A schedule for the share, and `scale_free`: [ours].
 
     The last blended step is found in double precision as the authors' code does: t = 18 for
     s = .05. The authors keep t outside their saved state, so that their resumed run starts over

@@ -53,6 +53,12 @@ def fame(
     code's .9 .5 .5 lag 8.0, only equal decays 0, at almost four times the noise), and that without
     correction a constant gradient steps 2.2 α at t = 1 and 5.4 α at t = 22.
 
+    The released repository holds four copies of the optimizer [code]. The default here is `minREV`
+    as it is since 2024-05-29. The other three (class `DAdam`: ViT, ImageNet, Pascal), and `minREV`
+    before that day, divide by the root of a buffer that is never updated: those runs are momentum
+    SGD at the rate α / ε. Every published configuration has b3 = .3 and b5 = .7 or .8 (.9 .3 .7
+    lags 10.5 steps); none has the defaults of the class, .5 and .5.
+
     Args:
       learning_rate: α, in [0, inf), or a schedule of it.
       b1: decay of the first average of the gradient, in [0, 1).

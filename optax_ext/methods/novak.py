@@ -62,9 +62,10 @@ def novak(
     formulas of the Nesterov variants, the meaning of `lookahead="rotating"`, what the trust
     ratio measures, and the default decay: [ours].
 
-    Decay stays at the base rate: coupling it to the effective one is reported to cost 4–8 points
-    on CIFAR-100, and `decay_coupling="effective"` is that ablation: :math:`\lambda \theta` joins
-    d before the trust ratio measures it, as in LAMB. RAdam's own fallback, the bare momentum, is
+    Decay stays at the base rate. Coupling it to the effective one is said to cost 4–8 points on
+    CIFAR-100, but only in machine-written summaries [weak second-hand].
+    `decay_coupling="effective"` is that ablation: :math:`\lambda \theta` joins d before the trust
+    ratio measures it, as in LAMB. RAdam's own fallback, the bare momentum, is
     `rectify_fallback="momentum"`; with it more trainings of deep plain networks succeed, see
     `examples/evidence/plain_depth.py`. With that, no decay and no lookahead this is `optax.radam`;
     without rectification `optax.adamw`.

@@ -47,7 +47,16 @@ def vradam(
     The penalty sums over coordinates: :math:`\beta_3` means something else for another model size
     or loss scale, unless `norm_reduction="mean"`. The rate stays within
     :math:`[\alpha/(1 + c), \alpha]`; :math:`\beta_3 = 0` is AdamW. The gate is measured on the
-    velocity as stored, so `mu_dtype` rounds it.
+    velocity as stored, so `mu_dtype` rounds it. The authors' code has one norm for each parameter
+    group: a `vradam` for each group under `optax.partition` is the same.
+
+    What the authors ran [code]: their sweeps drew α log-uniformly from [1e-4, .1] (transformers:
+    from 1e-5), :math:`\beta_3` from [.1, 1.5] (transformers: to 5), c from 3 to 30, and whether the
+    gradient is measured; for Adam they drew the rate only. Their baseline is Adam with L2 decay of
+    1e-5, which the paper calls AdamW. Their figure of the edge of stability compares VRAdam at
+    α = .002 (norm of the gradient, c = 19) with Adam at .001, and preconditions the sharpness of
+    Adam only. Their values for CIFAR-10 are α = .0846, c = 29 and :math:`\beta_3` = 1.015
+    [second-hand].
 
     Args:
       learning_rate: α, in [0, inf), or a schedule of it.

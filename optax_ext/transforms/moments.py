@@ -162,8 +162,8 @@ def ema(
     .. math:: m = b\, m + (1 - b)\, g, \qquad \hat m = m / (1 - b^t)
 
     A stored average stops where a step :math:`(1 - b) |g - m|` is less than its rounding, half a
-    unit in the last place. In bfloat16, :math:`|g - m|` is then still 2 to 4 % of m for b = .9, 4 to
-    8 % for .95 and 20 to 40 % for .99; at .999 m does not fall at all. float16 has an eighth of
+    unit in the last place. In bfloat16, :math:`|g - m|` is then still 2 to 4 % of m for b = .9, 4
+    to 8 % for .95 and 20 to 40 % for .99; at .999 m does not fall at all. float16 has an eighth of
     these errors, and no numbers below 6e-8.
 
     Args:
