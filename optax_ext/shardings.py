@@ -27,8 +27,8 @@ def state_shardings(tx: optax.GradientTransformation, params: optax.Params) -> o
       A tree of `NamedSharding` like the state.
 
     Raises:
-      ValueError: `tx` is no transformation, or a parameter has no `NamedSharding` or lies on another
-        mesh than the others.
+      ValueError: `tx` is no transformation, or a parameter has no `NamedSharding`, or lies on
+        another mesh than the others.
 
     >>> import jax.numpy as jnp, optax_ext
     >>> mesh = jax.make_mesh((1,), ("data",))
