@@ -113,7 +113,7 @@ def test_bfloat16_slow_weights_stop_small_steps(moved, stands_still):
 
         start = jnp.full(1, 1.1)
         (params, _), _ = jax.lax.scan(step, (start, tx.init(start)), length=500)
-        return float(params[0] - 1.1)
+        return np.asarray(params).item() - 1.1
 
     share = end(jnp.bfloat16) / end(None)
     assert (share < 0.1) == stands_still

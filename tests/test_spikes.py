@@ -1,5 +1,8 @@
 """One gradient whose square overflows float32, and the steps after it."""
 
+from collections.abc import Iterator
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +16,7 @@ GRADIENT = {"struck": jnp.array([0.1, -0.2, 0.3]), "spared": jnp.array([0.2, 0.4
 SPIKE = {"struck": jnp.array([0.1, 1e25, 0.3]), "spared": jnp.array([0.2, 0.4])}
 
 
-def after_spike(optimizer, steps=60):
+def after_spike(optimizer: Any, steps: int = 60) -> Iterator[tuple[int, Any, Any]]:
     """Updates and states, the spike being the fourth gradient."""
     state = optimizer.init(PARAMS)
     update = jax.jit(optimizer.update)
@@ -91,4 +94,4 @@ def test_a_gradient_that_is_no_number_stays_visible():
     tx = optax_ext.invadam(0.1, scale_free=True)
     bad = GRADIENT | {"struck": jnp.array([0.1, jnp.nan, 0.3])}
     updates, _ = tx.update(bad, tx.init(PARAMS), PARAMS)
-    assert np.isnan(updates["struck"][1])
+    assert np.isnan(optax.tree.get(updates, "struck")[1])
