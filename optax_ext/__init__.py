@@ -9,6 +9,7 @@ from optax_ext.network import Architecture, architecture
 from optax_ext.shardings import state_shardings
 from optax_ext.transforms.autoscaling import autoscale
 from optax_ext.transforms.bias_correction import correct_bias
+from optax_ext.transforms.cascades import triple_ema, triple_ema_of_squares
 from optax_ext.transforms.connections import connection_table, scale_by_connections
 from optax_ext.transforms.joins import (
     Join,
@@ -20,13 +21,7 @@ from optax_ext.transforms.joins import (
     scale_by_moments,
 )
 from optax_ext.transforms.lookahead import lookahead
-from optax_ext.transforms.moments import (
-    ema,
-    ema_of_squares,
-    max_ema_of_squares,
-    triple_ema,
-    triple_ema_of_squares,
-)
+from optax_ext.transforms.moments import ema, ema_of_squares, max_ema_of_squares
 from optax_ext.transforms.nesterov import nesterov_ema, scheduled_nesterov_ema
 from optax_ext.transforms.rectification import rectify
 from optax_ext.transforms.trust_ratio import scale_by_trust_ratio

@@ -7,6 +7,7 @@ like numbers.
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -62,6 +63,12 @@ def schedule(**arguments: Any) -> None:
     for name, value in arguments.items():
         if not callable(value):
             raise ValueError(f"{name} must be a schedule, got {value!r}")
+
+
+def of_adam(**arguments: Any) -> None:
+    """Check the arguments that all methods have in common, those of AdamW, by their names."""
+    for name, value in arguments.items():
+        _OF_ADAM[name](**{name: value})
 
 
 def one_of(choices: Sequence[str], **arguments: Any) -> None:
@@ -175,3 +182,14 @@ def _uncalled(value: Any) -> str:
         return repr(value)
     kind = "class" if isinstance(value, type) else "function"
     return f"the {kind} {getattr(value, '__name__', value)}: call it first"
+
+
+_OF_ADAM: dict[str, Callable[..., None]] = {
+    "learning_rate": partial(schedule_or, non_negative),
+    "b1": decay_rate,
+    "b2": decay_rate,
+    "eps": non_negative,
+    "weight_decay": partial(schedule_or, non_negative),
+    "mu_dtype": storage_dtype,
+    "nu_dtype": partial(storage_dtype, jnp.floating),
+}

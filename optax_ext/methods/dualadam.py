@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
@@ -161,12 +160,14 @@ def dualadam(
 def _decoupled(
     learning_rate, b1, b2, join: Join, weight_decay, mask, mu_dtype, nu_dtype
 ) -> optax.GradientTransformationExtraArgs:
-    _checks.schedule_or(
-        _checks.non_negative, learning_rate=learning_rate, weight_decay=weight_decay
+    _checks.of_adam(
+        learning_rate=learning_rate,
+        b1=b1,
+        b2=b2,
+        weight_decay=weight_decay,
+        mu_dtype=mu_dtype,
+        nu_dtype=nu_dtype,
     )
-    _checks.decay_rate(b1=b1, b2=b2)
-    _checks.storage_dtype(mu_dtype=mu_dtype)
-    _checks.storage_dtype(jnp.floating, nu_dtype=nu_dtype)
     return optax.chain(
         scale_by_moments(
             ema(decay=b1, dtype=mu_dtype), ema_of_squares(decay=b2, dtype=nu_dtype), join

@@ -2,18 +2,13 @@
 
 from typing import Any
 
-import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from optax_ext import _checks
+from optax_ext.transforms.cascades import triple_ema, triple_ema_of_squares
 from optax_ext.transforms.joins import ratio, scale_by_moments
-from optax_ext.transforms.moments import (
-    ema_of_squares,
-    max_ema_of_squares,
-    triple_ema,
-    triple_ema_of_squares,
-)
+from optax_ext.transforms.moments import ema_of_squares, max_ema_of_squares
 
 
 def fame(
@@ -102,16 +97,19 @@ def fame(
       Peleg, Smadar, Lazebnik, Hoogi, "Break a Lag: Triple Exponential Moving Average for Enhanced
       Optimization", arXiv 2306.01423.
     """
-    _checks.schedule_or(
-        _checks.non_negative, learning_rate=learning_rate, weight_decay=weight_decay
+    _checks.of_adam(
+        learning_rate=learning_rate,
+        b1=b1,
+        b2=b2,
+        eps=eps,
+        weight_decay=weight_decay,
+        mu_dtype=mu_dtype,
+        nu_dtype=nu_dtype,
     )
-    _checks.non_negative(eps=eps)
-    _checks.decay_rate(b1=b1, b2=b2, b3=b3, b4=b4, b5=b5)
+    _checks.decay_rate(b3=b3, b4=b4, b5=b5)
     _checks.one_of(("ema", "tema"), second_moment=second_moment)
     _checks.one_of(("adam", "exact", "none"), bias_correction=bias_correction)
     _checks.flag(amsgrad=amsgrad)
-    _checks.storage_dtype(mu_dtype=mu_dtype)
-    _checks.storage_dtype(jnp.floating, nu_dtype=nu_dtype)
     if amsgrad and second_moment == "tema":
         raise ValueError("amsgrad must be False for second_moment='tema', got True")
 

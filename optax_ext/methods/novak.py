@@ -3,7 +3,6 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
@@ -125,21 +124,24 @@ def novak(
       Liu et al., "On the Variance of the Adaptive Learning Rate and Beyond", arXiv 1908.03265.
       Zhang et al., "Lookahead Optimizer: k steps forward, 1 step back", arXiv 1907.08610.
     """
-    _checks.schedule_or(
-        _checks.non_negative, learning_rate=learning_rate, weight_decay=weight_decay
-    )
-    _checks.non_negative(eps=eps)
-    _checks.decay_rate(b1=b1, autoscale_decay=autoscale_decay)
     _checks.flag(rectify=rectify, trust_ratio=trust_ratio, autoscale=autoscale)
     (_checks.tractable_decay_rate if rectify else _checks.decay_rate)(b2=b2)
+    _checks.of_adam(
+        learning_rate=learning_rate,
+        b1=b1,
+        eps=eps,
+        weight_decay=weight_decay,
+        mu_dtype=mu_dtype,
+        nu_dtype=nu_dtype,
+    )
+    _checks.decay_rate(autoscale_decay=autoscale_decay)
     _checks.one_of(("base", "effective"), decay_coupling=decay_coupling)
     _checks.one_of(("adam", "momentum"), rectify_fallback=rectify_fallback)
     _checks.one_of(("exact", "rotating", "none"), lookahead=lookahead)
     _checks.period(sync_period=sync_period)
     _checks.fraction(slow_step_size=slow_step_size)
-    _checks.storage_dtype(mu_dtype=mu_dtype, slow_dtype=slow_dtype)
+    _checks.storage_dtype(slow_dtype=slow_dtype)
     _checks.memory(offload=offload)
-    _checks.storage_dtype(jnp.floating, nu_dtype=nu_dtype)
 
     bare = rectify and rectify_fallback == "momentum"
     join = ratio_once_tractable(b2=b2, eps=eps) if bare else ratio(eps=eps)

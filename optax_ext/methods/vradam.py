@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
@@ -100,14 +99,15 @@ def vradam(
       Vaidhyanathan, Schorling, Ares, Osborne, "A Physics-Inspired Optimizer: Velocity Regularized
       Adam", arXiv 2505.13196, ICLR 2026.
     """
-    _checks.schedule_or(
-        _checks.non_negative, learning_rate=learning_rate, weight_decay=weight_decay
+    _checks.of_adam(
+        learning_rate=learning_rate,
+        b1=b1,
+        b2=b2,
+        eps=eps,
+        weight_decay=weight_decay,
+        mu_dtype=mu_dtype,
+        nu_dtype=nu_dtype,
     )
-    _checks.non_negative(beta3=beta3, lr_cutoff=lr_cutoff, eps=eps)
-    _checks.decay_rate(b1=b1, b2=b2)
-    _checks.storage_dtype(mu_dtype=mu_dtype)
-    _checks.storage_dtype(jnp.floating, nu_dtype=nu_dtype)
-
     adamw = optax.chain(
         scale_by_moments(
             ema(decay=b1, dtype=mu_dtype), ema_of_squares(decay=b2, dtype=nu_dtype), ratio(eps=eps)

@@ -9,8 +9,8 @@ from jax.typing import ArrayLike
 
 from optax_ext import _checks
 from optax_ext._numerics import first_count, global_norm, next_count, scalar_dtype, times, tree_map
+from optax_ext.transforms.averages import average
 from optax_ext.transforms.bias_correction import total_weight
-from optax_ext.transforms.moments import average
 
 
 class AutoscaleState(NamedTuple):

@@ -18,8 +18,9 @@ from jax.typing import ArrayLike, DTypeLike
 
 from optax_ext import _checks
 from optax_ext._numerics import cast, first_count, next_count, scalar_dtype, tree_map
+from optax_ext.transforms.averages import average, estimator
 from optax_ext.transforms.bias_correction import total_weight
-from optax_ext.transforms.moments import EmaState, average, estimator
+from optax_ext.transforms.moments import EmaState
 
 Weights = tuple[ArrayLike, ArrayLike]
 

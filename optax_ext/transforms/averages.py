@@ -1,0 +1,63 @@
+r"""The exponential moving average, the one recursion of all estimators.
+
+.. math:: \mathrm{EMA}_b(x)_t = b\, \mathrm{EMA}_b(x)_{t-1} + (1 - b)\, x_t
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+from jax.typing import ArrayLike
+
+from optax_ext import _checks
+from optax_ext._numerics import (
+    abs_sq,
+    cast,
+    cast_like,
+    compute_dtype,
+    next_count,
+    store,
+    tree_map,
+    upcast,
+)
+
+
+def average(x: Any, previous: Any, decay: ArrayLike) -> Any:
+    """One step of an exponential moving average, leaf by leaf, in compute precision.
+
+    Less the opposite of `b m`, not plus `b m`: from a sum, XLA takes out the factor that both
+    terms share at b = 1/2, then computes the rest once for each use, and in place only of a copy.
+    """
+    return tree_map(
+        lambda x, m: cast(1 - decay, x) * x - cast(0 - decay, x) * m.astype(compute_dtype(m.dtype)),
+        x,
+        previous,
+    )
+
+
+def squares(g: optax.Updates) -> optax.Updates:
+    """:math:`|g|^2`, leaf by leaf."""
+    return tree_map(abs_sq, g)
+
+
+def estimator(
+    init: optax.TransformInitFn,
+    advance: Callable[[optax.Updates, Any, jax.Array], tuple[optax.Updates, Any]],
+) -> optax.GradientTransformationExtraArgs:
+    """Return the transformation of `advance(gradient, state, count) -> (estimate, state)`.
+
+    The state is a NamedTuple with a `count`. Leaves and dtypes are taken care of here.
+    """
+
+    def checked_init(params: optax.Params) -> Any:
+        _checks.float_leaves(params=params)
+        return init(params)
+
+    def update(updates, state, params=None, **extra_args):
+        del params, extra_args
+        count = next_count(state.count)
+        estimate, advanced = advance(upcast(updates), state, count)
+        return cast_like(estimate, updates), store(advanced, state)
+
+    return optax.GradientTransformationExtraArgs(checked_init, update)

@@ -1,0 +1,204 @@
+"""Cascades of averages, each averaging the one before, whose lags cancel in their combination."""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike, DTypeLike
+
+from optax_ext import _checks
+from optax_ext._numerics import cast, first_count, real_zeros_like, scalar_dtype, tree_map
+from optax_ext.transforms.averages import average, estimator, squares
+from optax_ext.transforms.bias_correction import debias
+
+
+def cascade(x: Any, stages: Sequence[Any], decays: Sequence[ArrayLike]) -> tuple[Any, ...]:
+    """One step of averages of averages: the first averages `x`, each next the one before it."""
+    advanced = []
+    for stage, decay in zip(stages, decays, strict=True):
+        x = average(x, stage, decay)
+        advanced.append(x)
+    return tuple(advanced)
+
+
+def cancel_lag(stages: Sequence[Any]) -> Any:
+    r""":math:`\sum_{i=1}^k (-1)^{i+1} \binom{k}{i} \mathrm{EMA}_i`: for k = 3, 3m - 3d + e.
+
+    With equal decays the lags of the k stages cancel to order k - 1.
+    """
+    order = len(stages)
+    weights = [(-1) ** (i + 1) * math.comb(order, i) for i in range(1, order + 1)]
+    return tree_map(lambda *m: sum(w * m_i for w, m_i in zip(weights, m, strict=True)), *stages)
+
+
+class CascadeState(NamedTuple):
+    """State of a cascade of averages of the gradient.
+
+    Attributes:
+      count: number of updates done.
+      mu: the first stage, a plain uncorrected average.
+      later: the later stages, a tree like `mu` each.
+      response: what each stage would be for a gradient that was always 1; empty unless
+        `bias_correction="exact"`.
+    """
+
+    count: jax.Array
+    mu: optax.Updates
+    later: tuple[optax.Updates, ...]
+    response: tuple[jax.Array, ...]
+
+
+class CascadeOfSquaresState(NamedTuple):
+    """State of a cascade of averages of the squared gradient; see `CascadeState`."""
+
+    count: jax.Array
+    nu: optax.Updates
+    later: tuple[optax.Updates, ...]
+    response: tuple[jax.Array, ...]
+
+
+def triple_ema(
+    *,
+    decays: Sequence[ArrayLike],
+    bias_correction: str = "adam",
+    dtype: DTypeLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""First moment: the triple exponential moving average of the gradient, or one of any order.
+
+    .. math:: m = \mathrm{EMA}_{b_1}(g), \quad d = \mathrm{EMA}_{b_2}(m), \quad
+      e = \mathrm{EMA}_{b_3}(d), \qquad \mathrm{TEMA} = 3m - 3d + e
+
+    and in general :math:`\sum_i (-1)^{i+1} \binom{k}{i} \mathrm{EMA}_i` for k decays: one is the
+    plain average, two the double one (DEMA).
+
+    The mean lag in steps is :math:`L_1 - 2 L_2 + L_3` with :math:`L = b / (1 - b)`: it vanishes
+    for equal decays, (.9, .9, .9), and is 12.1 for (.9, .3, .8), more than the 9.0 of a plain .9.
+    The price of no lag is noise: its gain (the sum of squared weights) is .199 instead of .053.
+    Each stage is an average of its own and needs the precision that `ema` says for its decay.
+
+    Args:
+      decays: one decay in [0, 1) per stage.
+      bias_correction: "adam" divides by :math:`1 - b_1^t`, "exact" by what the same cascade makes
+        of a constant 1 (with four or more very unequal decays that can be 0: prefer near-equal
+        ones), "none" by nothing.
+      dtype: storage of the stages; `None` is the parameters' own.
+
+    Raises:
+      ValueError: an argument is out of its range.
+
+    >>> import jax.numpy as jnp
+    >>> tx = triple_ema(decays=(0.9, 0.9, 0.9), bias_correction="exact")
+    >>> state = tx.init(jnp.zeros(1))
+    >>> for t in range(200):
+    ...     estimate, state = tx.update(jnp.array([float(t)]), state)
+    >>> print(f"{estimate[0]:.2f}")  # a ramp is followed without lag
+    199.00
+    """
+    decays = _check(decays, bias_correction, dtype, jnp.inexact)
+    zeros = partial(optax.tree.zeros_like, dtype=dtype)
+    return _combined(CascadeState, lambda g: g, zeros, decays, cancel_lag, bias_correction)
+
+
+def triple_ema_of_squares(
+    *,
+    decays: Sequence[ArrayLike],
+    bias_correction: str = "adam",
+    dtype: DTypeLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Second moment: the triple exponential moving average of the squared gradient.
+
+    .. math:: \hat v = \max(0, 3 v_1 - 3 v_2 + v_3) / c_t
+
+    The stages are those of `triple_ema`, run on :math:`|g|^2`. For equal decays the combination
+    weighs some past squares negatively and can fall below 0: it is clamped there, since a root
+    is taken of it next. The stages nearly cancel, so they need float32 whatever their decays.
+
+    Args:
+      decays: one decay in [0, 1) per stage.
+      bias_correction: :math:`c_t` as in `triple_ema`.
+      dtype: storage of the stages; `None` is float32, or the parameters' own where that is wider.
+
+    Raises:
+      ValueError: an argument is out of its range.
+
+    >>> import jax.numpy as jnp
+    >>> tx = triple_ema_of_squares(decays=(0.9, 0.9, 0.9), bias_correction="none")
+    >>> state = tx.init(jnp.zeros(1))
+    >>> for gradient in [1.0] + [0.0] * 20:
+    ...     estimate, state = tx.update(jnp.array([gradient]), state)
+    >>> print(estimate)
+    [0.]
+    """
+    decays = _check(decays, bias_correction, dtype, jnp.floating)
+    zeros = partial(real_zeros_like, dtype=dtype)
+
+    def combine(stages: Sequence[Any]) -> Any:
+        return tree_map(_clamp, cancel_lag(stages), stages[0])
+
+    return _combined(CascadeOfSquaresState, squares, zeros, decays, combine, bias_correction)
+
+
+def _combined(
+    state: Callable[..., Any],
+    of: Callable[[optax.Updates], optax.Updates],
+    zeros: Callable[[optax.Params], optax.Updates],
+    decays: Sequence[ArrayLike],
+    combine: Callable[[Sequence[Any]], Any],
+    bias_correction: str,
+) -> optax.GradientTransformationExtraArgs:
+    """Return the combined stages of a cascade on `of(gradient)`.
+
+    The fields of `state` are the count, the first stage, the later stages and the response.
+    """
+
+    def init(params: optax.Params) -> Any:
+        first, *later = (zeros(params) for _ in decays)
+        response = _first_response(decays, params, bias_correction)
+        return state(first_count(), first, tuple(later), response)
+
+    def advance(g, previous, count):
+        _, first, later, response = previous
+        first, *later = stages = cascade(of(g), (first, *later), decays)
+        estimate, response = _correct(combine(stages), decays, count, response, bias_correction)
+        return estimate, state(count, first, tuple(later), response)
+
+    return estimator(init, advance)
+
+
+def _clamp(combined: jax.Array, v: jax.Array) -> jax.Array:
+    """At least 0; where squares overflowed, infinite like a plain average, not inf - inf."""
+    overflowed = jnp.isnan(combined) & ~jnp.isnan(v)
+    return jnp.where(overflowed, jnp.inf, jnp.maximum(combined, 0))
+
+
+def _first_response(decays, params, bias_correction) -> tuple[jax.Array, ...]:
+    if bias_correction != "exact":
+        return ()
+    return tuple(jnp.zeros((), scalar_dtype(params)) for _ in decays)
+
+
+def _correct(combined, decays, count, response, bias_correction):
+    """The combined stages without their bias, and the advanced response."""
+    if bias_correction == "none":
+        return combined, response
+    if bias_correction == "adam":
+        return debias(combined, decays[0], count), response
+    response = cascade(jnp.ones((), scalar_dtype(response)), response, decays)
+    unbias = 1 / cancel_lag(response)
+    return tree_map(lambda x: cast(unbias, x) * x, combined), response
+
+
+def _check(decays, bias_correction, dtype, kind) -> tuple[ArrayLike, ...]:
+    if not isinstance(decays, Sequence):
+        raise ValueError(f"decays must be a sequence of decays, got {decays!r}")
+    decays = tuple(decays)
+    if not decays:
+        raise ValueError("decays must hold at least one decay, got ()")
+    _checks.decay_rate(**{f"decays[{i}]": decay for i, decay in enumerate(decays)})
+    _checks.one_of(("adam", "exact", "none"), bias_correction=bias_correction)
+    _checks.storage_dtype(kind, dtype=dtype)
+    return decays
