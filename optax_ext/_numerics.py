@@ -63,6 +63,17 @@ def rounded(x: jax.Array, dtype: DTypeLike) -> jax.Array:
     return x.astype(dtype)
 
 
+def zeros_like(params: optax.Params, dtype: DTypeLike | None) -> optax.Updates:
+    """Return zeros for a first moment, by default in the dtype of the parameters.
+
+    Never weakly typed, as `jnp.full(2, 0.5)` is: the first step would change that, and compile
+    again.
+    """
+    return jax.tree.map(
+        lambda p: jnp.zeros_like(p, dtype=jnp.result_type(p) if dtype is None else dtype), params
+    )
+
+
 def real_zeros_like(params: optax.Params, dtype: DTypeLike | None) -> optax.Updates:
     """Return zeros for a second moment: real, and by default in at least float32."""
 

@@ -11,7 +11,14 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from optax_ext import _checks
-from optax_ext._numerics import cast, first_count, real_zeros_like, scalar_dtype, tree_map
+from optax_ext._numerics import (
+    cast,
+    first_count,
+    real_zeros_like,
+    scalar_dtype,
+    tree_map,
+    zeros_like,
+)
 from optax_ext.transforms.averages import average, estimator, squares
 from optax_ext.transforms.bias_correction import debias
 
@@ -99,7 +106,7 @@ def triple_ema(
     199.00
     """
     decays = _check(decays, bias_correction, dtype, jnp.inexact)
-    zeros = partial(optax.tree.zeros_like, dtype=dtype)
+    zeros = partial(zeros_like, dtype=dtype)
     return _combined(CascadeState, lambda g: g, zeros, decays, cancel_lag, bias_correction)
 
 

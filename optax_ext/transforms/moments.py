@@ -15,7 +15,7 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from optax_ext import _checks
-from optax_ext._numerics import first_count, real_zeros_like, tree_map
+from optax_ext._numerics import first_count, real_zeros_like, tree_map, zeros_like
 from optax_ext.transforms.averages import average, estimator, squares
 from optax_ext.transforms.bias_correction import debias
 
@@ -85,7 +85,7 @@ def ema(
     2.000
     """
     _check(decay, bias_correction, dtype, jnp.inexact)
-    zeros = partial(optax.tree.zeros_like, dtype=dtype)
+    zeros = partial(zeros_like, dtype=dtype)
     return _moment(EmaState, lambda g: g, zeros, decay, bias_correction)
 
 

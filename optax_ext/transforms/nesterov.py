@@ -17,7 +17,7 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from optax_ext import _checks
-from optax_ext._numerics import cast, first_count, next_count, scalar_dtype, tree_map
+from optax_ext._numerics import cast, first_count, next_count, scalar_dtype, tree_map, zeros_like
 from optax_ext.transforms.averages import average, estimator
 from optax_ext.transforms.bias_correction import total_weight
 from optax_ext.transforms.moments import EmaState
@@ -73,7 +73,7 @@ def nesterov_ema(
     _checks.storage_dtype(dtype=dtype)
 
     def init(params: optax.Params) -> EmaState:
-        return EmaState(first_count(), optax.tree.zeros_like(params, dtype=dtype))
+        return EmaState(first_count(), zeros_like(params, dtype))
 
     def advance(g, state, count):
         mu = average(g, state.mu, decay)
@@ -130,7 +130,7 @@ def scheduled_nesterov_ema(
     _checks.storage_dtype(dtype=dtype)
 
     def init(params: optax.Params) -> ScheduledNesterovState:
-        zeros = optax.tree.zeros_like(params, dtype=dtype)
+        zeros = zeros_like(params, dtype)
         return ScheduledNesterovState(first_count(), zeros, jnp.ones((), scalar_dtype(params)))
 
     def advance(g, state, count):
