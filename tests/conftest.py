@@ -19,10 +19,18 @@ import pytest
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+    """Accept what pyproject.toml tells xdist where that is not loaded."""
+    if not pluginmanager.hasplugin("xdist"):
+        parser.addoption("--dist")
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    """Workers and runs share what they compile: thousands of small programs, many equal."""
-    if config.cache is not None and not jax.config.jax_compilation_cache_dir:
-        jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("compiled")))
+    """Let workers and runs share what they compile: thousands of small programs, many equal."""
+    config.addinivalue_line("markers", "xdist_group(name): runs in one process with its group")
+    cache: pytest.Cache | None = getattr(config, "cache", None)  # -p no:cacheprovider
+    if cache is not None and not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(cache.mkdir("compiled")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
