@@ -1,7 +1,9 @@
 """What the examples' command lines have in common."""
 
 import argparse
+import errno
 import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,6 +45,13 @@ def add_data(parser: argparse.ArgumentParser) -> None:
         help="images x of shape (N, H, W) or (N, H, W, C) and integer labels y of shape (N,);"
         " bytes are divided by 255, anything else is standardized (default: the bundled digits)",
     )
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder where there is none, and raise `OSError` unless files can be written there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
 
 
 def positive(text: str) -> int:

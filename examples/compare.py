@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import optax
 
-from _command_line import add_data, add_numbers, positive, progress_bar
+from _command_line import add_data, add_numbers, make_folder, positive, progress_bar
 from _data import Dataset, load_data
 from _plot import save_figure
 from _report import Result, print_header, print_table, save_json
@@ -188,7 +188,7 @@ def prepare_output(path: Path) -> Path:
     """The figure's path, in a directory that is made now and not after minutes of training."""
     if path.suffix != ".png" or path.is_dir():
         path = path / "compare.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     return path
 
 

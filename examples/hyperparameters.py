@@ -21,7 +21,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 from flax.training.train_state import TrainState
 from jax.typing import ArrayLike
 from rich.box import SIMPLE_HEAD
@@ -59,8 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     restarts = warm_restarts(options.steps)
 
     with open_checkpoints("hyperparameters", options) as checkpoints:
-        if latest := checkpoints.latest_step():
-            sweep = checkpoints.restore(latest, args=ocp.args.StandardRestore(sweep))
+        sweep = checkpoints.restore(sweep) or sweep
         with steps_to(options.rounds * options.steps, checkpoints) as steps:
             for step_of_all in steps:
                 number, step = divmod(step_of_all, options.steps)
@@ -76,8 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 if step + 1 == options.steps:
                     scores = sweep.scores.at[number].set(accuracy(sweep.runs, data.validation))
                     sweep = sweep._replace(scores=scores)
-                items = ocp.args.StandardSave(sweep)
-                checkpoints.save(step_of_all + 1, args=items, force=steps.ending)
+                checkpoints.save(step_of_all + 1, sweep, force=steps.ending)
     print_results(sweep, accuracy(sweep.runs, data.test))
 
 

@@ -24,7 +24,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 
 import optax_ext
 from _command_line import above_zero, add_numbers, make_parser, not_negative, positive
@@ -42,8 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     state = begin(options)
 
     with open_checkpoints("language_model", options) as checkpoints:
-        if latest := checkpoints.latest_step():
-            state = checkpoints.restore(latest, args=ocp.args.StandardRestore(state))
+        state = checkpoints.restore(state) or state
         with steps_to(options.steps, checkpoints) as steps:
             for step in steps:
                 state, loss = train_step(state, draw(training, step, options.batch))
@@ -51,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     steps.note(f"loss {loss:.3f}")
                     score = bits_per_byte(state, draw(held_out, step=0, batch=128))
                     steps.log(f"step {step + 1:>4}: {score:.3f} bits per held-out byte")
-                checkpoints.save(step + 1, args=ocp.args.StandardSave(state), force=steps.ending)
+                checkpoints.save(step + 1, state, force=steps.ending)
 
     prompt = held_out[:LENGTH]
     written = write(state, prompt, jax.random.key(0), options.temperature, options.write)
@@ -169,9 +167,10 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, np.ndarray]:
     options = parser.parse_args(argv)
     if options.width % HEADS:
         parser.error(f"--width must be a multiple of {HEADS}, got {options.width}")
-    if options.text and not options.text.is_file():
-        parser.error(f"--text {options.text}: no such file")
-    text = np.fromfile(options.text, np.uint8) if options.text else read_text()
+    try:
+        text = np.frombuffer(options.text.read_bytes(), np.uint8) if options.text else read_text()
+    except OSError as error:
+        parser.error(f"--text {options.text}: {error.strerror}")
     if HELD_OUT * len(text) < LENGTH + 2:
         parser.error(f"--text {options.text}: {len(text)} bytes are too few to hold some out")
     return options, text

@@ -37,7 +37,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -47,7 +46,7 @@ from rich.table import Table
 import optax_ext
 from _command_line import above_zero, natural, positive
 from _language import HEADS, LENGTH, Transformer, draw, read_text
-from _resume import open_checkpoints
+from _resume import Checkpoints, open_checkpoints
 from pallas_kernels import FusedTransformation, fuse
 
 VIRTUAL_CPU_DEVICES = 8
@@ -86,10 +85,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     shardings = jax.tree.map(lambda x: x.sharding, params)
     tx = fuse(OPTIMIZERS[options.optimizer](options.rate), shardings=shardings)
 
-    manager = None
+    checkpoints = None
     if options.checkpoints:
-        manager = open_checkpoints("sharded", options, may_change=MAY_CHANGE)
-    first, params, state = begin(model, tx, params, manager)
+        checkpoints = open_checkpoints("sharded", options, may_change=MAY_CHANGE)
+    first, params, state = begin(model, tx, params, checkpoints)
     console = Console(quiet=jax.process_index() > 0)
     console.print(placement(params, state, mesh))
     if first:
@@ -103,11 +102,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             batch = spread(draw(text, step, options.batch), batches)
             params, state, loss = train_step(params, state, batch)
             advance(step + 1, loss)
-            if manager is not None:
-                items = ocp.args.StandardSave({"params": params, "state": state})
-                manager.save(step + 1, args=items, force=step + 1 == options.steps)
-    if manager is not None:
-        manager.close()
+            if checkpoints is not None:
+                arrays = {"params": params, "state": state}
+                checkpoints.save(step + 1, arrays, force=step + 1 == options.steps)
+    if checkpoints is not None:
+        checkpoints.close()
     final = fingerprint(params)  # by all processes together
     last = "" if loss is None else f"loss {loss:.4f}, "  # nothing was left to do
     console.print(f"step {max(first, options.steps)}: {last}parameters {final}")
@@ -122,6 +121,7 @@ def start_jax(options: argparse.Namespace) -> None:
             options.processes,
             options.process,
             heartbeat_timeout_seconds=options.give_up_after,
+            shutdown_timeout_seconds=options.give_up_after,
         )
 
 
@@ -170,23 +170,21 @@ def begin(
     model: Transformer,
     tx: FusedTransformation,
     params: Tree,
-    manager: ocp.CheckpointManager | None,
+    checkpoints: Checkpoints | None,
 ) -> tuple[int, Tree, Tree]:
-    """Steps done, parameters and state: the latest checkpoint's, or new ones.
+    """Steps done, parameters and state: the newest checkpoint's that can be read, or new ones.
 
     Both are made where they will lie: no device ever holds a whole parameter that is sharded.
     """
     places = optax_ext.state_shardings(tx, params)
-    latest = None if manager is None else manager.latest_step()
-    if manager is not None and latest is not None:
+    if checkpoints is not None:
         state = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
             jax.eval_shape(tx.init, params),
             places,
         )
-        target = ocp.args.StandardRestore({"params": params, "state": state})
-        restored = manager.restore(latest, args=target)
-        return latest, restored["params"], restored["state"]
+        if restored := checkpoints.restore({"params": params, "state": state}):
+            return checkpoints.done, restored["params"], restored["state"]
 
     batch = jnp.zeros((1, LENGTH), jnp.int32)
     shardings = jax.tree.map(lambda x: x.sharding, params)

@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 from flax import nnx
 
 import optax_ext
@@ -44,9 +43,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     optimizer = FusedOptimizer(model, fuse(make_optimizer(options)), wrt=nnx.Param)
 
     with open_checkpoints("train_nnx", options) as checkpoints:
-        if latest := checkpoints.latest_step():
-            target = ocp.args.StandardRestore(nnx.state((model, optimizer)))
-            nnx.update((model, optimizer), checkpoints.restore(latest, args=target))
+        if restored := checkpoints.restore(nnx.state((model, optimizer))):
+            nnx.update((model, optimizer), restored)
         with steps_to(options.steps, checkpoints) as steps:
             for step in steps:
                 batch = draw(step, len(data.train.labels), options.batch, options.seed)
@@ -54,8 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 if (step + 1) % options.log_every == 0:
                     steps.note(f"loss {loss:.3f}")
                     steps.log(report(step + 1, model, optimizer, data.validation, options))
-                state = ocp.args.StandardSave(nnx.state((model, optimizer)))
-                checkpoints.save(step + 1, args=state, force=steps.ending)
+                checkpoints.save(step + 1, nnx.state((model, optimizer)), force=steps.ending)
     print(f"test accuracy {accuracy(model, data.test):.1%}")
 
 

@@ -1,6 +1,7 @@
 """The example for many devices, in two processes that talk over loopback, one killed on the way."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -96,3 +97,17 @@ def test_one_process_killed_and_both_restarted_end_where_one_run_ends(
     assert any(line.startswith("resumed after step") for line in resumed)
     assert resumed[-1].startswith(f"step {STEPS}: loss")
     assert resumed[-1] == whole[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damaged", ["d", "ocdbt.process_1/d"], ids=["for both", "for one"])
+def test_both_processes_end_where_one_cannot_read(damaged, start, tmp_path):
+    folder = tmp_path / "run"
+    options = ["--model-parallel=2"]
+    finish(start(folder, *options))
+    shutil.rmtree(folder / f"{STEPS}/default/{damaged}")
+    processes = start(folder, *options)
+    said = "".join(process.communicate(timeout=60)[0] for process in processes)
+    assert all(process.returncode not in (0, None) for process in processes)
+    assert f"{folder} can't be gone on from: step {STEPS} can't be read (" in said
+    assert (folder / str(STEPS)).is_dir()

@@ -1,6 +1,9 @@
 """The examples to copy: they go on exactly, and their optimizers do what their options say."""
 
+import errno
+import os
 import re
+import shutil
 import signal
 from argparse import Namespace
 from pathlib import Path
@@ -73,6 +76,122 @@ def test_interrupted_run_ends_where_the_whole_one_ends(
     assert capsys.readouterr().out.splitlines()[-1] == printed
 
 
+@pytest.mark.parametrize("name", RUNS)
+def test_run_goes_on_from_the_checkpoint_before_an_unreadable_one(
+    load_module, tmp_path, capsys, name
+):
+    module, (options, steps) = load_module(name), RUNS[name]
+    options = [*options, "--save-every=1", f"--checkpoints={tmp_path}"]
+    module.main(options)
+    printed, whole = capsys.readouterr().out.splitlines()[-1], saved(tmp_path, steps)
+
+    truncate_arrays(tmp_path / str(steps))
+    module.main(options)
+    lines = capsys.readouterr().out.splitlines()
+    assert re.match(rf"step {steps} can't be read \(.*OUT_OF_RANGE.*\) and was deleted", lines[0])
+    assert lines[1] == f"goes on after step {steps - 1}"
+    assert lines[-1] == printed
+    jax.tree.map(np.testing.assert_array_equal, saved(tmp_path, steps), whole)
+
+    for step in (steps, steps - 1):
+        truncate_arrays(tmp_path / str(step))
+    problems = rf"step {steps} can't be read \(.*\); step {steps - 1} can't be read \(.*\)"
+    with pytest.raises(SystemExit, match=f"^{tmp_path} can't be gone on from: {problems}$"):
+        module.main(options)
+    assert {str(steps), str(steps - 1)} <= {path.name for path in tmp_path.iterdir()}
+
+
+def truncate_arrays(checkpoint: Path) -> None:
+    """Leave half of each of a checkpoint's largest files, which hold the arrays."""
+    files = [path for path in checkpoint.rglob("d/*") if path.is_file()]
+    for path in files:
+        os.truncate(path, path.stat().st_size // 2)
+    assert files
+
+
+@pytest.fixture
+def two_checkpoints(load_module, tmp_path):
+    """Opens a folder with arrays of ones after step 1 and of twos after step 2."""
+
+    def begin():
+        options = Namespace(checkpoints=tmp_path, save_every=1)
+        return load_module("_resume").open_checkpoints("this", options)
+
+    with begin() as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, {"x": np.full(9, step)}, force=False)
+    return begin
+
+
+@pytest.mark.parametrize(
+    "damage",
+    {
+        "no manifest": lambda step: (step / "default/manifest.ocdbt").unlink(),
+        "corrupt manifest": lambda step: (step / "default/manifest.ocdbt").write_bytes(bytes(99)),
+        "empty metadata": lambda step: (step / "default/_METADATA").write_bytes(b""),
+        "no arrays": lambda step: shutil.rmtree(step / "default/d"),
+        "truncated arrays": truncate_arrays,
+        "nothing": lambda step: shutil.rmtree(step / "default"),
+    }.items(),
+    ids=lambda damage: damage[0],
+)
+def test_unreadable_checkpoint_is_replaced(two_checkpoints, tmp_path, capfd, damage):
+    damage[1](tmp_path / "2")
+    with two_checkpoints() as checkpoints:
+        restored = checkpoints.restore({"x": np.zeros(9, int)})
+        np.testing.assert_array_equal(restored["x"], 1)
+        assert checkpoints.done == 1
+        checkpoints.save(2, {"x": np.full(9, 3)}, force=False)
+    printed = capfd.readouterr()
+    assert re.fullmatch(r"step 2 can't be read \(.*\) and was deleted\n", printed.out)
+    assert "Traceback" not in printed.err
+    with two_checkpoints() as checkpoints:
+        np.testing.assert_array_equal(checkpoints.restore({"x": np.zeros(9, int)})["x"], 3)
+
+
+def test_checkpoints_of_a_changed_model_are_left_alone(two_checkpoints, tmp_path):
+    written = sorted(tmp_path.rglob("*"))
+    with (
+        two_checkpoints() as checkpoints,
+        pytest.raises(SystemExit, match=r"step 2 can't be read .*; step 1 can't be read"),
+    ):
+        checkpoints.restore({"y": np.zeros(9, int)})
+    assert sorted(tmp_path.rglob("*")) == written
+
+
+def test_one_of_several_processes_deletes_nothing(two_checkpoints, monkeypatch, tmp_path):
+    truncate_arrays(tmp_path / "2")
+    with two_checkpoints() as checkpoints:
+        monkeypatch.setattr(jax, "process_count", lambda: 2)
+        with pytest.raises(SystemExit, match=r"from: step 2 can't be read \([^;]*\)$"):
+            checkpoints.restore({"x": np.zeros(9, int)})
+        monkeypatch.undo()
+    assert (tmp_path / "2").is_dir()
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"custom_metadata": {"save'])
+def test_unreadable_options(two_checkpoints, tmp_path, text):
+    (tmp_path / "metadata/_ROOT_METADATA").write_text(text)
+    with pytest.raises(SystemExit, match=f"^{tmp_path} can't be gone on from: no options can be"):
+        two_checkpoints()
+
+
+@pytest.mark.parametrize("call", ["save", "close"])
+def test_disk_that_is_full(two_checkpoints, monkeypatch, tmp_path, call):
+    def fail(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def save_another():
+        with two_checkpoints() as checkpoints:
+            checkpoints.save(3, {"x": np.ones(9)}, force=False)
+
+    monkeypatch.setattr(ocp.CheckpointManager, "save", lambda *_, **__: True)
+    monkeypatch.setattr(ocp.CheckpointManager, call, fail)
+    message = r"can't be written to \(OSError: .*No space left on device\); the last checkpoint: 2"
+    with pytest.raises(SystemExit, match=f"^--checkpoints {tmp_path}: {message}$"):
+        save_another()
+
+
 def test_second_interrupt_ends_at_once(load_module, tmp_path):
     resume = load_module("_resume")
     options, taken = Namespace(checkpoints=tmp_path, save_every=1), []
@@ -142,8 +261,8 @@ def test_folder_must_be_writable(load_module, monkeypatch, tmp_path):
     for folder, message in (file, "File exists"), (file / "run", "Not a directory"):
         with pytest.raises(SystemExit, match=f"--checkpoints {folder}: {message}"):
             resume.open_checkpoints("this", Namespace(checkpoints=folder))
-    monkeypatch.setattr(resume.os, "access", lambda *_: False)  # root may write anywhere
-    with pytest.raises(SystemExit, match=f"--checkpoints {tmp_path}: can't be written to"):
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
+    with pytest.raises(SystemExit, match=f"--checkpoints {tmp_path}: Permission denied"):
         resume.open_checkpoints("this", Namespace(checkpoints=tmp_path))
 
 
@@ -160,7 +279,11 @@ def test_sharded_folder_is_of_one_training(load_module, monkeypatch, tmp_path, c
     line = last_line()
     assert re.fullmatch(r"step 1: loss \d\.\d{4}, parameters [0-9a-f]{16}", line), line
     assert last_line("--layout=replicated") == f"step 1: parameters {line.split()[-1]}"
-    assert last_line("--steps=2").startswith("step 2: loss")
+    two = last_line("--steps=2")
+    assert two.startswith("step 2: loss")
+    truncate_arrays(tmp_path / "2")
+    assert last_line("--steps=2") == two
+    assert not list(tmp_path.glob("*.orbax-checkpoint-tmp"))
     assert last_line().startswith("step 2: parameters")
     for change, message in {
         "--rate=5": r"it began with --rate 0\.001, got 5\.0",
@@ -189,7 +312,7 @@ def test_batch_is_shared_evenly(load_module):
         ("train_nnx", "--seed=-1", "must be a whole number from 0 to 2³² - 1, got '-1'"),
         ("train_nnx", "--seed=4294967296", "must be a whole number from 0 to 2³² - 1"),
         ("train_nnx", "--data=none.npz", "none.npz: no such file"),
-        ("language_model", "--text=none.txt", "--text none.txt: no such file"),
+        ("language_model", "--text=none.txt", "--text none.txt: No such file or directory"),
         ("language_model", "--rate=0", "must be a finite number above 0, got '0'"),
         ("language_model", "--temperature=-1", "must be a finite number, 0 or above, got '-1'"),
         ("language_model", "--width=12", "--width must be a multiple of 8, got 12"),

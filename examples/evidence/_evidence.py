@@ -27,7 +27,7 @@ from rich.table import Table
 from scipy import stats
 
 sys.path.append(str(Path(__file__).parents[1]))
-from _command_line import positive, progress_bar
+from _command_line import make_folder, positive, progress_bar
 from _figures import save_png
 
 RESULTS = Path(__file__).parent / "results"
@@ -144,9 +144,9 @@ def side_by_side(
 
 
 def _folder(text: str) -> Path:
-    """A folder that is there from now on."""
+    """A folder that is there from now on, for files to be written in."""
     try:
-        Path(text).mkdir(parents=True, exist_ok=True)
+        make_folder(Path(text))
     except OSError as error:
         raise argparse.ArgumentTypeError(f"{text}: {error.strerror}") from error
     return Path(text)
