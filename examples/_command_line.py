@@ -54,6 +54,15 @@ def make_folder(folder: Path) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
 
 
+@contextmanager
+def writing_to(path: Path) -> Iterator[None]:
+    """End the program in one line where results can't be written."""
+    try:
+        yield
+    except OSError as error:
+        raise SystemExit(f"--out {path}: can't be written to ({error})") from error
+
+
 def positive(text: str) -> int:
     """A whole number above 0."""
     if not text.isdecimal() or int(text) < 1:

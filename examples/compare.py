@@ -20,7 +20,14 @@ from typing import Any
 import numpy as np
 import optax
 
-from _command_line import add_data, add_numbers, make_folder, positive, progress_bar
+from _command_line import (
+    add_data,
+    add_numbers,
+    make_folder,
+    positive,
+    progress_bar,
+    writing_to,
+)
 from _data import Dataset, load_data
 from _plot import save_figure
 from _report import Result, print_header, print_table, save_json
@@ -94,8 +101,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     print_header(data, plan)
     results = compare(contenders, data, plan)
     print_table(results, data)
-    save_json(results, data, plan, figure.with_suffix(".json"))
-    save_figure(results, data, figure)
+    with writing_to(arguments.out):
+        save_json(results, data, plan, figure.with_suffix(".json"))
+        save_figure(results, data, figure)
     print(f"Wrote {figure} and {figure.with_suffix('.json').name}.")
 
 

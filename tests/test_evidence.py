@@ -4,6 +4,7 @@ A new script is a row of `SMOKE`.
 """
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -32,6 +33,8 @@ def check_lag(tables: dict[str, Any]) -> None:
         assert cells["lag"] == pytest.approx(cells["by formula"], abs=1e-3), name
         assert cells["noise"][0] == pytest.approx(cells["noise, by formula"], rel=0.15), name
     assert rows["EMA .9 (Adam)"]["by formula"] == pytest.approx(9)
+    # 9 - 2 · 3/7 + 7/3.
+    assert rows["TEMA .9 .3 .7 (published)"]["by formula"] == pytest.approx(10.476, abs=5e-3)
     assert rows["TEMA .9 .9 .9 (equal)"]["noise, by formula"] == pytest.approx(0.199, abs=5e-4)
 
 
@@ -281,6 +284,18 @@ def test_sizes_that_cannot_be(load_module, capsys, script, option, message):
     with pytest.raises(SystemExit) as exit_:
         load_module(script).main([option])
     assert re.search(message, f"{capsys.readouterr().err}{exit_.value}")
+
+
+def test_results_that_cannot_be_written(load_module, monkeypatch, tmp_path, capsys):
+    run = partial(load_module("lag").main, [*SMOKE["lag"].options, f"--out={tmp_path}"])
+    (tmp_path / "lag.json").mkdir()
+    with pytest.raises(SystemExit, match=rf"--out {tmp_path}: can't be written to \(.*directory"):
+        run()
+    assert "lags less than Adam's" in capsys.readouterr().out  # so nothing is lost
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
+    with pytest.raises(SystemExit):
+        run()
+    assert f"--out: {tmp_path}: Permission denied" in capsys.readouterr().err
 
 
 def test_batches_of_an_epoch_are_disjoint(load_module):

@@ -1,6 +1,7 @@
 """The main job, `examples/compare.py`, in small: its command line, its data, its bookkeeping."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -161,6 +162,21 @@ def test_bad_files(compare, tmp_path, capsys):
 )
 def test_bad_options(compare, capsys, argument, message):
     expect_exit(compare, capsys, [argument], message)
+
+
+def test_folder_without_permission(compare, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
+    expect_exit(compare, capsys, [f"--out={tmp_path}"], f"Permission denied: '{tmp_path}'")
+
+
+@pytest.mark.slow
+def test_results_that_cannot_be_written(compare, tmp_path, capsys):
+    data = write(tmp_path / "own.npz", **some_images())
+    (tmp_path / "compare.json").mkdir()
+    options = ["--methods=sgd", "--epochs=1", "--trials=1", "--seeds=1", f"--data={data}"]
+    with pytest.raises(SystemExit, match=rf"--out {tmp_path}: can't be written to \(.*directory"):
+        compare.main([*options, f"--out={tmp_path}"])
+    assert "test accuracy" in capsys.readouterr().out  # so nothing is lost
 
 
 def expect_exit(compare, capsys, argv, message):

@@ -27,7 +27,7 @@ from rich.table import Table
 from scipy import stats
 
 sys.path.append(str(Path(__file__).parents[1]))
-from _command_line import make_folder, positive, progress_bar
+from _command_line import make_folder, positive, progress_bar, writing_to
 from _figures import save_png
 
 RESULTS = Path(__file__).parent / "results"
@@ -202,10 +202,12 @@ def publish(
         "device": jax.devices()[0].device_kind,
         "versions": VERSIONS,
     }
-    for figure, drawn in figures.items():
-        save_png(drawn, options.out / f"{figure}.png")
     path = options.out / f"{name}.json"
-    path.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    with writing_to(options.out):
+        for figure, drawn in figures.items():
+            save_png(drawn, options.out / f"{figure}.png")
+        text = json.dumps(document, indent=1, ensure_ascii=False) + "\n"
+        path.write_text(text, encoding="utf-8")
     console.print(f"Wrote {path} and {', '.join(document['figures'])}.", soft_wrap=True)
 
 

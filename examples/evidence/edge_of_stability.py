@@ -26,7 +26,14 @@ steadiness, how often the loss rises came first; how far it peaks was added on s
 the slow controls on seeing results. So what is shown is of seeds that nothing was chosen by.
 
 What so small a network can't show is how far the gate of a large one closes: beta3 weighs a sum
-over all parameters.
+over all parameters. The authors' code takes one norm for each group of parameters, which is
+`optax.partition` with one `vradam` for each.
+
+What the authors compared differs. Their sweeps searched the rate, beta3, the cutoff and the measure
+of the gate for VRAdam, and the rate alone for Adam. Their baseline is torch's Adam with an L2 decay
+of 1e-5, where the paper says AdamW. Their figure of the edge compares VRAdam at lr .002, gated by
+the gradient (`normgrad`) with cutoff 19, with Adam at lr .001; and of VRAdam it shows the largest
+eigenvalue of H, of Adam that of P^-1 H.
 """
 
 import argparse
