@@ -42,7 +42,7 @@ class Checkpoints:
 
     def __exit__(self, error: type[BaseException] | None, *_: Any) -> None:
         # What ended the run is what the user must read, and not what follows from it.
-        with suppress(Exception) if error else nullcontext():
+        with suppress(SystemExit) if error else nullcontext():
             self.close()
 
     def restore(self, target: Any) -> Any:

@@ -176,20 +176,26 @@ def test_unreadable_options(two_checkpoints, tmp_path, text):
         two_checkpoints()
 
 
-@pytest.mark.parametrize("call", ["save", "close"])
-def test_disk_that_is_full(two_checkpoints, monkeypatch, tmp_path, call):
-    def fail(*_, **__):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+@pytest.mark.parametrize("failing", [["save", "close"], ["close"]], ids=["save", "close"])
+def test_disk_that_is_full(two_checkpoints, monkeypatch, tmp_path, failing):
+    def make(call):
+        def fail(*_, **__):
+            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {call}")
+
+        return fail if call in failing else lambda *_, **__: True
 
     def save_another():
         with two_checkpoints() as checkpoints:
             checkpoints.save(3, {"x": np.ones(9)}, force=False)
 
-    monkeypatch.setattr(ocp.CheckpointManager, "save", lambda *_, **__: True)
-    monkeypatch.setattr(ocp.CheckpointManager, call, fail)
-    message = r"can't be written to \(OSError: .*No space left on device\); the last checkpoint: 2"
-    with pytest.raises(SystemExit, match=f"^--checkpoints {tmp_path}: {message}$"):
+    for call in ("save", "close"):
+        monkeypatch.setattr(ocp.CheckpointManager, call, make(call))
+    message = rf"can't be written to \(OSError: .*No space left on device: {failing[0]}\)"
+    with pytest.raises(SystemExit) as exit_:
         save_another()
+    assert re.match(
+        f"--checkpoints {tmp_path}: {message}; the last checkpoint: 2", str(exit_.value)
+    )
 
 
 def test_second_interrupt_ends_at_once(load_module, tmp_path):
