@@ -17,27 +17,27 @@ from jax.core import Tracer
 
 
 def decay_rate(**arguments: Any) -> None:
-    """Averaging coefficients: [0, 1)."""
+    """Require averaging coefficients in [0, 1)."""
     _numbers(arguments, lambda x: 0 <= x < 1, "[0, 1)")
 
 
 def tractable_decay_rate(**arguments: Any) -> None:
-    """Second-moment decays for which rectification ever starts, rho_inf > 5: (2/3, 1)."""
+    """Require decays in (2/3, 1): below, rho_inf <= 5 and rectification never starts."""
     _numbers(arguments, lambda x: 2 / 3 < x < 1, "(2/3, 1)")
 
 
 def fraction(**arguments: Any) -> None:
-    """Shares: [0, 1]."""
+    """Require shares in [0, 1]."""
     _numbers(arguments, lambda x: 0 <= x <= 1, "[0, 1]")
 
 
 def non_negative(**arguments: Any) -> None:
-    """Finite sizes: [0, inf)."""
+    """Require finite sizes in [0, inf)."""
     _numbers(arguments, lambda x: x >= 0, "[0, inf)")
 
 
 def positive(**arguments: Any) -> None:
-    """Finite sizes that divide or are raised to a power: (0, inf)."""
+    """Require finite sizes in (0, inf)."""
     _numbers(arguments, lambda x: x > 0, "(0, inf)")
 
 
@@ -54,12 +54,12 @@ def period(**arguments: Any) -> None:
 
 
 def schedule_or(check: Callable[..., None], **arguments: Any) -> None:
-    """Schedules, or what `check` takes."""
+    """Require schedules, or what `check` takes."""
     check(**{name: value for name, value in arguments.items() if not callable(value)})
 
 
 def schedule(**arguments: Any) -> None:
-    """Schedules only."""
+    """Require schedules."""
     for name, value in arguments.items():
         if not callable(value):
             raise ValueError(f"{name} must be a schedule, got {value!r}")
@@ -72,7 +72,7 @@ def of_adam(**arguments: Any) -> None:
 
 
 def one_of(choices: Sequence[str], **arguments: Any) -> None:
-    """One of a few named options."""
+    """Require one of a few named options."""
     for name, value in arguments.items():
         if not (isinstance(value, str) and value in choices):
             listed = ", ".join(map(repr, choices))
@@ -108,21 +108,21 @@ def float_leaves(**trees: Any) -> None:
 
 
 def memory(**arguments: Any) -> None:
-    """`None` (the device's own) or JAX's name of the host's."""
+    """Require `None` (memory of the device) or JAX's name of the host's memory."""
     for name, value in arguments.items():
         if value not in (None, "pinned_host"):
             raise ValueError(f"{name} must be None or 'pinned_host', got {value!r}")
 
 
 def flag(**arguments: Any) -> None:
-    """Python bools: they decide what is compiled, so they can't be arrays."""
+    """Require Python bools: they decide what is compiled, so they can't be arrays."""
     for name, value in arguments.items():
         if not isinstance(value, (bool, np.bool_)):
             raise ValueError(f"{name} must be True or False, got {value!r}")
 
 
 def storage_dtype(kind: Any = jnp.inexact, **arguments: Any) -> None:
-    """`None` (the parameters' own dtype) or a dtype of the given kind."""
+    """Require `None` (the default) or a dtype of the given kind."""
     for name, value in arguments.items():
         if value is None:
             continue

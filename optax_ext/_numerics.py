@@ -20,41 +20,41 @@ def _is_none(x: Any) -> bool:
 
 
 def tree_map(f: Callable[..., Any], updates: optax.Updates, *rest: Any) -> Any:
-    """Maps `f` over the leaves of `updates`, leaving `None` leaves alone."""
+    """Map `f` over the leaves of `updates`, leaving `None` leaves alone."""
     return jax.tree.map(
         lambda u, *others: None if u is None else f(u, *others), updates, *rest, is_leaf=_is_none
     )
 
 
 def flatten(tree: Any) -> tuple[list[Any], Any]:
-    """Leaves, `None` leaves among them, and structure: the order of every per-tensor vector."""
+    """Return leaves, `None` among them, and structure: the order of every per-tensor vector."""
     return jax.tree.flatten(tree, is_leaf=_is_none)
 
 
 def compute_dtype(dtype: DTypeLike) -> jnp.dtype:
-    """The dtype that leaves of `dtype` are computed in: at least float32."""
+    """Return the dtype that leaves of `dtype` are computed in: at least float32."""
     narrow = not jnp.issubdtype(dtype, jnp.inexact) or jnp.finfo(dtype).bits < 32
     return jnp.dtype(jnp.float32 if narrow else dtype)
 
 
 def real_dtype(dtype: DTypeLike) -> jnp.dtype:
-    """The dtype of the modulus of a number of the given dtype."""
+    """Return the dtype of the modulus of a number of the given dtype."""
     return jnp.finfo(compute_dtype(dtype)).dtype
 
 
 def scalar_dtype(tree: Any) -> jnp.dtype:
-    """The dtype of scalars that act on all of `tree`: real, as precise as its best leaf."""
+    """Return the dtype of scalars that act on all of `tree`: real, as precise as its best leaf."""
     dtypes = [real_dtype(jnp.result_type(leaf)) for leaf in jax.tree.leaves(tree)]
     return max(dtypes, key=lambda dtype: jnp.finfo(dtype).bits, default=jnp.dtype(jnp.float32))
 
 
 def upcast(tree: Any) -> Any:
-    """Every leaf in the dtype that it is computed in."""
+    """Cast every leaf to the dtype that it is computed in."""
     return tree_map(lambda x: x.astype(compute_dtype(x.dtype)), tree)
 
 
-def rounded(x: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """`x` in its storage dtype, which may not lose its phase."""
+def to_storage_dtype(x: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """Cast `x` to the dtype that it is stored in, which may not lose its phase."""
     if jnp.iscomplexobj(x) and not jnp.issubdtype(dtype, jnp.complexfloating):
         raise ValueError(
             "mu_dtype and slow_dtype must be None or complex for complex parameters, got"
@@ -83,20 +83,20 @@ def real_zeros_like(params: optax.Params, dtype: DTypeLike | None) -> optax.Upda
     return jax.tree.map(zeros, params)
 
 
-def store(new: Any, old: Any) -> Any:
-    """`new` in the dtypes of `old`, and `old` itself where `new` is `None`."""
+def cast_state_like(new: Any, old: Any) -> Any:
+    """Cast `new` to the dtypes of `old`, and return `old` where `new` is `None`."""
     return jax.tree.map(
-        lambda o, n: o if n is None else rounded(n, o.dtype), old, new, is_leaf=_is_none
+        lambda o, n: o if n is None else to_storage_dtype(n, o.dtype), old, new, is_leaf=_is_none
     )
 
 
 def cast_like(tree: Any, like: optax.Updates) -> Any:
-    """Every leaf rounded to the dtype of its counterpart."""
+    """Cast every leaf to the dtype of its counterpart."""
     return tree_map(lambda u, x: x.astype(u.dtype), like, tree)
 
 
-def cast(scalar: ArrayLike, like: jax.Array) -> Any:
-    """The scalar in the real precision of `like`, so that it never promotes it.
+def cast_scalar_like(scalar: ArrayLike, like: jax.Array) -> Any:
+    """Cast a scalar to the real precision of `like`, so that it never promotes it.
 
     Python numbers are weakly typed already and pass through, unrounded until they meet an array.
     """
@@ -105,14 +105,14 @@ def cast(scalar: ArrayLike, like: jax.Array) -> Any:
     return scalar
 
 
-def times(scalar: ArrayLike, x: jax.Array) -> jax.Array:
-    """`scalar * x` in compute precision, rounded to the dtype of `x`."""
+def scale(scalar: ArrayLike, x: jax.Array) -> jax.Array:
+    """Return `scalar * x`, computed in at least float32 and rounded to the dtype of `x`."""
     wide = x.astype(compute_dtype(x.dtype))
-    return (cast(scalar, wide) * wide).astype(x.dtype)
+    return (cast_scalar_like(scalar, wide) * wide).astype(x.dtype)
 
 
 def abs_sq(x: jax.Array) -> jax.Array:
-    """`|x|^2`, real also for complex `x`."""
+    """Return `|x|^2`, real also for complex `x`."""
     return (x * x.conj()).real if jnp.iscomplexobj(x) else x * x
 
 
@@ -137,23 +137,23 @@ def global_norm(tree: Any, dtype: DTypeLike) -> jax.Array:
 
 
 def scale_each(scales: jax.Array, updates: optax.Updates) -> optax.Updates:
-    """Multiplies the i-th leaf by `scales[i]`, in the order of `flatten`."""
+    """Multiply the i-th leaf by `scales[i]`, in the order of `flatten`."""
     leaves, structure = flatten(updates)
-    scaled = [None if u is None else times(scales[i], u) for i, u in enumerate(leaves)]
+    scaled = [None if u is None else scale(scales[i], u) for i, u in enumerate(leaves)]
     return jax.tree.unflatten(structure, scaled)
 
 
 def require(params: optax.Params | None) -> None:
-    """Refuses an update without parameters, in Optax's own words."""
+    """Refuse an update without parameters, in Optax's own words."""
     if params is None:
         raise ValueError(NO_PARAMS_MSG)
 
 
 def first_count() -> jax.Array:
-    """The number of updates done, at `init`."""
+    """Return the number of updates done before the first."""
     return jnp.zeros((), jnp.int32)
 
 
 def next_count(count: jax.Array) -> jax.Array:
-    """The number of updates done, one later; it stops at the largest integer."""
+    """Return the number of updates done one step later; it stops at the largest integer."""
     return jnp.asarray(optax.safe_increment(count))

@@ -1,4 +1,4 @@
-"""Where an optimizer's state lies on a mesh of devices: beside the parameters."""
+"""Shardings of an optimizer's state that follow those of its parameters."""
 
 from functools import partial
 from typing import Any
@@ -7,14 +7,14 @@ import jax
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from optax_ext import _checks, _memory
+from optax_ext import _checks, _host_memory
 
 
 def state_shardings(tx: optax.GradientTransformation, params: optax.Params) -> optax.OptState:
-    """The shardings of the state that keep it beside the parameters.
+    """Return shardings of the state that follow those of the parameters.
 
-    An array that belongs to a parameter is cut as it is, along the axes where that is possible; all
-    else is whole on every device. What an optimizer keeps in the host's memory stays there. Nothing
+    An array that belongs to a parameter is sharded like it, along the axes where that is possible.
+    Everything else is replicated. What an optimizer keeps in the host's memory stays there. Nothing
     is computed, so shapes will do as parameters, and a state can be made in place, or restored from
     a checkpoint, that fits on no single device.
 
@@ -45,7 +45,7 @@ def state_shardings(tx: optax.GradientTransformation, params: optax.Params) -> o
     return optax.tree.map_params(
         tx,
         _beside,
-        _memory.types(tx.init, params),
+        _host_memory.types(tx.init, params),
         params.fast if isinstance(params, optax.LookaheadParams) else params,
         transform_non_params=lambda _: NamedSharding(mesh, PartitionSpec()),
         is_leaf=lambda x: isinstance(x, optax.MaskedNode),
@@ -53,7 +53,7 @@ def state_shardings(tx: optax.GradientTransformation, params: optax.Params) -> o
 
 
 def _mesh(params: optax.Params) -> Any:
-    """The one on which all parameters lie."""
+    """Return the one mesh on which all parameters lie."""
     name = partial(jax.tree_util.keystr, simple=True, separator="/")
     mesh = None
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
@@ -71,7 +71,7 @@ def _mesh(params: optax.Params) -> Any:
 
 
 def _beside(leaf: Any, param: Any) -> Any:
-    """The parameter's sharding, but for axes that are shorter here and can't be cut so."""
+    """Return the parameter's sharding without the axes that are too short for it here."""
     if isinstance(leaf, optax.MaskedNode):
         return leaf
     mesh, spec = param.sharding.mesh, param.sharding.spec
@@ -82,4 +82,4 @@ def _beside(leaf: Any, param: Any) -> Any:
         axes if shard and ours % (theirs // shard) == 0 else None
         for axes, ours, theirs, shard in zip(spec, leaf.shape, param.shape, shards, strict=False)
     ]
-    return NamedSharding(mesh, PartitionSpec(*kept), memory_kind=_memory.kind(leaf))
+    return NamedSharding(mesh, PartitionSpec(*kept), memory_kind=_host_memory.kind(leaf))

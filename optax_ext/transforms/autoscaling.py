@@ -8,7 +8,7 @@ import optax
 from jax.typing import ArrayLike
 
 from optax_ext import _checks
-from optax_ext._numerics import first_count, global_norm, next_count, scalar_dtype, times, tree_map
+from optax_ext._numerics import first_count, global_norm, next_count, scalar_dtype, scale, tree_map
 from optax_ext.transforms.averages import average
 from optax_ext.transforms.bias_correction import total_weight
 
@@ -32,7 +32,7 @@ class AutoscaleState(NamedTuple):
 def autoscale(
     inner: optax.GradientTransformation, *, decay: ArrayLike
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Scales the update of `inner` by the logarithm of the average norm of its gradient.
+    r"""Scale the update of `inner` by the logarithm of the average norm of its gradient.
 
     .. math:: u \leftarrow \frac{u}{1 + \max(0, \log n_t)}, \qquad
       n_t = \mathrm{EMA}(\lVert g \rVert)_t / (1 - b^t)
@@ -70,9 +70,9 @@ def autoscale(
         norm = jnp.minimum(global_norm(updates, dtype), jnp.finfo(dtype).max ** 0.5)
         norm_ema = average(norm, state.norm_ema, decay).astype(dtype)
         mean = norm_ema / total_weight(decay, count, dtype)
-        scale = 1 / (1 + jnp.log(jnp.maximum(1, mean)))
+        factor = 1 / (1 + jnp.log(jnp.maximum(1, mean)))
         step, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
-        scaled = tree_map(lambda u: times(scale, u), step)
-        return scaled, AutoscaleState(count, norm_ema, scale, inner_state)
+        scaled = tree_map(lambda u: scale(factor, u), step)
+        return scaled, AutoscaleState(count, norm_ema, factor, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)

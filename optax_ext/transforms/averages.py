@@ -13,31 +13,34 @@ from jax.typing import ArrayLike
 from optax_ext import _checks
 from optax_ext._numerics import (
     abs_sq,
-    cast,
     cast_like,
+    cast_scalar_like,
+    cast_state_like,
     compute_dtype,
     next_count,
-    store,
     tree_map,
     upcast,
 )
 
 
 def average(x: Any, previous: Any, decay: ArrayLike) -> Any:
-    """One step of an exponential moving average, leaf by leaf, in compute precision.
+    """Return the exponential moving average one step later, in compute precision.
 
     Less the opposite of `b m`, not plus `b m`: from a sum, XLA takes out the factor that both
     terms share at b = 1/2, then computes the rest once for each use, and in place only of a copy.
     """
     return tree_map(
-        lambda x, m: cast(1 - decay, x) * x - cast(0 - decay, x) * m.astype(compute_dtype(m.dtype)),
+        lambda x, m: (
+            cast_scalar_like(1 - decay, x) * x
+            - cast_scalar_like(0 - decay, x) * m.astype(compute_dtype(m.dtype))
+        ),
         x,
         previous,
     )
 
 
 def squares(g: optax.Updates) -> optax.Updates:
-    """:math:`|g|^2`, leaf by leaf."""
+    """Return :math:`|g|^2` of every leaf."""
     return tree_map(abs_sq, g)
 
 
@@ -58,6 +61,6 @@ def estimator(
         del params, extra_args
         count = next_count(state.count)
         estimate, advanced = advance(upcast(updates), state, count)
-        return cast_like(estimate, updates), store(advanced, state)
+        return cast_like(estimate, updates), cast_state_like(advanced, state)
 
     return optax.GradientTransformationExtraArgs(checked_init, update)

@@ -11,11 +11,18 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from optax_ext import _checks
-from optax_ext._numerics import cast, first_count, next_count, scalar_dtype, times, tree_map
+from optax_ext._numerics import (
+    cast_scalar_like,
+    first_count,
+    next_count,
+    scalar_dtype,
+    scale,
+    tree_map,
+)
 
 
 def total_weight(decay: ArrayLike, count: jax.Array, dtype: DTypeLike) -> jax.Array:
-    r"""The sum :math:`1 - b^t` of an average's weights after `count` steps.
+    r"""Return the sum :math:`1 - b^t` of an average's weights after `count` steps.
 
     Written as :math:`-\mathrm{expm1}(t \log b)`: the plain form loses five of float32's seven
     digits for b = 0.999 and small t.
@@ -37,9 +44,9 @@ def _derivative(primals, tangents):
 
 
 def debias(average: optax.Updates, decay: ArrayLike, count: jax.Array) -> optax.Updates:
-    """Divides an average of decay `decay` by its total weight after `count` steps."""
+    """Divide an average of decay `decay` by its total weight after `count` steps."""
     unbias = 1 / total_weight(decay, count, scalar_dtype(average))
-    return tree_map(lambda m: cast(unbias, m) * m, average)
+    return tree_map(lambda m: cast_scalar_like(unbias, m) * m, average)
 
 
 class CorrectBiasState(NamedTuple):
@@ -49,7 +56,7 @@ class CorrectBiasState(NamedTuple):
 
 
 def correct_bias(*, b1: ArrayLike, b2: ArrayLike) -> optax.GradientTransformationExtraArgs:
-    r"""Corrects the bias of both moments at once, after they were joined as a quotient.
+    r"""Correct the bias of both moments at once, after they were joined as a quotient.
 
     .. math:: u \leftarrow \frac{\sqrt{1 - b_2^t}}{1 - b_1^t}\, u
 
@@ -79,7 +86,7 @@ def correct_bias(*, b1: ArrayLike, b2: ArrayLike) -> optax.GradientTransformatio
         del params, extra_args
         count = next_count(state.count)
         dtype = scalar_dtype(updates)
-        scale = jnp.sqrt(total_weight(b2, count, dtype)) / total_weight(b1, count, dtype)
-        return tree_map(lambda u: times(scale, u), updates), CorrectBiasState(count)
+        factor = jnp.sqrt(total_weight(b2, count, dtype)) / total_weight(b1, count, dtype)
+        return tree_map(lambda u: scale(factor, u), updates), CorrectBiasState(count)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from optax_ext import _checks
 from optax_ext._numerics import (
-    cast,
+    cast_scalar_like,
     first_count,
     real_zeros_like,
     scalar_dtype,
@@ -24,7 +24,7 @@ from optax_ext.transforms.bias_correction import debias
 
 
 def cascade(x: Any, stages: Sequence[Any], decays: Sequence[ArrayLike]) -> tuple[Any, ...]:
-    """One step of averages of averages: the first averages `x`, each next the one before it."""
+    """Return all stages one step later: the first averages `x`, each next the one before it."""
     advanced = []
     for stage, decay in zip(stages, decays, strict=True):
         x = average(x, stage, decay)
@@ -33,7 +33,7 @@ def cascade(x: Any, stages: Sequence[Any], decays: Sequence[ArrayLike]) -> tuple
 
 
 def cancel_lag(stages: Sequence[Any]) -> Any:
-    r""":math:`\sum_{i=1}^k (-1)^{i+1} \binom{k}{i} \mathrm{EMA}_i`: for k = 3, 3m - 3d + e.
+    r"""Return :math:`\sum_{i=1}^k (-1)^{i+1} \binom{k}{i} \mathrm{EMA}_i`: for k = 3, 3m - 3d + e.
 
     With equal decays the lags of the k stages cancel to order k - 1.
     """
@@ -74,7 +74,7 @@ def triple_ema(
     bias_correction: str = "adam",
     dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""First moment: the triple exponential moving average of the gradient, or one of any order.
+    r"""Estimate the first moment by the triple average of the gradient, or one of any order.
 
     .. math:: m = \mathrm{EMA}_{b_1}(g), \quad d = \mathrm{EMA}_{b_2}(m), \quad
       e = \mathrm{EMA}_{b_3}(d), \qquad \mathrm{TEMA} = 3m - 3d + e
@@ -116,7 +116,7 @@ def triple_ema_of_squares(
     bias_correction: str = "adam",
     dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Second moment: the triple exponential moving average of the squared gradient.
+    r"""Estimate the second moment by the triple average of the squared gradient.
 
     .. math:: \hat v = \max(0, 3 v_1 - 3 v_2 + v_3) / c_t
 
@@ -177,7 +177,7 @@ def _combined(
 
 
 def _clamp(combined: jax.Array, v: jax.Array) -> jax.Array:
-    """At least 0; where squares overflowed, infinite like a plain average, not inf - inf."""
+    """Return at least 0, and infinity instead of inf - inf where squares overflowed."""
     overflowed = jnp.isnan(combined) & ~jnp.isnan(v)
     return jnp.where(overflowed, jnp.inf, jnp.maximum(combined, 0))
 
@@ -189,14 +189,14 @@ def _first_response(decays, params, bias_correction) -> tuple[jax.Array, ...]:
 
 
 def _correct(combined, decays, count, response, bias_correction):
-    """The combined stages without their bias, and the advanced response."""
+    """Return the combined stages without their bias, and the advanced response."""
     if bias_correction == "none":
         return combined, response
     if bias_correction == "adam":
         return debias(combined, decays[0], count), response
     response = cascade(jnp.ones((), scalar_dtype(response)), response, decays)
     unbias = 1 / cancel_lag(response)
-    return tree_map(lambda x: cast(unbias, x) * x, combined), response
+    return tree_map(lambda x: cast_scalar_like(unbias, x) * x, combined), response
 
 
 def _check(decays, bias_correction, dtype, kind) -> tuple[ArrayLike, ...]:

@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 
 from optax_ext import _checks
 from optax_ext._numerics import (
-    cast,
+    cast_scalar_like,
     first_count,
     next_count,
     root,
@@ -26,7 +26,7 @@ from optax_ext.transforms.rectification import is_tractable, sma_length
 
 
 class Join(NamedTuple):
-    """How two moments become one update.
+    """A function of two moments that makes one update of them.
 
     Attributes:
       init: parameters to state.
@@ -50,7 +50,7 @@ class ScaleByMomentsState(NamedTuple):
 def scale_by_moments(
     first: optax.GradientTransformation, second: optax.GradientTransformation, join: Join
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Feeds the gradient to two estimators and joins what they return.
+    r"""Feed the gradient to two estimators and join what they return.
 
     .. math:: u = \mathrm{join}(\hat m, \hat v)
 
@@ -95,17 +95,17 @@ def scale_by_moments(
 
 
 def ratio(*, eps: ArrayLike) -> Join:
-    r"""Adam's join, :math:`\hat m / (\sqrt{\hat v} + \epsilon)`.
+    r"""Return Adam's join, :math:`\hat m / (\sqrt{\hat v} + \epsilon)`.
 
     Args:
       eps: :math:`\epsilon`, in [0, inf), in units of the gradient.
     """
     _checks.non_negative(eps=eps)
-    return _stateless(lambda m, v: m / (root(v) + cast(eps, v)))
+    return _stateless(lambda m, v: m / (root(v) + cast_scalar_like(eps, v)))
 
 
 def product(*, eps: ArrayLike, scale_free: bool = False) -> Join:
-    r"""InvAdam's join, :math:`\hat m\, (\sqrt{\hat v} + \epsilon)`.
+    r"""Return InvAdam's join, :math:`\hat m\, (\sqrt{\hat v} + \epsilon)`.
 
     It grows with the square of the gradient's scale: gradients past 1e19 overflow float32, and a
     loss scale changes the method. `scale_free` divides the root by its root mean square over the
@@ -136,7 +136,7 @@ class BlendState(NamedTuple):
 
 
 def blend(inverse_share: optax.Schedule, *, eps: ArrayLike, scale_free: bool = False) -> Join:
-    r"""DualAdam's join, from the product to the ratio.
+    r"""Return DualAdam's join, which goes from the product to the ratio.
 
     .. math:: (1 - r_t)\, \frac{\hat m}{\sqrt{\hat v} + \epsilon}
       + r_t\, \hat m\, (\sqrt{\hat v} + \epsilon)
@@ -164,15 +164,15 @@ def blend(inverse_share: optax.Schedule, *, eps: ArrayLike, scale_free: bool = F
 
     def combine(m, v, state):
         # Blending the factors, not the updates, gives XLA one product to fuse instead of three.
-        share = cast(state.inverse_share, v)
-        adam = 1 / (root(v) + cast(eps, v))
+        share = cast_scalar_like(state.inverse_share, v)
+        adam = 1 / (root(v) + cast_scalar_like(eps, v))
         return m * jnp.where(share == 0, adam, (1 - share) * adam + share * inverse(v))
 
     return Join(init, advance, combine)
 
 
 def linear_inverse_share(switch_rate: float | jax.Array) -> optax.Schedule:
-    r"""DualAdam's schedule: :math:`r_t = 1 - t s`, t from 1, while that is at least s, then 0.
+    r"""Return DualAdam's schedule: :math:`r_t = 1 - t s` from t = 1 while it is at least s, then 0.
 
     The authors decide on the host, in double precision, when the blend ends: for s = 0.05 its last
     step is t = 18, since there 1 - 19 s falls just short of s. For a Python number that step is
@@ -218,7 +218,7 @@ class TractabilityState(NamedTuple):
 
 
 def ratio_once_tractable(*, b2: ArrayLike, eps: ArrayLike) -> Join:
-    r"""RAdam's join: :math:`\hat m` alone until the second moment can be trusted, then the ratio.
+    r"""Return RAdam's join: :math:`\hat m` until the second moment can be trusted, then the ratio.
 
     The switch is that of `rectify`, :math:`\rho_t \ge 5`; the factor :math:`r_t` is not in here.
 
@@ -238,7 +238,9 @@ def ratio_once_tractable(*, b2: ArrayLike, eps: ArrayLike) -> Join:
         return TractabilityState(count, sma_length(b2, count, dtype).astype(dtype))
 
     def combine(m, v, state):
-        return jnp.where(is_tractable(state.sma_length), m / (root(v) + cast(eps, v)), m)
+        return jnp.where(
+            is_tractable(state.sma_length), m / (root(v) + cast_scalar_like(eps, v)), m
+        )
 
     return Join(init, advance, combine)
 
@@ -246,14 +248,14 @@ def ratio_once_tractable(*, b2: ArrayLike, eps: ArrayLike) -> Join:
 def _inverse(eps: ArrayLike, scale_free: bool) -> Callable[[jax.Array], jax.Array]:
     r"""Return the factor on :math:`\hat m` as a function of :math:`\hat v`."""
     if not scale_free:
-        return lambda v: root(v) + cast(eps, v)
+        return lambda v: root(v) + cast_scalar_like(eps, v)
 
     def relative(v: jax.Array) -> jax.Array:
         overflowed = v == jnp.inf
         squares = jnp.where(overflowed, 0, v)
         mean = jnp.sum(squares) / max(v.size, 1)
         scale = jnp.where(mean > 0, jax.lax.rsqrt(jnp.where(mean > 0, mean, 1)), 0)
-        return jnp.where(overflowed, 0, root(squares) * scale + cast(eps, v))
+        return jnp.where(overflowed, 0, root(squares) * scale + cast_scalar_like(eps, v))
 
     return relative
 

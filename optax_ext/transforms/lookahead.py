@@ -14,14 +14,14 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from optax_ext import _checks, _memory
+from optax_ext import _checks, _host_memory
 from optax_ext._numerics import (
-    cast,
+    cast_scalar_like,
     first_count,
     flatten,
     next_count,
     require,
-    rounded,
+    to_storage_dtype,
     upcast,
 )
 from optax_ext.transforms import rotation
@@ -51,7 +51,7 @@ def lookahead(
     slow_dtype: DTypeLike | None = None,
     offload: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Synchronizes the parameters with slow weights every `sync_period` steps.
+    r"""Synchronize the parameters with slow weights every `sync_period` steps.
 
     .. math:: t \bmod k = 0: \quad s \leftarrow s + a\,(\theta - s), \quad \theta \leftarrow s
 
@@ -106,8 +106,8 @@ def lookahead(
     def take_slow(p):
         mine = jnp.asarray(p) if mode == "exact" else rotation.chunk(p, 0, k)
         dtype = mine.dtype if slow_dtype is None else slow_dtype
-        taken = jnp.array(rounded(mine, dtype), copy=True)
-        return taken if offload is None else _memory.away(taken)
+        taken = jnp.array(to_storage_dtype(mine, dtype), copy=True)
+        return taken if offload is None else _host_memory.to_host(taken)
 
     def init(params: optax.Params) -> LookaheadState:
         _checks.float_leaves(params=params)
@@ -121,9 +121,9 @@ def lookahead(
             return pull(u, slow, p, count, k, a)
         # Read when a period ends; written then too, or, a chunk, when the next begins.
         begins, ends = (count - 1) % k == 0, count % k == 0
-        here = _memory.fetched(slow, when=ends)
+        here = _host_memory.load_if(slow, when=ends)
         step, new = pull(u, here, p, count, k, a)
-        return step, _memory.sent(new, slow, when=ends if mode == "exact" else begins)
+        return step, _host_memory.store_if(new, slow, when=ends if mode == "exact" else begins)
 
     def update(updates, state, params=None, **extra_args):
         require(params)
@@ -143,34 +143,34 @@ def lookahead(
 
 
 def _pull(u, slow, p, count, k, a) -> tuple[jax.Array, jax.Array]:
-    """Update and slow weights of one leaf, which meet at the end of every period."""
+    """Return update and slow weights of one leaf, which meet at the end of every period."""
     return _meet(u, slow, p, count % k == 0, a)
 
 
 def _pull_chunk(u, slow, p, count, k, a) -> tuple[jax.Array, jax.Array]:
-    """The same for a chunk at the end of its turn; at the beginning its slow weights are taken."""
+    """Do the same for a chunk at the end of its turn; take its slow weights at the beginning."""
     turn = (count - 1) // k % k
     begins, ends = (count - 1) % k == 0, count % k == 0
     chunk = rotation.placed_like(rotation.chunk(p, turn, k), slow)
-    slow = jnp.where(begins, rounded(chunk, slow.dtype), slow)
+    slow = jnp.where(begins, to_storage_dtype(chunk, slow.dtype), slow)
     spread, owner = rotation.spread(slow, p, k)
     step, _ = _meet(u, spread, p, ends & (owner == turn), a)
     return step, slow
 
 
 def _meet(u, slow, p, sync, a) -> tuple[jax.Array, jax.Array]:
-    """Update and slow weights, pulled together where `sync` is true.
+    """Return update and slow weights, pulled together where `sync` is true.
 
     A select, not a `cond`: where `sync` is false the slow weights are literally the old buffer,
     which costs XLA no copy and lets a kernel skip reading and writing them. The new slow weights
     are the new parameters, rounding included, so XLA need not keep the old ones for them.
     """
     wide_u, wide_slow, wide_p = upcast((u, slow, p))
-    pulled = wide_slow + cast(a, wide_p) * (wide_p + wide_u - wide_slow)
+    pulled = wide_slow + cast_scalar_like(a, wide_p) * (wide_p + wide_u - wide_slow)
     step = jnp.where(sync, (pulled - wide_p).astype(u.dtype), u)
-    return step, jnp.where(sync, rounded(p + step, slow.dtype), slow)
+    return step, jnp.where(sync, to_storage_dtype(p + step, slow.dtype), slow)
 
 
 def _also_abstract(f, p):
-    """`f(p)`, abstract where the parameter is: slow weights have no other value to start from."""
+    """Return `f(p)`, or its shape where the parameter is only a shape."""
     return jax.eval_shape(f, p) if isinstance(p, jax.ShapeDtypeStruct) else f(p)

@@ -61,7 +61,7 @@ class MaxEmaOfSquaresState(NamedTuple):
 def ema(
     *, decay: ArrayLike, bias_correction: str = "adam", dtype: DTypeLike | None = None
 ) -> optax.GradientTransformationExtraArgs:
-    r"""First moment: the exponential moving average of the gradient.
+    r"""Estimate the first moment by the exponential moving average of the gradient.
 
     .. math:: m = b\, m + (1 - b)\, g, \qquad \hat m = m / (1 - b^t)
 
@@ -92,7 +92,7 @@ def ema(
 def ema_of_squares(
     *, decay: ArrayLike, bias_correction: str = "adam", dtype: DTypeLike | None = None
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Second moment: the exponential moving average of the squared gradient.
+    r"""Estimate the second moment by the exponential moving average of the squared gradient.
 
     .. math:: v = b\, v + (1 - b)\, |g|^2, \qquad \hat v = v / (1 - b^t)
 
@@ -122,7 +122,7 @@ def ema_of_squares(
 def max_ema_of_squares(
     *, decay: ArrayLike, bias_correction: str = "adam", dtype: DTypeLike | None = None
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Second moment of AMSGrad: the largest average of the squared gradient so far.
+    r"""Estimate the second moment as AMSGrad does, by the largest average of squares so far.
 
     .. math:: v = b\, v + (1 - b)\, |g|^2, \quad v_{max} = \max(v_{max}, v), \quad
       \hat v = v_{max} / (1 - b^t)

@@ -17,7 +17,14 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from optax_ext import _checks
-from optax_ext._numerics import cast, first_count, next_count, scalar_dtype, tree_map, zeros_like
+from optax_ext._numerics import (
+    cast_scalar_like,
+    first_count,
+    next_count,
+    scalar_dtype,
+    tree_map,
+    zeros_like,
+)
 from optax_ext.transforms.averages import average, estimator
 from optax_ext.transforms.bias_correction import total_weight
 from optax_ext.transforms.moments import EmaState
@@ -26,18 +33,18 @@ Weights = tuple[ArrayLike, ArrayLike]
 
 
 def nadam(b: ArrayLike, t: jax.Array, dtype: DTypeLike) -> Weights:
-    r""":math:`\hat m = b\, m/(1 - b^{t+1}) + (1 - b)\, g/(1 - b^t)` (Dozat 2016, constant b)."""
+    r"""Weigh :math:`\hat m = b\, m/(1 - b^{t+1}) + (1 - b)\, g/(1 - b^t)` (Dozat 2016)."""
     return b / total_weight(b, next_count(t), dtype), (1 - b) / total_weight(b, t, dtype)
 
 
 def classical(b: ArrayLike, t: jax.Array, dtype: DTypeLike) -> Weights:
-    r""":math:`\hat m = (b\, m + (1 - b)\, g) / (1 - b^{t+1})`: one more step, same gradient."""
+    r"""Weigh :math:`\hat m = (b\, m + (1 - b)\, g) / (1 - b^{t+1})`: one step more, same g."""
     ahead = total_weight(b, next_count(t), dtype)
     return b / ahead, (1 - b) / ahead
 
 
 def hybrid(b: ArrayLike, t: jax.Array, dtype: DTypeLike) -> Weights:
-    r"""The mean of `nadam` and of the plain :math:`m / (1 - b^t)`."""
+    r"""Weigh the mean of `nadam` and of the plain :math:`m / (1 - b^t)`."""
     of_average, of_gradient = nadam(b, t, dtype)
     return (of_average + 1 / total_weight(b, t, dtype)) / 2, of_gradient / 2
 
@@ -52,7 +59,7 @@ _VARIANTS: dict[str, Callable[[ArrayLike, jax.Array, DTypeLike], Weights]] = {
 def nesterov_ema(
     *, decay: ArrayLike, variant: str, dtype: DTypeLike | None = None
 ) -> optax.GradientTransformationExtraArgs:
-    r"""First moment: a Nesterov form of the exponential moving average, bias-corrected.
+    r"""Estimate the first moment by a Nesterov form of the bias-corrected average.
 
     Args:
       decay: :math:`b`, in [0, 1).
@@ -98,14 +105,14 @@ class ScheduledNesterovState(NamedTuple):
 
 
 def scheduled_momentum(b: ArrayLike, t: jax.Array, dtype: DTypeLike) -> jax.Array:
-    r""":math:`\mu_t = b\,(1 - \tfrac12\, 0.96^{0.004 t})`: from b/2 up to b (Dozat 2016)."""
+    r"""Return :math:`\mu_t = b\,(1 - \tfrac12\, 0.96^{0.004 t})`, from b/2 up to b (Dozat 2016)."""
     return jnp.asarray(b, dtype) * (1 - 0.5 * 0.96 ** (0.004 * t.astype(dtype)))
 
 
 def scheduled_nesterov_ema(
     *, decay: ArrayLike, dtype: DTypeLike | None = None
 ) -> optax.GradientTransformationExtraArgs:
-    r"""First moment: `nadam` with a momentum that warms up.
+    r"""Estimate the first moment by `nadam` with a momentum that warms up.
 
     .. math:: \hat m = \mu_{t+1}\, \frac{m}{1 - P_{t+1}} + (1 - \mu_t)\, \frac{g}{1 - P_t},
       \qquad P_t = \prod_{i \le t} \mu_i
@@ -147,4 +154,8 @@ def scheduled_nesterov_ema(
 
 def _weighted(weights: Weights, mu: optax.Updates, g: optax.Updates) -> optax.Updates:
     of_average, of_gradient = weights
-    return tree_map(lambda g, m: cast(of_average, g) * m + cast(of_gradient, g) * g, g, mu)
+    return tree_map(
+        lambda g, m: cast_scalar_like(of_average, g) * m + cast_scalar_like(of_gradient, g) * g,
+        g,
+        mu,
+    )

@@ -12,7 +12,7 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from optax_ext import _checks
-from optax_ext._numerics import first_count, next_count, scalar_dtype, times, tree_map
+from optax_ext._numerics import first_count, next_count, scalar_dtype, scale, tree_map
 
 
 class RectifyState(NamedTuple):
@@ -28,7 +28,7 @@ class RectifyState(NamedTuple):
 
 
 def sma_length(b2: ArrayLike, count: jax.Array, dtype: DTypeLike) -> jax.Array:
-    r"""Length of the simple average that the second moment is worth after `count` steps.
+    r"""Return the length of the simple average that the second moment is worth after `count` steps.
 
     .. math:: \rho_t = \rho_\infty - \frac{2 t b_2^t}{1 - b_2^t},
       \qquad \rho_\infty = \frac{2}{1 - b_2} - 1
@@ -47,12 +47,12 @@ def sma_length(b2: ArrayLike, count: jax.Array, dtype: DTypeLike) -> jax.Array:
 
 
 def longest_sma(b2: ArrayLike) -> ArrayLike:
-    r""":math:`\rho_\infty = 2/(1 - b_2) - 1`."""
+    r"""Return :math:`\rho_\infty = 2/(1 - b_2) - 1`."""
     return 2 / (1 - b2) - 1
 
 
 def langevin(y: jax.Array) -> jax.Array:
-    r""":math:`L(y) = \coth y - 1/y`, by its continued fraction, for :math:`0 \le y \le 1`.
+    r"""Return :math:`L(y) = \coth y - 1/y` for :math:`0 \le y \le 1`, by its continued fraction.
 
     .. math:: L(y) = \cfrac{y}{3 + \cfrac{y^2}{5 + \cfrac{y^2}{7 + \cdots}}}
     """
@@ -63,12 +63,12 @@ def langevin(y: jax.Array) -> jax.Array:
 
 
 def is_tractable(rho: jax.Array) -> jax.Array:
-    r"""Whether the variance of the second moment is finite enough: :math:`\rho_t \ge 5`."""
+    r"""Return whether the variance of the second moment is small enough: :math:`\rho_t \ge 5`."""
     return rho >= 5
 
 
 def rectification_term(rho: jax.Array, b2: ArrayLike) -> jax.Array:
-    r"""The factor on the rate, 1 where :math:`\rho_t` is not tractable.
+    r"""Return the factor on the rate, 1 where :math:`\rho_t` is not tractable.
 
     .. math:: r_t = \sqrt{\frac{(\rho_t - 4)(\rho_t - 2)\rho_\infty}
       {(\rho_\infty - 4)(\rho_\infty - 2)\rho_t}}
@@ -80,9 +80,9 @@ def rectification_term(rho: jax.Array, b2: ArrayLike) -> jax.Array:
 
 
 def rectify(*, b2: ArrayLike) -> optax.GradientTransformationExtraArgs:
-    r"""Scales the update by :math:`r_t`, and by 1 while :math:`\rho_t < 5`.
+    r"""Scale the update by :math:`r_t`, and by 1 while :math:`\rho_t < 5`.
 
-    Follows whatever divides by the root of a second moment of decay b2. In the first steps RAdam
+    It follows whatever divides by the root of a second moment of decay b2. In the first steps RAdam
     itself drops that denominator: `ratio_once_tractable` is the join that does.
 
     Args:
@@ -110,6 +110,6 @@ def rectify(*, b2: ArrayLike) -> optax.GradientTransformationExtraArgs:
         count = next_count(state.count)
         dtype = state.rectification.dtype
         r = rectification_term(sma_length(b2, count, dtype), b2).astype(dtype)
-        return tree_map(lambda u: times(r, u), updates), RectifyState(count, r)
+        return tree_map(lambda u: scale(r, u), updates), RectifyState(count, r)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -20,7 +20,7 @@ _ROUNDS, _ROUNDS_OF_VECTORS = 6, 3
 
 
 class _Cut(NamedTuple):
-    """How a leaf is cut.
+    """The cut of a leaf.
 
     Attributes:
       axis: the longest but the last one, along which memory runs; of all where others are short.
@@ -38,7 +38,7 @@ class _Cut(NamedTuple):
 
 
 def chunk(x: jax.Array, j: Any, k: int) -> jax.Array:
-    """Chunk `j` of `k`: as `x` but for one axis; zeros stand where the last round lacks a group."""
+    """Return chunk `j` of `k` along one axis, with zeros where the last round lacks a group."""
     cut, x = _cut(x.shape, k), jnp.atleast_1d(x)
     axis = cut.axis + 1
     groups = _split(_in_reach(x, cut), cut.axis, cut.blocks, cut.groups, cut.size)
@@ -49,9 +49,9 @@ def chunk(x: jax.Array, j: Any, k: int) -> jax.Array:
 
 
 def spread(held: jax.Array, like: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """A chunk's entries at every place they could come from, and the chunk that owns each place.
+    """Return a chunk's entries at every place they could come from, and the chunk that owns each.
 
-    Elementwise, where putting the chunk into its place would copy the leaf.
+    This is elementwise. Putting the chunk into its place would copy the leaf.
     """
     cut, whole = _cut(like.shape, k), jnp.atleast_1d(like)
     rounds = _split(_in_reach(held, cut), cut.axis, cut.blocks, cut.rounds, cut.size)
@@ -64,13 +64,13 @@ def spread(held: jax.Array, like: jax.Array, k: int) -> tuple[jax.Array, jax.Arr
 
 
 def placed_like(x: jax.Array, like: jax.Array) -> jax.Array:
-    """`x` where `like` lies, which is in its type on explicit axes of a mesh only."""
+    """Return `x` with the sharding of `like`, which types have on explicit axes of a mesh only."""
     ours, theirs = jax.typeof(x).sharding, jax.typeof(like).sharding
     return x if ours.spec == theirs.spec else jax.sharding.reshard(x, theirs)
 
 
 def _cut(shape: tuple[int, ...], k: int) -> _Cut:
-    """A 0-d leaf is cut as a vector of one."""
+    """Return the cut of a shape; a 0-d leaf is cut as a vector of one."""
     shape, least, tile = shape or (1,), _ROUNDS * k, _TILE
     axis = max(range(len(shape) - 1), key=shape.__getitem__, default=0)
     if len(shape) == 1 or shape[axis] < least:
@@ -82,7 +82,7 @@ def _cut(shape: tuple[int, ...], k: int) -> _Cut:
 
 
 def _power_of_two(n: int, least: int, most: int) -> int:
-    """The largest divisor of `n` that is at most `most` and leaves at least `least`."""
+    """Return the largest power of two, at most `most`, that cuts `n` into at least `least`."""
     power = 1
     while n % (2 * power) == 0 and n >= 2 * power * least and 2 * power <= most:
         power *= 2
@@ -94,13 +94,13 @@ def _split(x: jax.Array, axis: int, *sizes: int) -> jax.Array:
 
 
 def _merged(x: jax.Array, axis: int) -> jax.Array:
-    """Blocks, groups and entries as one axis again."""
+    """Return `x` with blocks, groups and entries as one axis again."""
     blocks, groups, size = x.shape[axis : axis + 3]
     return x.reshape(*x.shape[:axis], blocks * groups * size, *x.shape[axis + 3 :])
 
 
 def _in_reach(x: jax.Array, cut: _Cut) -> jax.Array:
-    """`x`, gathered along its cut axis if its type says that a device holds parts of blocks."""
+    """Gather `x` along its cut axis if its type says that a device holds parts of blocks."""
     sharding, whole = jax.typeof(x).sharding, x.shape[cut.axis]
     devices = whole // max(sharding.shard_shape(x.shape)[cut.axis], 1)
     if cut.blocks % max(devices, 1) == 0:

@@ -23,7 +23,7 @@ class TrustRatioState(NamedTuple):
 
 
 def scale_by_trust_ratio(*, max_ratio: ArrayLike) -> optax.GradientTransformationExtraArgs:
-    r"""Scales each tensor of the update to the norm of its parameters, within a bound.
+    r"""Scale each tensor of the update to the norm of its parameters, within a bound.
 
     .. math:: u \leftarrow \min(\lVert \theta \rVert / \lVert u \rVert, r_{max})\, u
 

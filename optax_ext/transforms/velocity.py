@@ -18,8 +18,8 @@ from optax_ext._numerics import (
     flatten,
     next_count,
     scalar_dtype,
+    scale,
     scale_each,
-    times,
     tree_map,
     upcast,
 )
@@ -52,7 +52,7 @@ def velocity_regularized(
     norm_reduction: str = "sum",
     b1: ArrayLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Scales the whole update of `inner`, decay included, by a gate that its velocity closes.
+    r"""Scale the whole update of `inner`, decay included, by a gate that its velocity closes.
 
     .. math:: u \leftarrow \frac{u}{1 + \min(\beta_3 \sum_i |x_i|^p, c)}
 
@@ -126,14 +126,14 @@ def velocity_regularized(
         if norm_scope == "tensor":
             gated = scale_each(gate, step)
         else:
-            gated = tree_map(lambda u: times(gate, u), step)
+            gated = tree_map(lambda u: scale(gate, u), step)
         return gated, VelocityRegularizedState(count, gate, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
 def penalty(tree: Any, power: ArrayLike, scope: str, reduction: str, dtype: DTypeLike) -> jax.Array:
-    r""":math:`\sum_i |x_i|^p`, or its mean, over all tensors or over each (a vector)."""
+    r"""Return :math:`\sum_i |x_i|^p`, or its mean, over all tensors or over each (a vector)."""
 
     def powers(x):
         if isinstance(power, (int, float)) and power == 2:
@@ -168,7 +168,7 @@ def _without_absent(velocities: list[Any], updates: optax.Updates) -> list[Any]:
 
 
 def _velocities(inner_state: optax.OptState) -> list[Any]:
-    """The fields `mu` of named states; parameters may be called that too, and are not meant."""
+    """Return the fields `mu` of named states, not parameters that are called so."""
     found = optax.tree.get_all_with_path(
         inner_state, "mu", lambda path, _: isinstance(path[-1], optax.tree_utils.NamedTupleKey)
     )

@@ -10,29 +10,29 @@ import jax
 from jax import lax
 
 
-def away(x: jax.Array) -> jax.Array:
-    """`x` in host memory, cut over devices as before."""
+def to_host(x: jax.Array) -> jax.Array:
+    """Move `x` to the host's memory, with the same sharding."""
     return jax.device_put(x, jax.memory.Space.Host)
 
 
-def fetched(x: jax.Array, when: jax.Array) -> jax.Array:
-    """`x` on the device where `when` is true, else zeros, and nothing is moved."""
+def load_if(x: jax.Array, when: jax.Array) -> jax.Array:
+    """Return `x` on the device where `when` is true, else zeros without moving anything."""
     return lax.cond(when, _here, lambda x: lax.full_like(_here(x), 0), x)
 
 
-def sent(x: jax.Array, old: jax.Array, when: jax.Array) -> jax.Array:
-    """`x` in host memory where `when` is true, else `old`, which is there, and nothing is moved."""
-    return lax.cond(when, lambda x, _: away(x), lambda _, old: old, x, old)
+def store_if(x: jax.Array, old: jax.Array, when: jax.Array) -> jax.Array:
+    """Move `x` to the host's memory where `when` is true, else return `old`, which is there."""
+    return lax.cond(when, lambda x, _: to_host(x), lambda _, old: old, x, old)
 
 
 def types(function: Any, *arguments: Any) -> Any:
-    """What `function` returns, as types: like `jax.eval_shape`, but they know their memory."""
+    """Return the types of a result, like `jax.eval_shape`, but with the memory they lie in."""
     jaxpr, shapes = jax.make_jaxpr(function, return_shape=True)(*arguments)
     return jax.tree.unflatten(jax.tree.structure(shapes), jaxpr.out_avals)
 
 
 def kind(type_: Any) -> str | None:
-    """JAX's name of the memory in which an array of this type lies; `None` is the device's own."""
+    """Return JAX's name of the memory of a type; `None` is the device's own."""
     return "pinned_host" if type_.memory_space == jax.memory.Space.Host else None
 
 
