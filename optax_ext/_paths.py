@@ -1,9 +1,8 @@
-"""The module tree as paths tell it: names of leaves and of modules, order, kernels by shape."""
+"""The module tree as paths tell it: names of leaves and of modules, and their order."""
 
-import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -11,45 +10,64 @@ import jax
 _VALUE = (jax.tree_util.GetAttrKey("value"),)
 
 
-def named_leaves(tree: Any) -> list[tuple[tuple[Any, ...], Any]]:
-    """Keys and value of every leaf, also of `None`.
+def named_arrays(params: Any) -> list[tuple[str, Any]]:
+    """Return path and array of every leaf of `params`, also of `None`.
+
+    Shapes of arrays (`jax.eval_shape`) and Python's numbers are arrays too.
+    """
+    named = named_leaves(params)
+    for path, leaf in named:
+        if not (leaf is None or is_array(leaf) or isinstance(leaf, (int, float, complex))):
+            where = f"for {path}" if path else "for params itself"
+            raise ValueError(f"params must hold arrays only, got {leaf!r} {where}")
+    return named
+
+
+def is_array(leaf: Any) -> bool:
+    """Return whether it has a shape and a dtype."""
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+
+
+def named_leaves(tree: Any) -> list[tuple[str, Any]]:
+    """Return path and value of every leaf, also of `None`.
 
     A `.value` that is all that its parent holds, as Flax's variables do, is not a level.
     """
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is None)
     below = Counter(keys[:n] for keys, _ in leaves for n in range(len(keys)))
-    named = [
-        (keys[:-1] if keys[-1:] == _VALUE and below[keys[:-1]] == 1 else keys, leaf)
-        for keys, leaf in leaves
-    ]
-    first: dict[str, Any] = {}
-    for keys, _ in named:
-        path = leaf_path(keys)
-        if path in first:
+    named: dict[str, tuple[Any, Any]] = {}
+    for keys, leaf in leaves:
+        alone = keys[-1:] == _VALUE and below[keys[:-1]] == 1
+        path = leaf_path(keys[:-1] if alone else keys)
+        if path in named:
+            first, _ = named[path]
             raise ValueError(
                 f"params must have a path of its own for every leaf, got {path!r} for"
-                f" {jax.tree_util.keystr(first[path])} and {jax.tree_util.keystr(keys)}"
+                f" {jax.tree_util.keystr(first)} and {jax.tree_util.keystr(keys)}"
             )
-        first[path] = keys
-    return named
+        named[path] = keys, leaf
+    return [(path, leaf) for path, (_, leaf) in named.items()]
 
 
 def leaf_path(keys: Sequence[Any]) -> str:
-    """The keys joined by "/"."""
+    """Return the keys joined by "/"."""
     return jax.tree_util.keystr(tuple(keys), simple=True, separator="/")
 
 
-def module_path(keys: Sequence[Any]) -> str:
-    """The path of the leaf's parent."""
-    return leaf_path(keys[:-1])
+def module_path(path: str) -> str:
+    """Return the path of the leaf's module: up to the last "/" or, as PyTorch joins names, "."."""
+    return path[: max(path.rfind("/"), path.rfind("."), 0)]
+
+
+def modules(paths: Iterable[str]) -> dict[str, list[str]]:
+    """Return the paths of the leaves of each module."""
+    found: dict[str, list[str]] = {}
+    for path in paths:
+        found.setdefault(module_path(path), []).append(path)
+    return found
 
 
 def natural(path: str) -> list[tuple[int, int, str]]:
-    """Sorts conv2 before conv10."""
+    """Return the key by which conv2 comes before conv10."""
     parts = re.split(r"(\d+)", path)
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts]
-
-
-def connections_by_shape(shape: Sequence[int]) -> int | None:
-    """A kernel, which has more than one axis, has as many connections as elements; others none."""
-    return math.prod(shape) if len(shape) > 1 else None

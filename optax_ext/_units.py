@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import optax
 
-from optax_ext import _paths
+from optax_ext import _checks, _modules, _paths
 from optax_ext.network import Architecture
 
 Overrides = Mapping[str, Mapping[str, float]]
@@ -37,15 +37,17 @@ class Connection(NamedTuple):
 def find_units(
     params: optax.Params, units: str, overrides: Overrides, architecture: Architecture | None
 ) -> tuple[list[Connection], list[int]]:
-    """The units in order, and for every leaf the index of its unit (-1 for a `None` leaf)."""
-    members: dict[str, list[_Member]] = {}
-    of_leaf: list[str | None] = []
-    for keys, leaf in _paths.named_leaves(params):
-        path_of = _paths.module_path if units == "module" else _paths.leaf_path
-        name = None if leaf is None else path_of(keys)
-        of_leaf.append(name)
-        if name is not None:
-            members.setdefault(name, []).append(_member(keys, leaf, architecture))
+    """Return the units in order, and for every leaf the index of its unit (-1 for `None`)."""
+    named = _named_floats(params)
+    shapes = {path: jnp.shape(x) for path, x in named if x is not None}
+    if architecture is None:
+        leaves = _leaves_by_shape(shapes, units)
+    else:
+        leaves = {path: _leaf(path, shape, architecture) for path, shape in shapes.items()}
+    unit_of = _units_by_module(leaves) if units == "module" else {path: path for path in leaves}
+    members: dict[str, list[_Leaf]] = {}
+    for path, unit in unit_of.items():
+        members.setdefault(unit, []).append(leaves[path])
     unknown = set(overrides) - set(members)
     if members and unknown:
         known = ", ".join(map(repr, members))
@@ -58,33 +60,70 @@ def find_units(
         index += unit.connections is not None
         found.append(unit._replace(**overrides.get(path, {})))
     position = {path: i for i, path in enumerate(order)}
-    return found, [-1 if name is None else position[name] for name in of_leaf]
+    return found, [-1 if x is None else position[unit_of[path]] for path, x in named]
 
 
-class _Member(NamedTuple):
+class _Leaf(NamedTuple):
     """A leaf of a unit; its depth is `None` if only the unit's place in the tree is known."""
 
-    size: int
+    shape: _modules.Shape
     connections: float | None
     depth: float | None
 
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
 
-def _member(keys: Any, leaf: Any, architecture: Architecture | None) -> _Member:
-    shape = jnp.shape(leaf)
-    if architecture is None:
-        return _Member(math.prod(shape), _paths.connections_by_shape(shape), None)
-    path = _paths.leaf_path(keys)
+
+def _named_floats(params: optax.Params) -> list[tuple[str, Any]]:
+    if params is None:
+        raise ValueError("params must be a tree of arrays, got None")
+    named = _paths.named_arrays(params)
+    _checks.float_leaves(params=params)
+    return named
+
+
+def _leaf(path: str, shape: _modules.Shape, architecture: Architecture) -> _Leaf:
     if path not in architecture:
         known = ", ".join(map(repr, list(architecture)[:4]))
         raise ValueError(
             f"architecture must hold every parameter, got none for {path!r} but for {known}, ..."
         )
     placed = architecture[path]
-    return _Member(math.prod(shape), placed.connections, placed.depth)
+    return _Leaf(shape, placed.connections, placed.depth)
 
 
-def _unit(path: str, leaves: list[_Member], units: str, index: int) -> Connection:
-    """The leaves' connections together; the depth of the first of them, or the index."""
+def _leaves_by_shape(shapes: dict[str, _modules.Shape], units: str) -> dict[str, _Leaf]:
+    """Return the leaves; a kernel has as many connections as elements."""
+    if units == "leaf":  # the authors' rule
+        kernels = {path for path, shape in shapes.items() if len(shape) > 1}
+    else:
+        kernels = {
+            paths[i]
+            for paths in _paths.modules(shapes).values()
+            for i in _modules.kernels_by_shape([shapes[path] for path in paths])
+        }
+    return {
+        path: _Leaf(shape, math.prod(shape) if path in kernels else None, None)
+        for path, shape in shapes.items()
+    }
+
+
+def _units_by_module(leaves: dict[str, _Leaf]) -> dict[str, str]:
+    """Return the unit of every leaf: its module, or its kernel where the module has several."""
+    unit_of: dict[str, str] = {}
+    for module, paths in _paths.modules(leaves).items():
+        inside = [leaves[path] for path in paths]
+        kernels = [i for i, leaf in enumerate(inside) if leaf.connections is not None]
+        shapes, depths = [leaf.shape for leaf in inside], [leaf.depth or 0 for leaf in inside]
+        goes_with = _modules.kernels_of(paths, shapes, kernels, depths)
+        for path, kernel in zip(paths, goes_with, strict=True):
+            unit_of[path] = module if kernel is None or len(kernels) == 1 else paths[kernel]
+    return unit_of
+
+
+def _unit(path: str, leaves: list[_Leaf], units: str, index: int) -> Connection:
+    """Return the leaves' connections together; the depth of the first of them, or the index."""
     kernels = [leaf for leaf in leaves if leaf.connections is not None]
     counted = kernels or (leaves if units == "leaf" else [])
     depths = [leaf.depth for leaf in counted if leaf.depth is not None]

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_ext import _paths
+from optax_ext import _modules, _paths
 from optax_ext._tracing.parts import Unknown
 from optax_ext._tracing.run import Use, uses_of_parameters
 
@@ -115,10 +115,11 @@ def architecture(
     f(x)` with data `mask` and `x`, are used elementwise there and are data from then on: a product
     with them is no operation, so that what follows is less deep by it.
 
-    What can't be told is read from the module tree, and the leaf's `note` says so: a leaf with more
-    than one axis, used elementwise in a module without kernels (added, or modulated by data),
-    counts its elements; one that isn't used does too, at the depth of the module before; operands
-    of foreign code (`pl.pallas_call`) are weights if they have more than one axis.
+    What can't be told is read from the module tree, and the leaf's `note` says so. A leaf that is
+    used elementwise (added, or modulated by data) counts its elements if more than one of its axes
+    is longer than 1, unless it is shaped as the output of a kernel in its module. One that isn't
+    used counts them if its module has no kernel that is, at the depth of the module before.
+    Operands of foreign code (`pl.pallas_call`) are weights if they have more than one axis.
 
     Args:
       apply_fn: a function of the parameters and the inputs, such as a Flax linen module's `apply`.
@@ -156,22 +157,28 @@ def architecture(
     out/kernel             8      3
     up/kernel             32      1
     """
-    paths = _leaves(params)
+    arrays = _arrays(params)
     jaxpr = _trace(apply_fn, params, example_inputs)
-    leaves = [
-        _Leaf(_paths.leaf_path(keys), _paths.module_path(keys), jnp.shape(array), uses)
-        for (keys, array), uses in zip(paths, uses_of_parameters(jaxpr, len(paths)), strict=True)
-    ]
-    if not any(leaf.uses for leaf in leaves):
+    leaves = {
+        path: _Leaf(path, jnp.shape(array), uses)
+        for (path, array), uses in zip(arrays, uses_of_parameters(jaxpr, len(arrays)), strict=True)
+    }
+    if not any(leaf.uses for leaf in leaves.values()):
         raise ValueError(
             "apply_fn must compute with its arguments, got one that brings no array of params"
             f" together with {_described(example_inputs)}"
         )
-    has_kernel = {leaf.module for leaf in leaves if leaf.operations}
-    depths = _depths(leaves)
+    placed: dict[str, Placed] = {}
+    module_depth = 0
+    modules = _paths.modules(leaves)
+    for module in sorted(modules, key=_paths.natural):
+        inside = [leaves[path] for path in modules[module]]
+        levels = (leaf.levels[0] for leaf in inside if leaf.uses)
+        module_depth = min(levels, default=module_depth)  # where nothing is used, the one before
+        placed |= {leaf.path: leaf.placed(inside, module_depth) for leaf in inside}
     return Architecture(
-        tuple(leaf.placed(leaf.module in has_kernel, depths[leaf.module]) for leaf in leaves),
-        max_depth=max(level for leaf in leaves for level in leaf.levels),
+        tuple(placed[path] for path in leaves),
+        max_depth=max(level for leaf in leaves.values() for level in leaf.levels),
     )
 
 
@@ -180,7 +187,6 @@ class _Leaf:
     """One parameter and what the computation does with it."""
 
     path: str
-    module: str
     shape: tuple[int, ...]
     uses: set[Use]
 
@@ -199,8 +205,8 @@ class _Leaf:
         whole = {key for key in first if not any(key[:n] in first for n in range(len(key)))}
         return sorted({first[key] for key in whole})
 
-    def placed(self, beside_kernel: bool, module_depth: float) -> Placed:
-        """Its place, by shape and module where the computation doesn't tell."""
+    def placed(self, module: list["_Leaf"], module_depth: int) -> Placed:
+        """Return its place, by its shape and its module where the computation doesn't tell."""
         connections, depth, note = None, module_depth, ""
         if self.uses:
             depth = _shorter(sum(self.levels) / len(self.levels))
@@ -208,9 +214,9 @@ class _Leaf:
             connections = math.prod(self.shape)
             opaque = sorted({use.operation for use in self.operations if use.opaque})
             note = f"by shape: in {', '.join(opaque)}" if opaque else ""
-        elif not beside_kernel and all(use.ndim > 1 for use in self.uses):
-            connections = _paths.connections_by_shape(self.shape)
-            note = "by shape: used elementwise" if connections is not None else ""
+        elif self.is_kernel_by_shape(module):
+            connections = math.prod(self.shape)
+            note = "by shape: used elementwise"
         if any(isinstance(cut, Unknown) for use in self.uses for cut in use.key):
             note = "; ".join(filter(None, [note, "by place: sliced at an index not known"]))
         if not self.uses:
@@ -219,32 +225,26 @@ class _Leaf:
             connections = _shorter(connections / max(len(self.levels), 1))
         return Placed(self.path, connections, depth, note)
 
-
-def _depths(leaves: list[_Leaf]) -> dict[str, float]:
-    """The depth of every module; where nothing of it is used, that of the one before it."""
-    depths: dict[str, float] = {}
-    last = 0
-    for module in sorted({leaf.module for leaf in leaves}, key=_paths.natural):
-        levels = [leaf.levels[0] for leaf in leaves if leaf.module == module and leaf.uses]
-        last = depths[module] = min(levels, default=last)
-    return depths
+    def is_kernel_by_shape(self, module: list["_Leaf"]) -> bool:
+        """Return whether it counts though no operation sums over it or looks it up."""
+        kernels = [leaf.shape for leaf in module if leaf.operations]
+        if self.uses:
+            is_bias = any(_modules.is_bias_of(self.shape, kernel) for kernel in kernels)
+            return not is_bias and all(use.long_axes > 1 for use in self.uses)
+        by_shape = _modules.kernels_by_shape([leaf.shape for leaf in module])
+        return not kernels and module.index(self) in by_shape
 
 
 def _shorter(x: float) -> int | float:
     return int(x) if x == int(x) else x
 
 
-def _leaves(params: optax.Params) -> list[tuple[Any, Any]]:
-    """Path and array of every leaf."""
-    leaves = [named for named in _paths.named_leaves(params) if named[1] is not None]
-    if not leaves:
+def _arrays(params: optax.Params) -> list[tuple[str, Any]]:
+    """Return path and array of every leaf."""
+    arrays = [named for named in _paths.named_arrays(params) if named[1] is not None]
+    if not arrays:
         raise ValueError(f"params must hold at least one array, got {params!r}")
-    for keys, leaf in leaves:
-        if not (_is_array(leaf) or isinstance(leaf, (int, float, complex))):
-            raise ValueError(
-                f"params must hold arrays only, got {leaf!r} for {_paths.leaf_path(keys)}"
-            )
-    return leaves
+    return arrays
 
 
 def _trace(apply_fn: Callable[..., Any], params: Any, inputs: tuple[Any, ...]) -> Any:
@@ -253,13 +253,15 @@ def _trace(apply_fn: Callable[..., Any], params: Any, inputs: tuple[Any, ...]) -
         raise ValueError(f"apply_fn must be a function of params and inputs, got {apply_fn!r}")
     leaves, structure = jax.tree.flatten((params, inputs))
     n_params = len(jax.tree.leaves(params))
-    traced = [i for i, leaf in enumerate(leaves) if i < n_params or _is_array(leaf)]
+    traced = [i for i, leaf in enumerate(leaves) if i < n_params or _paths.is_array(leaf)]
 
     def apply(*arrays: Any) -> list[Any]:
         given = dict(zip(traced, arrays, strict=True))
         filled = [given.get(i, leaf) for i, leaf in enumerate(leaves)]
         params, inputs = jax.tree.unflatten(structure, filled)
-        return [leaf for leaf in jax.tree.leaves(apply_fn(params, *inputs)) if _is_array(leaf)]
+        return [
+            leaf for leaf in jax.tree.leaves(apply_fn(params, *inputs)) if _paths.is_array(leaf)
+        ]
 
     _check_number(apply_fn, inputs)
     try:
@@ -289,7 +291,7 @@ def _described(inputs: tuple[Any, ...]) -> str:
     """The inputs with their shapes, by name."""
 
     def one(leaf: Any) -> str:
-        return f"{leaf.dtype}{list(leaf.shape)}" if _is_array(leaf) else repr(leaf)
+        return f"{leaf.dtype}{list(leaf.shape)}" if _paths.is_array(leaf) else repr(leaf)
 
     said = [
         f"example_inputs[{i}]{jax.tree_util.keystr(keys)} = {one(leaf)}"
@@ -297,7 +299,3 @@ def _described(inputs: tuple[Any, ...]) -> str:
         for keys, leaf in jax.tree_util.tree_leaves_with_path(value)
     ]
     return ", ".join(said) or "no example_inputs"
-
-
-def _is_array(leaf: Any) -> bool:
-    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")

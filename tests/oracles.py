@@ -361,7 +361,7 @@ def connection_scales(
 ) -> dict[str, float]:
     """The multiplier S of every leaf."""
     overrides = overrides or {}
-    unit_of = {p: p if units == "leaf" else "/".join(p.split("/")[:-1]) for p in shapes}
+    unit_of = {p: p if units == "leaf" else _unit_of(p, shapes) for p in shapes}
     connections: dict[str, float] = {}
     counted = []  # the units with connections: median and extremes are taken over them
     for unit in dict.fromkeys(unit_of.values()):
@@ -395,6 +395,16 @@ def connection_scales(
             scale[unit] = s ** abs(x) if scaling == "multiplicative" else s**x
     scale |= {unit: o["scale"] for unit, o in overrides.items() if "scale" in o}
     return {p: scale.get(unit_of[p], 1.0) for p in shapes}
+
+
+def _unit_of(name: str, shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """The module; of several kernels in it, the one with the last character of the name."""
+    module = name.split("/")[:-1]
+    kernels = [p for p in shapes if p.split("/")[:-1] == module and len(shapes[p]) > 1]
+    if len(kernels) < 2:
+        return "/".join(module)
+    (kernel,) = [p for p in kernels if p[-1] == name[-1]]
+    return kernel
 
 
 def _deviation(c: float, sizes: list[float]) -> float:

@@ -500,7 +500,8 @@ def test_low_rank_adaptation():
     # The adapter's second product is a step of its own.
     assert read(*nnx_parts(Adapted), shape(2, 4)) == {
         "first": (24, 0),
-        "first/lora": (4 * 2 + 2 * 6, 0),
+        "first/lora/lora_a": (4 * 2, 0),
+        "first/lora/lora_b": (2 * 6, 1),
         "out": (18, 2),
     }
 
@@ -520,7 +521,8 @@ def test_merged_adaptation():
     assert not any(placed.note for placed in architecture.parameters)
     assert places(architecture, params) == {
         "first": (24, 0),
-        "lora": (8 + 12, 0),
+        "lora/a": (8, 0),
+        "lora/b": (12, 0),
         "out": (18, 1),
     }
 

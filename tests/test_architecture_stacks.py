@@ -132,8 +132,13 @@ def test_kernels_side_by_side():
     params |= shapes(mid=(12, 3), out=(3, 2))
     params["out"]["bias"] = shape(2)
     architecture = optax_ext.architecture(apply, params, shape(5, 8))
-    assert places(architecture, params) == {"at": (96, 0), "mid": (36, 1), "out": (6, 2)}
-    assert [architecture[f"at/{name}"].connections for name in "qkv"] == [64, 16, 16]
+    assert places(architecture, params) == {
+        "at/q": (64, 0),
+        "at/k": (16, 0),
+        "at/v": (16, 0),
+        "mid": (36, 1),
+        "out": (6, 2),
+    }
     assert not any(placed.note for placed in architecture.parameters)
 
 

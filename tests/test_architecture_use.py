@@ -227,7 +227,8 @@ def test_an_attribute_named_value():
     rows = [
         (row.path, row.connections) for row in optax_ext.connection_table(params, scaling="depth")
     ]
-    assert rows == [("layers/0", 48), ("layers/1", 32), ("out", 8)]
+    kernels = ["layers/0/key", "layers/0/query", "layers/0/value", "layers/1/key", "layers/1/query"]
+    assert rows == [*((path, 16) for path in kernels), ("out", 8)]
 
     def apply(params, x):
         for layer in params["layers"]:
@@ -240,7 +241,7 @@ def test_an_attribute_named_value():
         "out/kernel",
     ]
     table = optax_ext.connection_table(params, scaling="depth", architecture=architecture)
-    assert [row.depth for row in table] == [0, 1, 2]
+    assert [row.depth for row in table] == [None, 0, 0, 1, 1, 2]
 
 
 def test_two_leaves_of_one_path():

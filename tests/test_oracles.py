@@ -66,7 +66,7 @@ def test_float32(case):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("tree", ["containers", "zero_size", "scalar", "array"])
+@pytest.mark.parametrize("tree", ["containers", "flat", "zero_size", "scalar", "array"])
 @pytest.mark.parametrize(
     "case",
     ["fame-tema_exact", "vradam-tensor_mean", "dualadam-scale_free", "novak-full", "caadam-depth"],

@@ -10,6 +10,10 @@ the same rates, as Adam does, and is judged by other seeds. A control trains alo
 times the mean of the scales, weighted by parameters. What ran is but another rate, and decides
 nothing; the intervals of the others are not corrected for their number.
 
+In the authors' own ResNet-20, what ran multiplied the rate of all kernels by 1.92 (additive) or
+4.75 (multiplicative) on CIFAR-10, and by 1.18 or 1.36 on CIFAR-100, the setting that they report;
+biases and normalizations got 2.0 or 5.5 times the rate. All their optimizers ran at .001, untuned.
+
 What some 4,000 parameters and 18 epochs can't show: the scales of networks whose tensors differ by
 more, and what is gained late in a long training.
 """
@@ -34,7 +38,7 @@ from _training import convolve
 from optax_ext import architecture, caadam, connection_table
 
 RATES = np.geomspace(5e-4, 6.4e-2, 8)
-# The authors compare at Keras' rate, which is not tuned.
+# The authors compare all optimizers at Keras' rate, tuning none.
 UNTUNED = 1e-3
 # Window, inputs, outputs, stride, in the order of creation, which is Keras'.
 CONVOLUTIONS = {

@@ -15,6 +15,7 @@ their number.
 """
 
 import argparse
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -106,6 +107,8 @@ class Outcome(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = make_parser().parse_args(argv)
+    # CaAdam is Adam here, as the page says.
+    warnings.filterwarnings("ignore", ".*nothing will be scaled", UserWarning)
     rates = jnp.geomspace(LOWEST_RATE, HIGHEST_RATE, options.rates)
     outcomes: dict[str, dict[str, Outcome]] = {}
     with progress_bar(len(METHODS) * len(LANDSCAPES)) as on_progress:

@@ -30,6 +30,7 @@ class Part:
       key: the slices that lead to it, from the whole, which is `()`.
       size: number of its elements.
       ndim: number of its axes.
+      long_axes: number of those that aren't of length 1.
       total: number of elements of it and of those that stand beside it (concatenated).
       factor: whether it went into a product with other parameters.
       spans: axis, start and stop, where it doesn't fill the axis of the array.
@@ -41,6 +42,7 @@ class Part:
     key: tuple[Cut | Unknown, ...]
     size: int
     ndim: int
+    long_axes: int
     total: int
     factor: bool = False
     spans: tuple[tuple[int, int, int], ...] = ()
@@ -104,7 +106,7 @@ def _met(part: Part, axis: int, length: int, index: range) -> Part | None:
     if axis in part.foreign or count == own:
         return placed
     cut = Cut(axis, start, stop + 1, index.step if count > 1 else 1)
-    return replace(placed, key=(*part.key, cut), size=part.size * count // own)
+    return _shortened(replace(placed, key=(*part.key, cut)), count, own)
 
 
 def _met_somewhere(part: Part, axis: int, length: int, index: Unknown, size: int) -> Part:
@@ -113,8 +115,15 @@ def _met_somewhere(part: Part, axis: int, length: int, index: Unknown, size: int
     if axis in part.foreign:
         return replace(anywhere, total=part.size)
     own = last - first
-    left = part.size * min(size, own) // own
-    return replace(anywhere, key=(*part.key, index), size=left, total=left)
+    left = _shortened(replace(anywhere, key=(*part.key, index)), min(size, own), own)
+    return replace(left, total=left.size)
+
+
+def _shortened(part: Part, length: int, before: int) -> Part:
+    """Return the part with an axis of another length than before."""
+    became_one = length == 1 < before
+    size = part.size * length // before
+    return replace(part, size=size, long_axes=part.long_axes - became_one)
 
 
 def moved(parts: Parts, axes: Mapping[int, int], new: Iterable[int] = ()) -> Parts:

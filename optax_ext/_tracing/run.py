@@ -48,14 +48,14 @@ class Use(NamedTuple):
 
     Attributes:
       key: which part of the parameter.
-      ndim: number of axes of the part.
+      long_axes: number of axes of the part that aren't of length 1.
       level: number of operations with weights before it.
       operation: what sums over it or looks it up; empty if it is used elementwise.
       opaque: whether that can't be looked into.
     """
 
     key: tuple[Any, ...]
-    ndim: int
+    long_axes: int
     level: int
     operation: str
     opaque: bool = False
@@ -102,7 +102,8 @@ def uses_of_parameters(jaxpr: Any, count: int) -> list[set[Use]]:
 
 
 def _whole(leaf: int, aval: Any) -> Part:
-    return Part(leaf, (), aval.size, aval.ndim, total=aval.size)
+    long_axes = sum(length != 1 for length in aval.shape)
+    return Part(leaf, (), aval.size, aval.ndim, long_axes, total=aval.size)
 
 
 @dataclass
@@ -188,7 +189,7 @@ class _Run:
                 # What is added to a result stands beside the operation that made it.
                 depth = level if i in operands else max(level - 1, 0)
                 operation = name if part in inside else ""
-                use = Use(part.key, part.ndim, depth, operation, opaque and part in inside)
+                use = Use(part.key, part.long_axes, depth, operation, opaque and part in inside)
                 self.uses[part.leaf].add(use)
             kernels |= inside
         is_new = not all(self.has_passed(part, passed) for part in kernels)

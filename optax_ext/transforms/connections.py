@@ -2,11 +2,12 @@ r"""Connection-aware rates: one fixed scale per tensor, from the shape of the ne
 
 CaAdam (2410.24216) gives tensors with fewer connections than the median a larger rate and tensors
 with more a smaller one, or scales by depth. What counts as one tensor matters: the authors'
-formulas rank a bias, with no connections, far below every kernel. Here a unit is a module by
-default, and its bias goes along with its kernel.
+formulas rank a bias, with no connections, far below every kernel. Here a unit is a kernel with the
+bias and the scale of its module by default.
 """
 
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -94,7 +95,7 @@ class ConnectionTable(tuple[Connection, ...]):
         return float(sum(row.size * row.scale for row in self)) / total if total else 1.0
 
     def __str__(self) -> str:
-        """One line per unit, under a header."""
+        """Return one line per unit, under a header, and a last one if nothing is scaled."""
         width = max([len(row.path) for row in self] + [4])
         lines = [f"{'path':<{width}}  {'parameters':>10}  {'connections':>11}  depth  scale"]
         for row in self:
@@ -104,6 +105,8 @@ class ConnectionTable(tuple[Connection, ...]):
                 f"{row.path:<{width}}  {row.size:>10}  {connections:>11}"
                 f"  {depth:>5}  {float(row.scale):>5.3f}"
             )
+        if self and len(_connected(self)) < 2 and all(float(row.scale) == 1 for row in self):
+            lines.append("Fewer than two units have connections: nothing is scaled.")
         return "\n".join(lines)
 
 
@@ -130,27 +133,46 @@ def scale_by_connections(
 
     .. math:: u \leftarrow S u
 
-    The scales are computed at `init` from paths and shapes. A unit's connections c are the sizes
-    of its kernels, :math:`\prod \text{shape}` of leaves with more than one axis: in × out for a
-    dense layer, window × in/groups × out for a convolution. Its depth d is its index. With an
-    `architecture`, both are what the network's computation tells: d is that of its first kernel.
+    The scales are computed at `init` from paths and shapes. The connections c of a unit are the
+    elements of its kernel, :math:`\prod \text{shape}`: in × out for a dense layer, window ×
+    in/groups × out for a convolution. Its depth d is its index. With an `architecture`, both are
+    what the network's computation tells.
+
+    *Units.* A module is the leaves that share a path up to its last "/" or ".", and a unit by
+    default. Of several kernels in one module, as in a flat tree, each is a unit of its own. A
+    vector then goes with the kernel whose output has its size: its last axis, or its first if that
+    fits more vectors. Of several kernels it goes with that of the most alike name, as b1 with w1,
+    then with the nearest one before it. A vector that fits none keeps S = 1 and is left out of the
+    statistics, as a module without a kernel is.
+
+    *Kernels.* An `architecture` knows them; without one, shapes tell. A kernel has more than one
+    axis longer than 1: a vector is one also as (1, 1, 1, 16), however many axes it has. The
+    exception are layers with one input or output, such as (1, 16), (64, 1) or (1, 1, 64, 1). They
+    count where the module stores its vectors with one axis, or holds no other leaf of as many axes.
+    A leaf next to a kernel is its bias if its axes are some of the kernel's, the output's among
+    them: (2, 4) beside (8, 2, 4). Shapes can't tell stacked layers, or a vector that is alone in
+    its module as (8, 1), such as that of Equinox' `WeightNorm`: these need an `architecture`.
 
     Args:
       scaling: "additive", "multiplicative", "signed" or "depth": see the functions of these names
         (`by_depth` for the last).
       strength: s; in [0, 1] for "additive" (default .95), (0, inf) for "multiplicative" and
         "signed" (default 5), [0, inf) for "depth" (default 1).
-      units: "module": the leaves that share a parent path are one unit; units are ordered by path,
-        with numbers as numbers, and those without a kernel (a normalization) keep S = 1 and are
-        left out of the statistics. "leaf": every leaf is a unit, in tree order, with c = 0 and
-        an x beyond 1 if it has one axis or none: the authors' formulas as written.
-      overrides: for the path of a unit, any of its "connections", "depth" and "scale".
+      units: "module": as above, ordered by path, with numbers as numbers. "leaf": every leaf is a
+        unit, in tree order, with c = 0 and an x beyond 1 if it has one axis or none: the authors'
+        formulas as written.
+      overrides: for the path of a unit, any of its "connections", "depth" and "scale". The path is
+        the module's, or the kernel's where its module has several.
       architecture: what `optax_ext.architecture` read, its `max_depth` among it; `None` is names
         and shapes. Median and extremes are those of the parameters at `init`.
 
     Raises:
-      ValueError: an argument is out of its range, or (at `init`) an overridden path is not there,
-        or a parameter is not in the architecture.
+      ValueError: an argument is out of its range, or (at `init`) `params` holds other things than
+        arrays of floats, an overridden path is not there, or a parameter is not in the
+        architecture.
+
+    Warns:
+      UserWarning: at `init`, fewer than two units have connections, so that nothing is scaled.
 
     >>> import jax.numpy as jnp
     >>> params = {name: {"kernel": jnp.ones((n, 2)), "bias": jnp.ones(2)}
@@ -163,10 +185,9 @@ def scale_by_connections(
 
     def init(params: optax.Params) -> ScaleByConnectionsState:
         found, unit_of_leaf = find_units(params, units, overrides or {}, architecture)
-        scales = [
-            1.0,
-            *_scales(found, scaling, strength, architecture),
-        ]  # the first is for `None` leaves
+        _warn_if_unscaled(found, scaling, architecture)
+        # The first is for `None` leaves.
+        scales = [1.0, *_scales(found, scaling, strength, architecture)]
         dtype = scalar_dtype(params)
         vector = [jnp.asarray(scales[unit + 1], dtype) for unit in unit_of_leaf]
         return ScaleByConnectionsState(jnp.stack(vector) if vector else jnp.ones((0,), dtype))
@@ -187,7 +208,7 @@ def connection_table(
     overrides: Overrides | None = None,
     architecture: Architecture | None = None,
 ) -> ConnectionTable:
-    r"""What `scale_by_connections` makes of a parameter tree, to read before training.
+    r"""Tells what `scale_by_connections` makes of a parameter tree, to read before training.
 
     Args:
       params: the parameters, or their shapes (`jax.eval_shape`).
@@ -225,20 +246,48 @@ def _scales(
     strength: ArrayLike | None,
     architecture: Architecture | None,
 ) -> list[Any]:
-    """S of every unit: by formula where it counts, 1 where it doesn't, as overridden if it is."""
+    """Return S of every unit: 1 if it doesn't count, as overridden if it is, else by formula."""
     formula, default, _ = _SCALINGS[scaling]
-    measured = [unit.depth if scaling == "depth" else unit.connections for unit in found]
-    counted = [i for i, value in enumerate(measured) if value is not None]
-    values = np.asarray([measured[i] for i in counted], float)
-    if scaling == "depth":
-        x = relative_depths(values, 0 if architecture is None else architecture.max_depth)
-    else:
-        x = relative_connections(values)
+    counted, x = _relative(found, scaling, architecture)
     formed = formula(default if strength is None else strength, x)
     scaled = dict(zip(counted, formed, strict=True))
     return [
         scaled.get(i, 1.0) if unit.scale is None else unit.scale for i, unit in enumerate(found)
     ]
+
+
+def _relative(
+    found: Sequence[Connection], scaling: str, architecture: Architecture | None
+) -> tuple[list[int], NDArray[Any]]:
+    """Return the units that count, and the x of each."""
+    measured = [unit.depth if scaling == "depth" else unit.connections for unit in found]
+    counted = [i for i, value in enumerate(measured) if value is not None]
+    values = np.asarray([measured[i] for i in counted], float)
+    if scaling == "depth":
+        max_depth = 0 if architecture is None else architecture.max_depth
+        return counted, relative_depths(values, max_depth)
+    return counted, relative_connections(values)
+
+
+def _connected(units: Iterable[Connection]) -> list[Connection]:
+    """Return those that have connections: fewer than two can't differ."""
+    return [unit for unit in units if unit.connections]
+
+
+def _warn_if_unscaled(
+    found: Sequence[Connection], scaling: str, architecture: Architecture | None
+) -> None:
+    connected, (_, x) = _connected(found), _relative(found, scaling, architecture)
+    overridden = any(unit.scale is not None for unit in found)
+    if not found or len(connected) > 1 or x.any() or overridden:
+        return
+    which = f"only the unit {connected[0].path!r} has" if connected else "no unit has"
+    warnings.warn(
+        f"scale_by_connections: {which} connections, so nothing will be scaled. Give"
+        " architecture=optax_ext.architecture(...) or units='leaf', or nest params by layer; for a"
+        " single layer, use optax.adam",
+        stacklevel=3,
+    )
 
 
 def _check(scaling, strength, units, overrides, architecture) -> None:
