@@ -141,9 +141,9 @@ def scale_by_connections(
     *Units.* A module is the leaves that share a path up to its last "/" or ".", and a unit by
     default. Of several kernels in one module, as in a flat tree, each is a unit of its own. A
     vector then goes with the kernel whose output has its size: its last axis, or its first if that
-    fits more vectors. Of several kernels it goes with that of the most alike name, as b1 with w1,
-    then with the nearest one before it. A vector that fits none keeps S = 1 and is left out of the
-    statistics, as a module without a kernel is.
+    fits more vectors. Of several such kernels it goes with that of the most alike name, as b1 with
+    w1, then with the nearest one before it; an `architecture` chooses by depth first. A vector that
+    fits none keeps S = 1 and is left out of the statistics, as a module without a kernel is.
 
     *Kernels.* An `architecture` knows them; without one, shapes tell. A kernel has more than one
     axis longer than 1: a vector is one also as (1, 1, 1, 16), however many axes it has. The
