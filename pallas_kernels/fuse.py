@@ -130,7 +130,7 @@ def _execute(function, arguments, backend, strict, placed, *, written):
     traced, in_place, values = trace_step(function, arguments, written)
     flat = (*traced.constants, *values)
     placement = place(traced.graph, flat, placed)
-    planned = plan(traced.graph, in_place, launch.supports(backend), placement)
+    planned = plan(traced.graph, in_place, launch.operations(backend), placement)
     left = left_to_xla(traced.graph, planned)
     if strict and left:
         raise ValueError(f"strict=True, but {'; '.join(left)}")

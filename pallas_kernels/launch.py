@@ -7,6 +7,7 @@ import jax
 
 from pallas_kernels import mosaic, triton
 from pallas_kernels.layout import Finish, Layout
+from pallas_kernels.ops import Operations
 from pallas_kernels.program import Program
 from pallas_kernels.trace import Node
 
@@ -30,9 +31,9 @@ def check(backend: str, *, or_chain: bool) -> None:
         raise ValueError(f"backend must be one of {names}, got {backend!r}")
 
 
-def supports(backend: str) -> Callable[[str], bool]:
-    """Tells of a primitive whether the backend's kernels can compute it."""
-    return BACKENDS[backend][0].supports
+def operations(backend: str) -> Operations:
+    """Return what the backend's kernels can compute."""
+    return BACKENDS[backend][0].OPERATIONS
 
 
 def run(

@@ -18,9 +18,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import ops
 from pallas_kernels.layout import Finish, Group, Layout
+from pallas_kernels.ops import FLOATS, INTEGERS, Operations
 from pallas_kernels.program import COMBINE, REDUCE, Predicate, evaluate, identity_of
-from pallas_kernels.trace import is_fusible
 
 _LANES = 128  # threads of a warpgroup
 _VECTOR = 4  # elements that a thread of a wide block accesses at once
@@ -28,15 +29,23 @@ WIDTHS = (_LANES * _VECTOR, _LANES, 1)
 # Partial statistics that one step of the finish reads: few steps, each with many loads in flight.
 _FINISH = 16 * _LANES
 
-_MISSING = "cbrt ceil expm1 floor log1p nextafter pow reduce_precision rem tan"
 _BEFORE_0_11 = jax.__version_info__ < (0, 11)
 _STORE = getattr(plgpu, "store", None)
 _INTERPRETER = getattr(plgpu, "InterpretGPUParams", None)
 
 
-def supports(primitive: str) -> bool:
-    """Whether a kernel can compute the primitive."""
-    return is_fusible(primitive) and primitive not in _MISSING.split()
+def _sqrt(x: jax.Array, **_: Any) -> jax.Array:
+    return jnp.where((x == 0) | (x == jnp.inf), x, x * lax.rsqrt(x))
+
+
+_MISSING = ("cbrt", "expm1", "log1p", "nextafter", "pow", "reduce_precision", "tan")
+OPERATIONS = Operations(
+    missing=dict.fromkeys(_MISSING, FLOATS)
+    | {"div": INTEGERS, "rem": FLOATS | INTEGERS},  # by 0 they are not XLA's
+    rewritten={"ceil": ops.ceil_by_round, "floor": ops.floor_by_round}
+    | ({"sqrt": _sqrt} if _BEFORE_0_11 else {}),
+    in_memory=FLOATS | INTEGERS,
+)
 
 
 def launch(
@@ -229,7 +238,7 @@ def _run_block(layout: Layout, table, sources, offsets, finish) -> None:
             )
 
         shape = () if group.width == 1 else (group.width,)
-        finish(block, scalars, evaluate(program, block.on_leaf(load), scalars, shape, _REWRITTEN))
+        finish(block, scalars, evaluate(program, block.on_leaf(load), scalars, shape, OPERATIONS))
 
     starts_of_groups = [layout.starts[bound] for bound in bounds[:-1]]
     # One flat switch: lowering a cond takes its first branch twice, a nested one twice each level.
@@ -295,23 +304,3 @@ def _strided(x: jax.Array, vector: int = 1) -> jax.Array:
 def _holds(needed: Predicate, scalars) -> jax.Array:
     (_, place), value = needed
     return scalars[place] if value else jnp.logical_not(scalars[place])
-
-
-def _sqrt(x: jax.Array, **_: Any) -> jax.Array:
-    return jnp.where((x == 0) | (x == jnp.inf), x, x * lax.rsqrt(x))
-
-
-def _integer_pow(x: jax.Array, *, y: int) -> jax.Array:
-    """By squaring, as XLA does."""
-    power, result = x, None
-    for bit in reversed(f"{abs(y):b}"):
-        if bit == "1":
-            result = power if result is None else result * power
-        power = power * power
-    result = jnp.ones_like(x) if result is None else result
-    return 1 / result if y < 0 else result
-
-
-_REWRITTEN: dict[str, Callable[..., Any]] = {"add_any": lax.add, "integer_pow": _integer_pow}
-if _BEFORE_0_11:
-    _REWRITTEN["sqrt"] = _sqrt

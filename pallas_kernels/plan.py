@@ -5,16 +5,16 @@ Each component is one `Program` a phase; programs of the same form share one ker
 leaf they run on. What a kernel can't do is left to XLA, one component at a time, with the reason.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pallas_kernels import program
+from pallas_kernels.ops import DTYPES, Operations
 from pallas_kernels.placement import Placement
 from pallas_kernels.program import Program
 from pallas_kernels.trace import Graph, Kind, Node
 
-DTYPES = frozenset(("float32", "bfloat16", "float16", "int32", "int8", "uint8", "bool"))
 _LARGEST = 2**31 - 1  # elements that a 32-bit index reaches
 
 
@@ -35,7 +35,7 @@ class Plan:
 def plan(
     graph: Graph,
     in_place: Mapping[int, int],
-    supports: Callable[[str], bool],
+    operations: Operations,
     placement: Placement | None = None,
 ) -> Plan:
     """Decides what runs where.
@@ -43,12 +43,12 @@ def plan(
     Args:
       graph: the step.
       in_place: for results that may take the memory of an argument, the positions of both.
-      supports: whether the backend knows a primitive.
+      operations: what the backend's kernels can compute.
       placement: where leaves lie; `None` is whole on one device.
     """
     placement = placement or Placement()
     reachable = _reachable(graph.outputs)
-    reasons = _left_to_xla(graph, reachable, supports, placement)
+    reasons = _left_to_xla(graph, reachable, operations, placement)
 
     # Arrays that come from no argument, such as the list of all leaves' norms, are small.
     leaves = {graph.component(node) for node in graph.inputs if node.on_leaf}
@@ -126,37 +126,46 @@ def _reachable(outputs: Sequence[Node]) -> list[Node]:
     return sorted(seen, key=lambda n: n.index)
 
 
-def _left_to_xla(graph, reachable, supports, placement) -> dict[Node, str]:
-    blocks = [n for n in reachable if n.kind is Kind.BLOCK]
-    computed = {graph.component(n) for n in blocks}
+def _left_to_xla(graph, reachable, operations, placement) -> dict[Node, str]:
+    work = [n for n in reachable if n.kind in (Kind.BLOCK, Kind.REDUCED)]
+    computed = {_component(graph, n) for n in work}
     reasons: dict[Node, str] = {}
 
     def leave(node: Node, why: str) -> None:
-        if graph.component(node) in computed:
-            reasons.setdefault(graph.component(node), why)
+        if _component(graph, node) in computed:
+            reasons.setdefault(_component(graph, node), why)
 
-    reached = set(reachable)
+    reached, written = set(reachable), set(graph.outputs)
     for node, why in graph.foreign:
         if node in reached:
             leave(node, why)
-    for node in blocks:
-        if not supports(node.operation):
-            leave(node, f"no kernel for {node.operation}")
-        component = graph.component(node)
-        for value in (node, *node.args):
+    for node in work:
+        component = _component(graph, node)
+        values = [v for v in (node, *node.args) if v.kind is not Kind.REDUCED]
+        for value in values:
             if str(value.dtype) not in DTYPES:
                 leave(node, f"no kernel for {value.dtype}")
+            moved = value.on_leaf and (value.kind is not Kind.BLOCK or value in written)
+            if moved and str(value.dtype) not in operations.in_memory:
+                leave(node, f"no kernel reads or writes {value.dtype}")
             if value.on_leaf and (why := placement.reason(component, value)) is not None:
                 leave(node, why)
-        if component not in reasons and (size := placement.size(component, node)) > _LARGEST:
+        dtypes = [str(a.dtype) for a in node.args]
+        if node.kind is Kind.BLOCK and not operations.supports(node.operation, dtypes):
+            leave(node, f"no kernel for {node.operation} of {' and '.join(dict.fromkeys(dtypes))}")
+        size = placement.size(component, values[0])
+        if component not in reasons and size > _LARGEST:
             leave(node, f"{size} elements are more than a 32-bit index reaches")
     return reasons
+
+
+def _component(graph: Graph, node: Node) -> Node:
+    """The component that computes the node; a statistic belongs to what it is of."""
+    return graph.component(node.args[0] if node.kind is Kind.REDUCED else node)
 
 
 def _by_component(graph: Graph, nodes: Sequence[Node]) -> dict[Node, list[Node]]:
     groups: dict[Node, list[Node]] = {}
     for node in nodes:
-        groups.setdefault(
-            graph.component(node.args[0] if node.kind is Kind.REDUCED else node), []
-        ).append(node)
+        groups.setdefault(_component(graph, node), []).append(node)
     return groups

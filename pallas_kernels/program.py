@@ -2,14 +2,14 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels.trace import REDUCTIONS, SAME_ORDER, Kind, Node
+from pallas_kernels.ops import REDUCTIONS, SAME_ORDER, Operations, maximum, minimum
+from pallas_kernels.trace import Kind, Node
 
 # A value inside a program: ("input" | "op" | "scalar", position) or ("number", value, dtype).
 Ref = tuple[Any, ...]
@@ -174,7 +174,7 @@ def evaluate(
     blocks: Sequence[Any],
     scalars: Sequence[Any],
     shape: tuple[int, ...],
-    rewritten: Mapping[str, Callable[..., Any]] = MappingProxyType({}),
+    operations: Operations,
 ) -> list[Any]:
     """The roots' values for one block: the only place where a kernel does arithmetic.
 
@@ -183,7 +183,7 @@ def evaluate(
       blocks: its inputs, each of this `shape`.
       scalars: its scalars.
       shape: of a block; `()` for a single element.
-      rewritten: what the backend lacks, in terms of what it has: of operands and parameters.
+      operations: those of the backend.
     """
     done: list[Any] = []
 
@@ -202,23 +202,8 @@ def evaluate(
     for primitive, params, operands in program.ops:
         values = [wide(ref) for ref in operands]
         plain = {k: None if k == "sharding" else v for k, v in params.items()}
-        if primitive.name in rewritten:
-            done.append(rewritten[primitive.name](*values, **plain))
-        elif primitive.name in _REWRITTEN:
-            done.append(_REWRITTEN[primitive.name](*values))
-        else:
-            done.append(primitive.bind(*values, **plain))
+        done.append(operations.apply(primitive, values, plain))
     return [wide(root.value) for root in program.roots]
-
-
-# What all GPU lowerings lack, in terms of what they have.
-_REWRITTEN: dict[str, Callable[..., Any]] = {
-    "is_finite": lambda x: jnp.abs(x) < jnp.inf,
-    "square": lambda x: x * x,
-    "sign": lambda x: jnp.where(x > 0, 1, jnp.where(x < 0, -1, x)).astype(x.dtype),
-    "copy": lambda x: x,
-    "stop_gradient": lambda x: x,
-}
 
 
 def identity_of(reduction: str, dtype: Any = np.float32) -> Any:
@@ -226,5 +211,19 @@ def identity_of(reduction: str, dtype: Any = np.float32) -> Any:
     return np.asarray({"sum": 0.0, "max": -np.inf, "min": np.inf}[reduction], dtype)
 
 
-REDUCE: dict[str, Callable[..., Any]] = {"sum": jnp.sum, "max": jnp.max, "min": jnp.min}
-COMBINE: dict[str, Callable[..., Any]] = {"sum": jnp.add, "max": jnp.maximum, "min": jnp.minimum}
+def or_nan(reduce: Callable[..., Any]) -> Callable[..., Any]:
+    """Return NaN where one element is; Triton's own reductions leave NaN out."""
+
+    def reduced(x):
+        missing = jnp.sum(jnp.where(x != x, jnp.ones_like(x), jnp.zeros_like(x)))
+        return jnp.where(missing > 0, jnp.asarray(jnp.nan, x.dtype), reduce(x))
+
+    return reduced
+
+
+REDUCE: dict[str, Callable[..., Any]] = {
+    "sum": jnp.sum,
+    "max": or_nan(jnp.max),
+    "min": or_nan(jnp.min),
+}
+COMBINE: dict[str, Callable[..., Any]] = {"sum": jnp.add, "max": maximum, "min": minimum}

@@ -125,7 +125,7 @@ def explain(
     arguments = (shapes, state, shapes, extra_args)
     traced, in_place, values = trace_step(whole_step(tx), arguments, written=2)
     placement = place(traced.graph, [*traced.constants, *values], {})
-    planned = plan(traced.graph, in_place, launch.supports(backend), placement)
+    planned = plan(traced.graph, in_place, launch.operations(backend), placement)
     left = tuple(left_to_xla(traced.graph, planned))
     phases = () if left and placement.explicit else planned.phases
     return Report(

@@ -20,6 +20,8 @@ from jax import lax
 from jax.core import Tracer
 from jax.extend.core import Jaxpr, Literal, Primitive, jaxpr_as_fun
 
+from pallas_kernels.ops import ELEMENTWISE, REDUCTIONS, SAME_ORDER
+
 
 class Kind(enum.Enum):
     """What a value is to a fused launch."""
@@ -374,33 +376,8 @@ def _is_away(type_: Any) -> bool:
     return getattr(type_, "memory_space", None) == jax.memory.Space.Host
 
 
-REDUCTIONS = {
-    "reduce_sum": "sum",
-    "reduce_max": "max",
-    "reduce_min": "min",
-    "reduce_or": "max",
-    "reduce_and": "min",
-}
-
-_ELEMENTWISE = """
-    abs add add_any and atan2 cbrt ceil clamp convert_element_type copy cos div eq erf exp exp2
-    expm1 floor ge gt integer_pow is_finite le log log1p log2 logistic lt max min mul ne neg
-    nextafter not or pow reduce_precision rem round rsqrt select_n sign sin sqrt square
-    stop_gradient sub tan tanh
-    xor"""
-ELEMENTWISE = frozenset(_ELEMENTWISE.split())
-
-# Operations that keep the elements in their order in memory.
-SAME_ORDER = frozenset(("reshape", "squeeze", "expand_dims", "broadcast_in_dim"))
-
-
 # Operations that keep the values, and say where they shall lie or when they are computed.
 _WHERE_AND_WHEN = frozenset(("mesh_cast", "optimization_barrier", "reshard", "sharding_constraint"))
-
-
-def is_fusible(primitive: str) -> bool:
-    """Whether a kernel can run the primitive, if its backend knows it."""
-    return primitive in ELEMENTWISE or primitive in SAME_ORDER
 
 
 _CALLS = {

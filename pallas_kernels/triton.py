@@ -15,10 +15,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels import quiet
+from pallas_kernels import ops, quiet
 from pallas_kernels.layout import Finish, Layout
+from pallas_kernels.ops import FLOATS, INTEGERS, Operations
 from pallas_kernels.program import COMBINE, REDUCE, Predicate, evaluate, identity_of
-from pallas_kernels.trace import is_fusible
 
 BLOCK = 512
 WIDTHS = (BLOCK,)
@@ -26,12 +26,11 @@ WIDTHS = (BLOCK,)
 _PARTS = 4096
 _VECTOR_BYTES = 16
 _PARAMS = plt.CompilerParams(num_warps=4, num_stages=1)
-_MISSING = frozenset(("erf", "nextafter", "reduce_precision", "rem", "cbrt"))
-
-
-def supports(primitive: str) -> bool:
-    """Whether a kernel can compute the primitive."""
-    return is_fusible(primitive) and primitive not in _MISSING
+OPERATIONS = Operations(
+    missing=dict.fromkeys(("erf", "nextafter", "reduce_precision"), FLOATS)
+    | {"div": INTEGERS, "rem": FLOATS | INTEGERS},  # by 0 they are not XLA's
+    rewritten={"round": ops.round_by_floor},
+)
 
 
 def launch(
@@ -93,7 +92,7 @@ def _make(layout: Layout, offsets: Sequence[int], interpret: bool) -> Callable[.
             return ()
 
         def finish(me, leaves, program, scalars, arrays, valid):
-            values = evaluate(program, arrays, scalars, (BLOCK,))
+            values = evaluate(program, arrays, scalars, (BLOCK,), OPERATIONS)
             pairs = [*zip(program.roots, values, strict=True)]
             parts = [(root.reduction, value) for root, value in pairs if root.reduction]
             for k, (reduction, value) in enumerate(parts):

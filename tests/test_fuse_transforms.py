@@ -11,7 +11,6 @@ import pytest
 from flax import nnx
 from flax.training import train_state
 from jax import lax
-from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 import optax_ext
 from cases import CASES
@@ -24,6 +23,7 @@ from fused import (
     chain_step,
     fused_step,
     in_dtypes_of,
+    lowered,
     parameters,
     stream,
 )
@@ -390,10 +390,7 @@ def test_unknown_backend():
 
 def kernels(backend: str, platform: str) -> int:
     """Calls of Triton kernels in the program for a platform, which need not be there."""
-    device = AbstractDevice(device_kind="NVIDIA H200", platform="gpu", num_cores=None)
-    with use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
-        traced = jax.jit(fuse(TX, backend=backend).step).trace(*start(), GRADS[0])
-        text = traced.lower(lowering_platforms=(platform,)).as_text()
+    text = lowered(fuse(TX, backend=backend).step, *start(), GRADS[0], platform=platform)
     return len(re.findall(r"custom_call @__gpu\$xla\.gpu\.triton", text))
 
 

@@ -1,5 +1,6 @@
 """The Mosaic GPU backend: interpreted, against the chain; lowered, for a GPU not there."""
 
+from functools import partial
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -8,15 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.extend.core.primitives import add_jaxvals_p
-from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 import optax_ext
+from fused import lowered
 from pallas_kernels import fuse, mosaic
 from pallas_kernels.layout import Layout
-from pallas_kernels.trace import ELEMENTWISE
 
 INTERPRETS = hasattr(plgpu, "InterpretGPUParams")
 needs_interpreter = pytest.mark.skipif(
@@ -71,7 +69,9 @@ def both(tx, dtype, **how):
         return optax.apply_updates(params, updates), state
 
     fused = fuse(tx, backend="interpret-mosaic", strict=True)
-    return run(jax.jit(chain), tx, dtype, **how), run(jax.jit(fused.step), tx, dtype, **how)
+    # Else XLA leaves out roundings to bfloat16, other ones in a chain than in a kernel.
+    jit = partial(jax.jit, compiler_options={"xla_allow_excess_precision": False})
+    return run(jit(chain), tx, dtype, **how), run(jit(fused.step), tx, dtype, **how)
 
 
 def assert_close(actual, expected, tolerance):
@@ -115,57 +115,11 @@ def test_without_an_interpreter_an_error_says_so():
         both(CHAINS["adamw"], jnp.float32)
 
 
-def lowered_for_gpu(function, *shapes):
-    """The GPU program's text; newer versions of JAX must be told which GPU it is for."""
-    device = AbstractDevice(device_kind="NVIDIA H200", platform="gpu", num_cores=None)
-    with use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
-        return jax.jit(function).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
-
-
 @pytest.mark.parametrize("name", CHAINS)
 def test_chains_lower_for_a_gpu(name):
     tx = fuse(CHAINS[name], backend="mosaic", strict=True)
     params = jax.eval_shape(lambda: tree(0))
-    text = lowered_for_gpu(tx.step, params, jax.eval_shape(tx.init, params), params)
-    assert "mosaic_gpu" in text
-
-
-_UNARY = [lax.abs, lax.cos, lax.erf, lax.exp, lax.exp2, lax.log, lax.logistic, lax.neg, lax.round]
-_UNARY += [lax.rsqrt, lax.sign, lax.sin, lax.sqrt, lax.square, lax.tanh]
-_BINARY = [lax.add, lax.atan2, lax.div, lax.max, lax.min, lax.mul, lax.sub]
-_COMPARE = [lax.eq, lax.ge, lax.gt, lax.le, lax.lt, lax.ne]
-
-OPERATIONS = {
-    **{f.__name__: f for f in _UNARY},
-    **{f.__name__: lambda x, f=f: f(x, x + 1) for f in _BINARY},
-    **{f.__name__: lambda x, f=f: jnp.where(f(x, 0 * x), x, -x) for f in _COMPARE},
-    "and": lambda x: jnp.where((x > 0) & (x < 1), x, -x),
-    "or": lambda x: jnp.where((x > 0) | (x < -1), x, -x),
-    "xor": lambda x: jnp.where((x > 0) ^ (x < 1), x, -x),
-    "add_any": lambda x: add_jaxvals_p.bind(x, x),
-    "clamp": lambda x: lax.clamp(x.dtype.type(-1), x, x.dtype.type(1)),
-    "convert_element_type": lambda x: x.astype(jnp.int32).astype(jnp.bfloat16).astype(x.dtype),
-    "copy": lambda x: lax.copy_p.bind(x) + 1,
-    "integer_pow": lambda x: lax.integer_pow(x, 3) + lax.integer_pow(x, -2),
-    "is_finite": lambda x: jnp.where(jnp.isfinite(x), x, 0),
-    "log2": jnp.log2,
-    "not": lambda x: jnp.where(~(x > 0), x, -x),
-    "select_n": lambda x: lax.select(x > 0, x, -x),
-    "stop_gradient": lambda x: lax.stop_gradient(x) + 1,
-}
-
-
-def test_all_supported_primitives_are_tested():
-    assert set(OPERATIONS) == {name for name in ELEMENTWISE if mosaic.supports(name)}
-
-
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
-@pytest.mark.parametrize("name", OPERATIONS)
-def test_supported_primitives_lower_for_a_gpu(name, dtype):
-    tx = optax.stateless(lambda updates, _: jax.tree.map(OPERATIONS[name], updates))
-    fused = fuse(tx, backend="mosaic", strict=True)
-    leaf = jax.ShapeDtypeStruct((515,), dtype)  # a block of vectors, and single elements
-    text = lowered_for_gpu(lambda g: fused.update(g, optax.EmptyState())[0], leaf)
+    text = lowered(tx.step, params, jax.eval_shape(tx.init, params), params)
     assert "mosaic_gpu" in text
 
 
@@ -202,9 +156,3 @@ def test_square_roots_at_the_edges():
     with np.errstate(invalid="ignore"):
         expected = np.sqrt(SPECIAL)
     np.testing.assert_allclose(mosaic._sqrt(jnp.asarray(SPECIAL)), expected, rtol=3e-7)
-
-
-@pytest.mark.parametrize("y", [-3, -1, 0, 1, 2, 3, 7, 10])
-def test_integer_powers(y):
-    x = np.array([-2.0, -0.5, 1.0, 1.5, np.inf], np.float32)
-    np.testing.assert_allclose(mosaic._integer_pow(jnp.asarray(x), y=y), x**y, rtol=1e-6)

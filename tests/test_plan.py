@@ -22,7 +22,7 @@ def planned(tx, params):
     state = jax.eval_shape(tx.init, params)
     arguments = (params, state, params, {})
     traced, in_place, _ = trace_step(whole_step(tx), arguments, written=2)
-    return traced.graph, plan(traced.graph, in_place, triton.supports)
+    return traced.graph, plan(traced.graph, in_place, triton.OPERATIONS)
 
 
 def work(tx, params=SMALL):
@@ -207,6 +207,35 @@ def test_dtypes_without_kernels_are_left_out():
     assert line == "0/wide: no kernel for float64"
     (line,) = explain(optax.sgd(0.1), {"w": shape(5, 7, dtype=jnp.complex64)}).left_to_xla
     assert line == "0/w: no kernel for complex64"
+
+
+def test_statistics_of_dtypes_without_kernels_are_left_out():
+    """Also where nothing else is done to the leaf."""
+
+    def update(updates, state, params=None):
+        del params
+        largest = jnp.max(updates["narrow"]).astype(jnp.float32)
+        still = jnp.zeros_like(updates["narrow"])
+        return {"narrow": still, "wide": updates["wide"] * largest}, state
+
+    tx = optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+    leaves = {"narrow": shape(5, 7, dtype=jnp.float8_e4m3fn), "wide": shape(5, 7)}
+    left = [line for line in explain(tx, leaves).left_to_xla if line.startswith("2/narrow")]
+    assert left == ["2/narrow: no kernel for float8_e4m3fn"]
+
+
+def test_arrays_that_a_backend_can_not_store_are_left_out():
+    def flip(updates, state, params=None):
+        del params
+        return updates, jax.tree.map(jnp.logical_not, state)
+
+    def init(params):
+        return jax.tree.map(lambda p: jnp.zeros(p.shape, bool), params)
+
+    tx = optax.GradientTransformation(init, flip)
+    (line,) = explain(tx, LEAF, backend="mosaic").left_to_xla
+    assert line == "1/kernel: no kernel reads or writes bool"
+    assert explain(tx, LEAF, backend="triton").left_to_xla == ()
 
 
 def test_leaves_past_32_bit_indices_are_left_out():

@@ -1,0 +1,183 @@
+"""The primitives that kernels compute, and how each backend computes them.
+
+Backends lack primitives, or compute them in ways that XLA does not: Triton's maximum ignores NaN,
+and its division knows no bfloat16. So every backend has an `Operations`. It names what is missing,
+which XLA then computes, and what is rewritten. Arithmetic on narrow dtypes is done in 32 bits, and
+its result is rounded.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import Primitive
+
+_ELEMENTWISE = """
+    abs add add_any and atan2 cbrt ceil clamp convert_element_type copy cos div eq erf exp exp2
+    expm1 floor ge gt integer_pow is_finite le log log1p log2 logistic lt max min mul ne neg
+    nextafter not or pow reduce_precision rem round rsqrt select_n sign sin sqrt square
+    stop_gradient sub tan tanh xor"""
+ELEMENTWISE = frozenset(_ELEMENTWISE.split())
+
+# Operations that keep the elements in their order in memory.
+SAME_ORDER = frozenset(("reshape", "squeeze", "expand_dims", "broadcast_in_dim"))
+
+REDUCTIONS = {
+    "reduce_sum": "sum",
+    "reduce_max": "max",
+    "reduce_min": "min",
+    "reduce_or": "max",
+    "reduce_and": "min",
+}
+
+FLOATS = frozenset(("float32", "bfloat16", "float16"))
+INTEGERS = frozenset(("int32", "int8", "uint8"))
+# What kernels compute with.
+DTYPES = FLOATS | INTEGERS | {"bool"}
+
+_WIDE = {"bfloat16": "float32", "float16": "float32", "int8": "int32", "uint8": "int32"}
+_MOVES = frozenset(("convert_element_type", "copy", "stop_gradient"))
+
+
+@dataclass(frozen=True)
+class Operations:
+    """What a backend's kernels compute, and how.
+
+    Attributes:
+      missing: primitives without a kernel, and the dtypes of operands that have none.
+      rewritten: primitives as functions of operands and parameters.
+      in_memory: dtypes of arrays that kernels can read and write.
+    """
+
+    missing: Mapping[str, frozenset[str]]
+    rewritten: Mapping[str, Callable[..., jax.Array]]
+    in_memory: frozenset[str] = DTYPES
+
+    def supports(self, primitive: str, operands: Sequence[str]) -> bool:
+        """Tell whether a kernel can compute the primitive of operands of these dtypes."""
+        known = primitive in ELEMENTWISE | SAME_ORDER
+        return known and self.missing.get(primitive, frozenset()).isdisjoint(operands)
+
+    def apply(
+        self, primitive: Primitive, operands: Sequence[jax.Array], params: Mapping[str, Any]
+    ) -> jax.Array:
+        """Compute the primitive inside of a kernel."""
+        function = {**REWRITTEN, **self.rewritten}.get(primitive.name, primitive.bind)
+        narrow = next((x.dtype for x in operands if x.dtype.name in _WIDE), None)
+        if narrow is None or primitive.name in _MOVES:
+            return function(*operands, **params)
+        result = function(*(x.astype(_WIDE.get(x.dtype.name, x.dtype)) for x in operands), **params)
+        return result if result.dtype == bool else result.astype(narrow)
+
+
+def maximum(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Return the larger number, or NaN if one of them is."""
+    return _extreme(x, y, lax.max, lax.bitwise_or)
+
+
+def minimum(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Return the smaller number, or NaN if one of them is."""
+    return _extreme(x, y, lax.min, lax.bitwise_and)
+
+
+def _extreme(x, y, of_numbers, of_bools) -> jax.Array:
+    if x.dtype == bool:
+        return of_bools(x, y)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return of_numbers(x, y)
+    # Triton's own returns the operand that is not NaN.
+    return jnp.where(x != x, x, jnp.where(y != y, y, of_numbers(x, y)))
+
+
+def _clamp(low: jax.Array, x: jax.Array, high: jax.Array) -> jax.Array:
+    return minimum(maximum(low, x), high)
+
+
+def _convert(x: jax.Array, *, new_dtype: Any, **params: Any) -> jax.Array:
+    if new_dtype == x.dtype:
+        return x
+    if jnp.issubdtype(new_dtype, jnp.bool_):
+        return x != 0
+    if x.dtype == bool:
+        return jnp.where(x, 1, 0).astype(new_dtype)
+    return lax.convert_element_type_p.bind(x, new_dtype=new_dtype, **params)
+
+
+def _integer_pow(x: jax.Array, *, y: int) -> jax.Array:
+    """`lax.integer_pow` by squaring, as XLA does it."""
+    power, result = x, None
+    for bit in reversed(f"{abs(y):b}"):
+        if bit == "1":
+            result = power if result is None else result * power
+        power = power * power
+    result = jnp.ones_like(x) if y == 0 or result is None else result
+    return 1 / result if y < 0 else result
+
+
+def _negative(x: jax.Array) -> jax.Array:
+    """`lax.neg`, which Triton computes as 0 - x: that has the wrong sign at 0."""
+    return x * -1
+
+
+def _pow(x: jax.Array, y: jax.Array) -> jax.Array:
+    return lax.pow(x, y.astype(x.dtype))
+
+
+def _select(which: jax.Array, *cases: jax.Array) -> jax.Array:
+    """`lax.select_n`, whose index is a truth value if there are two cases."""
+    if which.dtype == bool:
+        return lax.select_n(which, *cases)
+    chosen = cases[0]
+    for i, case in enumerate(cases[1:], start=1):
+        chosen = jnp.where(which >= i, case, chosen)
+    return chosen
+
+
+def _sign(x: jax.Array) -> jax.Array:
+    return jnp.where(x > 0, 1, jnp.where(x < 0, -1, x)).astype(x.dtype)
+
+
+def round_by_floor(x: jax.Array, *, rounding_method: Any) -> jax.Array:
+    """Compute `lax.round` where only `lax.floor` is known; 0 keeps its sign."""
+    size = jnp.abs(x)
+    down = jnp.floor(size)
+    rest = size - down
+    up = rest >= 0.5
+    if rounding_method is lax.RoundingMethod.TO_NEAREST_EVEN:
+        is_even = jnp.floor(down * 0.5) * 2 == down
+        up &= ~(is_even & (rest == 0.5))
+    whole = jnp.where(up, down + 1, down)
+    return jnp.where(x == 0, x, jnp.where(x < 0, whole * -1, whole))
+
+
+def floor_by_round(x: jax.Array) -> jax.Array:
+    """Compute `lax.floor` where only `lax.round` is known."""
+    whole = lax.round(x, lax.RoundingMethod.TO_NEAREST_EVEN)
+    return jnp.where(whole > x, whole - 1, whole)
+
+
+def ceil_by_round(x: jax.Array) -> jax.Array:
+    """Compute `lax.ceil` where only `lax.round` is known."""
+    return _negative(floor_by_round(_negative(x)))
+
+
+# What is rewritten for all backends, since one of them lacks it or computes it differently.
+REWRITTEN: Mapping[str, Callable[..., jax.Array]] = {
+    "add_any": jnp.add,
+    "clamp": _clamp,
+    "convert_element_type": _convert,
+    "copy": lambda x: x,
+    "integer_pow": _integer_pow,
+    "is_finite": lambda x: jnp.abs(x) < jnp.inf,
+    "max": maximum,
+    "min": minimum,
+    "neg": _negative,
+    "pow": _pow,
+    "select_n": _select,
+    "sign": _sign,
+    "square": lambda x: x * x,
+    "stop_gradient": lambda x: x,
+}
