@@ -2,20 +2,23 @@
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.core import Tracer
 from jax.custom_batching import custom_vmap
 
 from pallas_kernels import launch
+from pallas_kernels.eager import ClosesOverTracerError, compile_once
 from pallas_kernels.grouping import launches
 from pallas_kernels.placement import Placement, place
 from pallas_kernels.plan import Plan, plan
 from pallas_kernels.shardings import Shardings, of_parameters
-from pallas_kernels.trace import Graph, Kind, Node, Traced, trace
+from pallas_kernels.trace import Graph, Kind, Node, Traced, is_array, paths, trace
 
 
 class FusedTransformation(optax.GradientTransformationExtraArgs):
@@ -53,6 +56,10 @@ def fuse(
     where only a rate varies, and the root of a second moment that is exactly 0 makes it NaN there.
     Reverse mode and `backend="xla"` have no such limit.
 
+    Outside of `jit` too, a step is compiled: once for a structure of arguments, their types and
+    shardings, and the options among them. Then the chain's Python code does not run again, as under
+    `jit`; a function that is given to the step runs at every call.
+
     `step` moves the fewest bytes: it writes parameters and state in place. Donate both to the
     `jit` around it, or XLA copies them first. `update` is for loops that must have updates; these
     cost a write and a read of their own.
@@ -86,25 +93,27 @@ def fuse(
     launch.check(backend, or_chain=True)
     tx = optax.with_extra_args_support(tx)
 
-    chain_step = whole_step(tx)
-
     def chain_update(state, updates, params, extra_args):
         updates, state = tx.update(updates, state, params, **extra_args)
         return state, updates
+
+    def run_fused(function, written):
+        if backend == launch.CHAIN:
+            return lambda arguments, placed: function(*arguments)
+        return compile_once(partial(_execute, function, backend, strict, written))
+
+    run_step, run_update = run_fused(whole_step(tx), 2), run_fused(chain_update, 1)
 
     def given_for(position, params):
         given = {} if shardings is None else of_parameters(params, shardings)
         return {f"{position}/{path}".rstrip("/"): sharding for path, sharding in given.items()}
 
     def step(params, state, grads, **extra_args):
-        arguments = (params, state, grads, extra_args)
-        placed = given_for(0, params)
-        return _execute(chain_step, arguments, backend, strict, placed, written=2)
+        return run_step((params, state, grads, extra_args), given_for(0, params))
 
     def update(updates, state, params=None, **extra_args):
         arguments = (state, updates, params, extra_args)
-        placed = given_for(1, updates)
-        state, updates = _execute(chain_update, arguments, backend, strict, placed, written=1)
+        state, updates = run_update(arguments, given_for(1, updates))
         return updates, state
 
     fused = FusedTransformation(tx.init, update)
@@ -113,7 +122,7 @@ def fuse(
 
 
 def whole_step(tx: optax.GradientTransformation) -> Callable[..., Any]:
-    """Update and application in one function, for `trace_step`."""
+    """Return update and application in one function, for `trace_step`."""
     tx = optax.with_extra_args_support(tx)
 
     def chain_step(params, state, grads, extra_args):
@@ -123,11 +132,21 @@ def whole_step(tx: optax.GradientTransformation) -> Callable[..., Any]:
     return chain_step
 
 
-def _execute(function, arguments, backend, strict, placed, *, written):
-    """`function(*arguments)`, fused; the first `written` results take those arguments' memory."""
-    if backend == launch.CHAIN:
-        return function(*arguments)
+def _execute(function, backend, strict, written, arguments, placed, *, kept=False):
+    """Run `function(*arguments)`, fused.
+
+    Args:
+      function: of arrays; its first results may take the memory of its first arguments.
+      backend: one of `launch.BACKENDS`.
+      strict: whether to raise where a leaf can't be fused.
+      written: number of these first arguments.
+      arguments: a tuple of trees.
+      placed: shardings by paths of the arguments' leaves.
+      kept: whether what is traced is for later calls too.
+    """
     traced, in_place, values = trace_step(function, arguments, written)
+    if kept and any(isinstance(x, Tracer) for x in traced.constants):
+        raise ClosesOverTracerError
     flat = (*traced.constants, *values)
     placement = place(traced.graph, flat, placed)
     planned = plan(traced.graph, in_place, launch.operations(backend), placement)
@@ -166,25 +185,19 @@ def _execute(function, arguments, backend, strict, placed, *, written):
 
 def trace_step(function, arguments, written) -> tuple[Traced, dict[int, int], list[Any]]:
     """The step, which results may take whose memory, and the arguments that are arrays."""
-    with_paths, structure = jax.tree_util.tree_flatten_with_path(arguments)
-    is_array = [hasattr(x, "dtype") and hasattr(x, "shape") for _, x in with_paths]
-    values = [x for (_, x), array in zip(with_paths, is_array, strict=True) if array]
-    names = [
-        jax.tree_util.keystr(path, simple=True, separator="/")
-        for (path, _), array in zip(with_paths, is_array, strict=True)
-        if array
-    ]
+    leaves, structure = jax.tree.flatten(arguments)
+    arrays = [is_array(x) for x in leaves]
+    values = [*itertools.compress(leaves, arrays)]
+    names = [*itertools.compress(paths(arguments), arrays)]
 
     def step(*given):
         rest = iter(given)
-        leaves = [
-            next(rest) if array else x for (_, x), array in zip(with_paths, is_array, strict=True)
-        ]
-        return function(*jax.tree.unflatten(structure, leaves))
+        filled = [next(rest) if array else x for x, array in zip(leaves, arrays, strict=True)]
+        return function(*jax.tree.unflatten(structure, filled))
 
     traced = trace(step, values, names)
     count = len(jax.tree.leaves(arguments[:written]))
-    if len(jax.tree.leaves(traced.result[:written])) != count or not all(is_array[:count]):
+    if len(jax.tree.leaves(traced.result[:written])) != count or not all(arrays[:count]):
         return traced, {}, values
     first = len(traced.constants)
     return traced, {i: first + i for i in range(count)}, values

@@ -58,7 +58,7 @@ class Operations:
 
     def supports(self, primitive: str, operands: Sequence[str]) -> bool:
         """Tell whether a kernel can compute the primitive of operands of these dtypes."""
-        known = primitive in ELEMENTWISE | SAME_ORDER
+        known = primitive in ELEMENTWISE or primitive in SAME_ORDER
         return known and self.missing.get(primitive, frozenset()).isdisjoint(operands)
 
     def apply(

@@ -5,7 +5,7 @@ Each component is one `Program` a phase; programs of the same form share one ker
 leaf they run on. What a kernel can't do is left to XLA, one component at a time, with the reason.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,22 +141,29 @@ def _left_to_xla(graph, reachable, operations, placement) -> dict[Node, str]:
             leave(node, why)
     for node in work:
         component = _component(graph, node)
-        values = [v for v in (node, *node.args) if v.kind is not Kind.REDUCED]
-        for value in values:
-            if str(value.dtype) not in DTYPES:
-                leave(node, f"no kernel for {value.dtype}")
-            moved = value.on_leaf and (value.kind is not Kind.BLOCK or value in written)
-            if moved and str(value.dtype) not in operations.in_memory:
-                leave(node, f"no kernel reads or writes {value.dtype}")
-            if value.on_leaf and (why := placement.reason(component, value)) is not None:
+        if component not in reasons:
+            found = _reasons_against(node, component, written, operations, placement)
+            if (why := next(found, None)) is not None:
                 leave(node, why)
-        dtypes = [str(a.dtype) for a in node.args]
-        if node.kind is Kind.BLOCK and not operations.supports(node.operation, dtypes):
-            leave(node, f"no kernel for {node.operation} of {' and '.join(dict.fromkeys(dtypes))}")
-        size = placement.size(component, values[0])
-        if component not in reasons and size > _LARGEST:
-            leave(node, f"{size} elements are more than a 32-bit index reaches")
     return reasons
+
+
+def _reasons_against(node, component, written, operations, placement) -> Iterator[str]:
+    """Why no kernel computes the node; each is known only if those before it are not there."""
+    values = [v for v in (node, *node.args) if v.kind is not Kind.REDUCED]
+    for value in values:
+        if value.dtype.name not in DTYPES:
+            yield f"no kernel for {value.dtype.name}"
+        in_memory = value.on_leaf and (value.kind is not Kind.BLOCK or value in written)
+        if in_memory and value.dtype.name not in operations.in_memory:
+            yield f"no kernel reads or writes {value.dtype.name}"
+        if value.on_leaf and (why := placement.reason(component, value)) is not None:
+            yield why
+    dtypes = [a.dtype.name for a in node.args]
+    if node.kind is Kind.BLOCK and not operations.supports(node.operation, dtypes):
+        yield f"no kernel for {node.operation} of {' and '.join(dict.fromkeys(dtypes))}"
+    if (size := placement.size(component, values[0])) > _LARGEST:
+        yield f"{size} elements are more than a 32-bit index reaches"
 
 
 def _component(graph: Graph, node: Node) -> Node:

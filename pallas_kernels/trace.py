@@ -357,6 +357,17 @@ def trace(step: Callable[..., Any], values: Sequence[Any], names: Sequence[str])
     return Traced(graph, closed, result)
 
 
+def is_array(x: Any) -> bool:
+    """Tell arrays, and what stands for them, from Python's numbers and other leaves."""
+    return hasattr(x, "dtype") and hasattr(x, "shape")
+
+
+def paths(tree: Any) -> list[str]:
+    """Return the path of each leaf, for messages and for what a user gives by paths."""
+    with_paths = jax.tree_util.tree_leaves_with_path(tree)
+    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in with_paths]
+
+
 def types(function: Callable[..., Any], *arguments: Any) -> Any:
     """What `function` returns: like `jax.eval_shape`, but the types know their memory."""
     jaxpr, shapes = jax.make_jaxpr(function, return_shape=True)(*arguments)
