@@ -12,7 +12,15 @@ from jax import lax
 from jax.core import Tracer
 from jax.custom_batching import custom_vmap
 
+from optax_ext import _checks
 from pallas_kernels import launch
+from pallas_kernels.arguments import (
+    check_gradients,
+    check_parameters,
+    check_state,
+    check_updates,
+    leaves_without_gradients,
+)
 from pallas_kernels.eager import ClosesOverTracerError, compile_once
 from pallas_kernels.grouping import launches
 from pallas_kernels.placement import Placement, place
@@ -78,8 +86,9 @@ def fuse(
         `shardings` XLA gathers every leaf.
 
     Raises:
-      ValueError: `backend` is unknown; or, from `step` and `update` if `strict`, a leaf can't be
-        fused: its path and the reason; or `shardings` does not fit the parameters.
+      ValueError: `tx` is no transformation, `strict` no flag, or `backend` is unknown. From `step`:
+        parameters, state and gradients don't fit each other. From `step` and `update`: `shardings`
+        does not fit the parameters; or, if `strict`, a leaf can't be fused (path and reason).
 
     >>> import jax, jax.numpy as jnp, optax
     >>> tx = fuse(optax.adamw(1e-3))
@@ -90,6 +99,8 @@ def fuse(
     >>> print(f"{params['w'][0, 0]:.4f}")
     0.9990
     """
+    _checks.transformation(tx=tx)
+    _checks.flag(strict=strict)
     launch.check(backend, or_chain=True)
     tx = optax.with_extra_args_support(tx)
 
@@ -126,8 +137,17 @@ def whole_step(tx: optax.GradientTransformation) -> Callable[..., Any]:
     tx = optax.with_extra_args_support(tx)
 
     def chain_step(params, state, grads, extra_args):
-        updates, state = tx.update(grads, state, params, **extra_args)
-        return optax.apply_updates(params, updates), state
+        check_parameters(params)
+        check_gradients(params, grads)
+        try:
+            updates, new_state = tx.update(grads, state, params, **extra_args)
+            check_updates(params, updates)
+            return optax.apply_updates(params, updates), new_state
+        except Exception as error:
+            check_state(tx, params, state)
+            for line in leaves_without_gradients(params):
+                error.add_note(line)
+            raise
 
     return chain_step
 

@@ -6,16 +6,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
+from optax_ext import _checks
 from pallas_kernels import launch
+from pallas_kernels.arguments import check_parameters
 from pallas_kernels.fuse import left_to_xla, trace_step, whole_step
 from pallas_kernels.grouping import launches
 from pallas_kernels.placement import Placement, place
 from pallas_kernels.plan import plan
 from pallas_kernels.program import Program
 from pallas_kernels.shardings import of_value
-from pallas_kernels.trace import Graph, Kind, Node, types
+from pallas_kernels.trace import Graph, Kind, Node, is_array, types
 
 
 @dataclass(frozen=True)
@@ -102,13 +105,14 @@ def explain(
 
     Args:
       tx: an optimizer, fused or not.
-      params: the parameters, or their shapes; gradients are taken to be of the same dtypes. Where
-        they have a `NamedSharding`, the report is of a device and its shards.
+      params: the parameters, arrays or numbers, or their shapes; gradients are taken to be of the
+        same dtypes. Where they have a `NamedSharding`, the report is of a device and its shards.
       backend: that of `fuse`, for what its kernels can do.
       **extra_args: what the optimizer's update takes beside gradients, or the shapes of it.
 
     Raises:
-      ValueError: `backend` is unknown, or has no kernels.
+      ValueError: `tx` is no transformation; a parameter is neither an array nor a number; `backend`
+        is unknown, or has no kernels.
 
     >>> import jax.numpy as jnp, optax
     >>> print(explain(optax.adamw(1e-3), {"w": jnp.ones((64, 64)), "b": jnp.ones(64)}))
@@ -116,11 +120,11 @@ def explain(
     update           2       1         1            28.00                   0.00
     1 launches, 28.00 bytes/parameter, floor 28.00
     """
+    _checks.transformation(tx=tx)
     launch.check(backend, or_chain=False)
+    check_parameters(params)
     tx = getattr(tx, "chain", tx)
-    shapes = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=of_value(x)), params
-    )
+    shapes = jax.tree.map(_shape, params)
     state = types(tx.init, shapes)
     arguments = (shapes, state, shapes, extra_args)
     traced, in_place, values = trace_step(whole_step(tx), arguments, written=2)
@@ -135,6 +139,11 @@ def explain(
         floor=_floor(traced.graph, placement),
         left_to_xla=left,
     )
+
+
+def _shape(x: Any) -> jax.ShapeDtypeStruct:
+    x = x if is_array(x) else jnp.asarray(x)
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=of_value(x))
 
 
 def _shard(x: jax.ShapeDtypeStruct) -> tuple[int, ...]:

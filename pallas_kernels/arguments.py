@@ -1,0 +1,78 @@
+"""The arguments of a step: what they must be, and which of them is to blame for a failure."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from pallas_kernels.trace import is_array, paths
+
+
+def check_parameters(params: Any) -> None:
+    """Refuse what can't be parameters: `None`, and leaves that are neither arrays nor numbers."""
+    if params is None:
+        raise ValueError("params must be a tree of arrays, got None")
+    for path, leaf in _named(params):
+        if not (is_array(leaf) or isinstance(leaf, int | float | complex)):
+            raise ValueError(f"{_of('params', path)} must be an array or a number, got {leaf!r}")
+
+
+def check_gradients(params: Any, grads: Any) -> None:
+    """Refuse gradients of another structure or shape; a batch of them has axes in front."""
+    _check_structure("grads", grads, "params", params)
+    _check_shapes("grads", grads, "like the parameter", params, batch=True)
+
+
+def check_updates(params: Any, updates: Any) -> None:
+    """Refuse updates of another shape, which might broadcast the parameters."""
+    if jax.tree.structure(updates) == jax.tree.structure(params):
+        _check_shapes("updates", updates, "like the parameter", params)
+
+
+def check_state(tx: optax.GradientTransformation, params: Any, state: Any) -> None:
+    """Refuse a state of another structure or shape than `tx.init(params)`."""
+    initial = jax.eval_shape(tx.init, params)
+    _check_structure("state", state, "tx.init(params)", initial)
+    _check_shapes("state", state, "as in tx.init(params)", initial)
+
+
+def leaves_without_gradients(params: Any) -> list[str]:
+    """Return a line for each parameter that is not of floating dtype."""
+    return [
+        f"{_of('params', path)} is {leaf.dtype}: optax.masked keeps it out of an optimizer"
+        for path, leaf in _named(params)
+        if is_array(leaf) and not jnp.issubdtype(leaf.dtype, jnp.inexact)
+    ]
+
+
+def _check_structure(name: str, tree: Any, model_name: str, model: Any) -> None:
+    if jax.tree.structure(tree) == jax.tree.structure(model):
+        return
+    given, expected = paths(tree), paths(model)
+    must = f"{name} must have the structure of {model_name}"
+    if tree is None:
+        raise ValueError(f"{must}, got None")
+    if missing := [path for path in expected if path not in given]:
+        raise ValueError(f"{must}, but has no {_of(name, missing[0])}")
+    if unknown := [path for path in given if path not in expected]:
+        raise ValueError(f"{must}, but also has {_of(name, unknown[0])}")
+    structures = jax.tree.structure(tree), jax.tree.structure(model)
+    raise ValueError(f"{must}, got {structures[0]} instead of {structures[1]}")
+
+
+def _check_shapes(name: str, tree: Any, where: str, model: Any, *, batch: bool = False) -> None:
+    for (path, x), y in zip(_named(tree), jax.tree.leaves(model), strict=True):
+        shape, expected = jnp.shape(x), jnp.shape(y)
+        in_front = max(len(shape) - len(expected), 0) if batch else 0
+        if shape[in_front:] != expected:
+            raise ValueError(f"{_of(name, path)} must have shape {expected}, {where}, got {shape}")
+
+
+def _named(tree: Any) -> Iterator[tuple[str, Any]]:
+    return zip(paths(tree), jax.tree.leaves(tree), strict=True)
+
+
+def _of(name: str, path: str) -> str:
+    return f"{name}/{path}".rstrip("/")
