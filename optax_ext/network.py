@@ -49,18 +49,18 @@ class Architecture(Mapping[str, Placed]):
         return {placed.path: placed for placed in self.parameters}
 
     def __getitem__(self, path: str) -> Placed:
-        """The parameter's place; "params/", Flax linen's first key, may be left out."""
+        """Return the parameter's place; "params/", Flax linen's first key, may be left out."""
         found = self._by_path.get(path) or self._by_path.get(f"params/{path}")
         if found is None:
             raise KeyError(path)
         return found
 
     def __iter__(self) -> Iterator[str]:
-        """The paths, in order."""
+        """Iterate over the paths, in order."""
         return iter(self._by_path)
 
     def __len__(self) -> int:
-        """The number of parameters."""
+        """Return the number of parameters."""
         return len(self.parameters)
 
     def __str__(self) -> str:
@@ -76,7 +76,7 @@ class Architecture(Mapping[str, Placed]):
 def architecture(
     apply_fn: Callable[..., Any], params: optax.Params, *example_inputs: Any
 ) -> Architecture:
-    r"""Reads the depth and the connections of every parameter from the traced computation.
+    r"""Read the depth and the connections of every parameter from the traced computation.
 
     For `caadam`, `scale_by_connections` and `connection_table`, which read names and shapes
     without it. Nothing is computed; `jax.jit`, `jax.checkpoint`, loops, branches and custom
@@ -248,7 +248,7 @@ def _arrays(params: optax.Params) -> list[tuple[str, Any]]:
 
 
 def _trace(apply_fn: Callable[..., Any], params: Any, inputs: tuple[Any, ...]) -> Any:
-    """The jaxpr of the parameters' leaves and the inputs' arrays."""
+    """Return the jaxpr of the parameters' leaves and the inputs' arrays."""
     if not callable(apply_fn):
         raise ValueError(f"apply_fn must be a function of params and inputs, got {apply_fn!r}")
     leaves, structure = jax.tree.flatten((params, inputs))
@@ -288,7 +288,7 @@ def _check_number(apply_fn: Callable[..., Any], inputs: tuple[Any, ...]) -> None
 
 
 def _described(inputs: tuple[Any, ...]) -> str:
-    """The inputs with their shapes, by name."""
+    """Return the inputs with their shapes, by name."""
 
     def one(leaf: Any) -> str:
         return f"{leaf.dtype}{list(leaf.shape)}" if _paths.is_array(leaf) else repr(leaf)

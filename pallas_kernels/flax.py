@@ -27,7 +27,7 @@ class FusedOptimizer(nnx.Optimizer):
     tx: FusedTransformation
 
     def update(self, model, grads, /, **kwargs: Any) -> None:
-        """Moves the model's parameters; `kwargs` go to the transformation."""
+        """Move the model's parameters; `kwargs` go to the transformation."""
         params, gradients = (
             nnx.as_pure(nnx.state(tree, self.wrt, graph=self.graph)) for tree in (model, grads)
         )
@@ -52,7 +52,7 @@ class FusedTrainState(train_state.TrainState):
     """
 
     def apply_gradients(self, *, grads: Any, **kwargs: Any) -> "FusedTrainState":
-        """The state one step later, with `kwargs` replaced in it."""
+        """Return the state one step later, with `kwargs` replaced in it."""
         if "_overwrite_with_gradient" in grads:  # leaves of float8 training, which no step moves
             return super().apply_gradients(grads=grads, **kwargs)
         tx: Any = self.tx

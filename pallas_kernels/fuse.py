@@ -23,7 +23,7 @@ from pallas_kernels.arguments import (
 )
 from pallas_kernels.eager import ClosesOverTracerError, compile_once
 from pallas_kernels.grouping import launches
-from pallas_kernels.placement import Placement, place
+from pallas_kernels.placement import Placement, infer_placement
 from pallas_kernels.plan import Plan, plan
 from pallas_kernels.shardings import Shardings, of_parameters
 from pallas_kernels.trace import Graph, Kind, Node, Traced, is_array, paths, trace
@@ -49,7 +49,7 @@ def fuse(
     strict: bool = False,
     shardings: Shardings = None,
 ) -> FusedTransformation:
-    r"""Runs an optimizer's step over all leaves in a handful of Pallas launches.
+    r"""Run an optimizer's step over all leaves in a handful of Pallas launches.
 
     The step is traced, cut at its reductions, and what is elementwise between them becomes one
     launch over many leaves; scalars are computed by XLA between launches. State is the chain's
@@ -168,9 +168,9 @@ def _execute(function, backend, strict, written, arguments, placed, *, kept=Fals
     if kept and any(isinstance(x, Tracer) for x in traced.constants):
         raise ClosesOverTracerError
     flat = (*traced.constants, *values)
-    placement = place(traced.graph, flat, placed)
+    placement = infer_placement(traced.graph, flat, placed)
     planned = plan(traced.graph, in_place, launch.operations(backend), placement)
-    left = left_to_xla(traced.graph, planned)
+    left = fallback_reasons(traced.graph, planned)
     if strict and left:
         raise ValueError(f"strict=True, but {'; '.join(left)}")
     if left and placement.explicit:
@@ -204,7 +204,7 @@ def _execute(function, backend, strict, written, arguments, placed, *, kept=Fals
 
 
 def trace_step(function, arguments, written) -> tuple[Traced, dict[int, int], list[Any]]:
-    """The step, which results may take whose memory, and the arguments that are arrays."""
+    """Return the traced step, which results may take whose memory, and the arrays it takes."""
     leaves, structure = jax.tree.flatten(arguments)
     arrays = [is_array(x) for x in leaves]
     values = [*itertools.compress(leaves, arrays)]
@@ -223,8 +223,8 @@ def trace_step(function, arguments, written) -> tuple[Traced, dict[int, int], li
     return traced, {i: first + i for i in range(count)}, values
 
 
-def left_to_xla(graph: Graph, planned: Plan) -> list[str]:
-    """A line for each leaf that XLA computes, or computes an array for: its name, and why."""
+def fallback_reasons(graph: Graph, planned: Plan) -> list[str]:
+    """Return a line for each leaf that XLA computes or computes an array for: name and reason."""
     names: dict[Node, str] = {}
     for node in graph.inputs:
         if node.on_leaf:
@@ -232,14 +232,14 @@ def left_to_xla(graph: Graph, planned: Plan) -> list[str]:
     reasons = {c: reason for c, reason in planned.reasons.items() if c in names}
     for program in itertools.chain(*planned.phases):
         for node in program.inputs:
-            if node.kind is Kind.OUTSIDE and graph.component(node) in names:
+            if node.kind is Kind.XLA and graph.component(node) in names:
                 reasons.setdefault(graph.component(node), f"{_origin(node)} is not elementwise")
     return [f"{names[component]}: {reason}" for component, reason in reasons.items()]
 
 
 def _origin(node: Node) -> str:
-    """The operation that made an array from something else, such as random bits from a key."""
-    while sources := [a for a in node.args if a.size > 1 and a.kind is not Kind.SPLAT]:
+    """Return the name of the operation that made an array, such as random bits from a key."""
+    while sources := [a for a in node.args if a.size > 1 and a.kind is not Kind.BROADCAST]:
         node = sources[0]
     return "an input" if node.primitive is None else node.primitive.name
 
@@ -251,7 +251,7 @@ def run(
     arguments: Sequence[jax.Array],
     backend: str,
 ) -> list[jax.Array]:
-    """The step's results, by launches, and by XLA for what is between them."""
+    """Compute the step's results by launches, and by XLA between them."""
     values: dict[Node, Any] = dict(zip(graph.inputs, arguments, strict=False))
 
     def value(node: Node) -> Any:
@@ -266,16 +266,16 @@ def run(
                     values[top] = _by_xla(top, values)
         return values[node]
 
-    calls: dict[Any, Callable[..., Any]] = {}
+    kernel_cache: dict[Any, Callable[..., Any]] = {}
     for phase in planned.phases:
-        values |= placement.run(graph, backend, launches(phase), value, calls)
+        values |= placement.run(graph, backend, launches(phase), value, kernel_cache)
     for effect in graph.effects:
         _bind(effect, [value(a) for a in effect.args])
     return [value(node) for node in graph.outputs]
 
 
 def _as_weak_as(x: jax.Array, result: Any) -> jax.Array:
-    """A weakly typed number of the state stays one, or `jit` would compile a second time."""
+    """Keep a number of the state weakly typed, or `jit` would compile a second time."""
     if not getattr(result, "weak_type", False):
         return x
     return lax.convert_element_type_p.bind(x, new_dtype=x.dtype, weak_type=True, sharding=None)
@@ -286,7 +286,7 @@ def _by_xla(node: Node, values: Mapping[Node, Any]) -> Any:
         return jnp.asarray(node.params["value"], node.dtype)
     if node.kind is Kind.INPUT:
         return node.params["value"]
-    if node.kind is Kind.SPLAT:
+    if node.kind is Kind.BROADCAST:
         return jnp.broadcast_to(values[node.args[0]], node.shape)
     result = _bind(node, [values[a] for a in node.args])
     return result[node.output] if isinstance(result, list | tuple) else result

@@ -1,4 +1,4 @@
-"""Which leaves share a launch: few launches, and as many of them alike as can be.
+"""The leaves that share a launch: few launches, and as many of them alike as possible.
 
 Code for a launch grows with its leaves, and compiling it grows faster. But launches of the same
 structure are compiled once, and the layers of a network repeat: so equal leaves are dealt out to
@@ -16,10 +16,10 @@ MORE_LAUNCHES = 1
 
 
 def launches(programs: Sequence[Program]) -> list[list[Program]]:
-    """The programs of each launch."""
+    """Return the programs of each launch."""
     alike: dict[Any, list[Program]] = {}
     for program in programs:
-        alike.setdefault((program.size, program.form()), []).append(program)
+        alike.setdefault((program.size, program.signature()), []).append(program)
     groups = list(alike.values())
     fewest = -(-len(programs) // LEAVES_PER_LAUNCH)
 
@@ -34,7 +34,7 @@ def launches(programs: Sequence[Program]) -> list[list[Program]]:
 
 
 def _deal(groups: Sequence[Sequence[Program]], equal: int) -> Iterator[list[Program]]:
-    """`equal` times the same launches, and the rest."""
+    """Yield `equal` times the same launches, then the rest."""
     shares: list[list[Program]] = [[] for _ in range(equal + 1)]
     for group in groups:
         each = len(group) // equal

@@ -1,4 +1,4 @@
-"""Phases of launches, and who runs them: the only place that knows the backends."""
+"""The backends, and a phase of launches on one of them: no other file knows a backend."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from pallas_kernels import mosaic, triton
-from pallas_kernels.layout import Finish, Layout
+from pallas_kernels.layout import Layout, PartialReduction
 from pallas_kernels.ops import Operations
 from pallas_kernels.program import Program
 from pallas_kernels.trace import Node
@@ -24,7 +24,7 @@ CHAIN = "xla"
 
 
 def check(backend: str, *, or_chain: bool) -> None:
-    """Refuses a name that stands for no backend."""
+    """Refuse a name that stands for no backend."""
     known = [*BACKENDS, *([CHAIN] if or_chain else [])]
     if backend not in known:
         names = ", ".join(map(repr, known))
@@ -41,29 +41,31 @@ def run(
     phase: Sequence[Sequence[Program]],
     array: Callable[[Node], jax.Array],
     scalar: Callable[[Node], Any],
-    calls: dict[Any, Callable[..., Any]],
+    kernel_cache: dict[Any, Callable[..., Any]],
 ) -> dict[Node, jax.Array]:
-    """Runs launches that don't wait for each other; all their results, leaves flat.
+    """Run launches that don't wait for each other; return all results, leaves flat.
 
     Args:
       backend: one of `BACKENDS`.
       phase: for each launch its programs, at least one.
       array: a leaf's value, flat.
       scalar: any other value.
-      calls: launches made so far in this step.
+      kernel_cache: launches made so far in this step.
     """
     kernels, interpret = BACKENDS[backend]
     found: dict[Node, jax.Array] = {}
     waiting: dict[Layout, jax.Array] = {}
     for programs in phase:
         layout = Layout(programs, scalar, kernels.WIDTHS)
-        results = kernels.launch(layout, *layout.operands(array), calls, interpret=interpret)
+        results = kernels.launch(layout, *layout.operands(array), kernel_cache, interpret=interpret)
         stored = [node for program in layout.programs for node, _ in program.stored()]
         found |= dict(zip(stored, results, strict=False))
         if layout.columns:
             waiting[layout] = results[-1]
     if waiting:
-        work = Finish(list(waiting))
-        statistics = kernels.finish(work, list(waiting.values()), calls, interpret=interpret)
+        work = PartialReduction(list(waiting))
+        statistics = kernels.reduce_partials(
+            work, list(waiting.values()), kernel_cache, interpret=interpret
+        )
         found |= {node: statistics[place] for place, node in enumerate(work.nodes)}
     return found

@@ -1,4 +1,4 @@
-"""What a launch over many leaves needs on every backend: places in the grid, operands, results.
+"""The layout of one launch over many leaves: blocks of the grid, operands, results.
 
 Each leaf is cut into spans of equally wide blocks. Leaves with programs of one form lie side by
 side, so that one kernel body of a width serves them all. Statistics take two launches: every block
@@ -43,7 +43,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a scalar of a form lies: its pack, its place there, whether leaves have their own."""
+    """The position of a form's scalar: its pack, its index there, whether leaves have their own."""
 
     pack: int
     start: int
@@ -51,13 +51,13 @@ class Slot:
     dtype: Any
 
     def read(self, packs: Sequence[Any], which: Any) -> Any:
-        """The scalar for the form's leaf `which`."""
+        """Return the scalar for the form's leaf `which`."""
         value = packs[self.pack][self.start + which if self.per_leaf else self.start]
         return value != 0 if self.dtype == bool else value.astype(self.dtype)
 
 
 class Layout:
-    """How the leaves of one launch lie in its grid and among its operands.
+    """The positions of one launch's leaves in its grid and among its operands.
 
     Attributes:
       forms: programs that one kernel body can serve.
@@ -77,10 +77,10 @@ class Layout:
         scalar: Callable[[Node], Any],
         widths: Sequence[int],
     ):
-        """Lays programs out in blocks of falling `widths`; the last may reach past a leaf's end."""
+        """Lay programs out in blocks of falling `widths`; the last may reach past a leaf's end."""
         forms: dict[Any, list[Program]] = {}
         for program in programs:
-            forms.setdefault(program.form(), []).append(program)
+            forms.setdefault(program.signature(), []).append(program)
         self.forms = list(forms.values())
         self.programs = [p for form in self.forms for p in form]
         self.first = [0, *itertools.accumulate(len(form) for form in self.forms)]
@@ -90,10 +90,10 @@ class Layout:
         self.columns = max(len(p.reduced()) for p in self.programs)
         self.packs, self.slots = self._pack(scalar)
 
-    def structure(self) -> Any:
-        """Equal for launches that one kernel can serve."""
+    def cache_key(self) -> Any:
+        """Return a key that is equal for launches that one kernel can serve."""
         sizes = tuple(p.size for p in self.programs)
-        forms = tuple((form[0].form(), len(form)) for form in self.forms)
+        forms = tuple((form[0].signature(), len(form)) for form in self.forms)
         return sizes, forms, tuple(map(tuple, self.slots))
 
     def _groups(self, widths) -> Iterator[Group]:
@@ -129,7 +129,7 @@ class Layout:
         return packs, slots
 
     def operands(self, array: Callable[[Node], jax.Array]) -> tuple[list[jax.Array], list[int]]:
-        """The packs, then each leaf's inputs; and where those of each leaf begin."""
+        """Return the packs, then each leaf's inputs; and the index of each leaf's first input."""
         operands, offsets = list(self.packs), []
         for program in self.programs:
             offsets.append(len(operands))
@@ -137,7 +137,7 @@ class Layout:
         return operands, offsets
 
     def results(self, offsets: Sequence[int]) -> list[tuple[jax.ShapeDtypeStruct, int | None]]:
-        """For each leaf that is written its shape, and the operand whose memory it takes."""
+        """Return for each leaf that is written its shape, and the operand whose memory it takes."""
         return [
             (
                 jax.ShapeDtypeStruct((program.size,), root.dtype),
@@ -148,7 +148,7 @@ class Layout:
         ]
 
     def statistics(self) -> list["Statistic"]:
-        """What its blocks compute parts of, leaf by leaf."""
+        """Return the statistics that blocks compute parts of, leaf by leaf."""
         counts = self.blocks_of_leaves()
         first = [0, *itertools.accumulate(counts)]
         return [
@@ -158,7 +158,7 @@ class Layout:
         ]
 
     def blocks_of_leaves(self) -> list[int]:
-        """For each leaf the number of its blocks, of all widths."""
+        """Return for each leaf the number of its blocks, of all widths."""
         counts = [0] * len(self.programs)
         for group in self.groups:
             for span in group.spans:
@@ -167,7 +167,7 @@ class Layout:
 
 
 class Statistic(NamedTuple):
-    """Where the parts of a statistic lie in what its launch leaves in memory.
+    """The position of a statistic's parts in what its launch leaves in memory.
 
     Attributes:
       node: the result.
@@ -184,8 +184,8 @@ class Statistic(NamedTuple):
     parts: int
 
 
-class Finish:
-    """One launch that adds up what the launches of a phase left in memory, a block a statistic.
+class PartialReduction:
+    """A launch that adds up the partial statistics of a phase, one block for each statistic.
 
     Attributes:
       rows: for each of those launches, its first block; then the number of blocks.
@@ -195,7 +195,7 @@ class Finish:
     """
 
     def __init__(self, layouts: Sequence[Layout]):
-        """Results lie column by column in order of creation, so that XLA takes whole slices."""
+        """Order results by column and creation, so that XLA takes whole slices."""
         statistics = [layout.statistics() for layout in layouts]
         self.rows = [0, *itertools.accumulate(map(len, statistics))]
         rows = [s for each in statistics for s in each]

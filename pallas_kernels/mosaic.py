@@ -19,15 +19,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import ops
-from pallas_kernels.layout import Finish, Group, Layout
+from pallas_kernels.layout import Group, Layout, PartialReduction
 from pallas_kernels.ops import FLOATS, INTEGERS, Operations
 from pallas_kernels.program import COMBINE, REDUCE, Predicate, evaluate, identity_of
 
 _LANES = 128  # threads of a warpgroup
 _VECTOR = 4  # elements that a thread of a wide block accesses at once
 WIDTHS = (_LANES * _VECTOR, _LANES, 1)
-# Partial statistics that one step of the finish reads: few steps, each with many loads in flight.
-_FINISH = 16 * _LANES
+# Partial statistics that one step of `reduce_partials` reads: few steps with many loads in flight.
+_PARTIALS = 16 * _LANES
 
 _BEFORE_0_11 = jax.__version_info__ < (0, 11)
 _STORE = getattr(plgpu, "store", None)
@@ -52,17 +52,17 @@ def launch(
     layout: Layout,
     operands: Sequence[jax.Array],
     offsets: Sequence[int],
-    calls: dict[Any, Callable[..., Any]],
+    kernel_cache: dict[Any, Callable[..., Any]],
     *,
     interpret: bool,
 ) -> Sequence[jax.Array]:
-    """One launch, as Triton's `launch`; none is reused."""
-    del calls
+    """Run one launch, as Triton's `launch` does; none is reused."""
+    del kernel_cache
     results, blocks = layout.results(offsets), layout.starts[-1]
     fresh = {i: shape for i, (shape, operand) in enumerate(results) if operand is None}
     in_place = {i: operand for i, (_, operand) in enumerate(results) if operand is not None}
-    if layout.columns:  # the finish reads whole vectors, past the last statistic too
-        parts = jax.ShapeDtypeStruct((layout.columns * blocks + _FINISH,), jnp.float32)
+    if layout.columns:  # `reduce_partials` reads whole vectors, past the last statistic too
+        parts = jax.ShapeDtypeStruct((layout.columns * blocks + _PARTIALS,), jnp.float32)
         fresh[len(results)] = parts
 
     def kernel(table, *refs):
@@ -70,7 +70,7 @@ def launch(
         targets = {place: sources[i] for place, i in in_place.items()}
         targets |= dict(zip(fresh, new, strict=True))
 
-        def finish(block, scalars, values):
+        def store_results(block, scalars, values):
             pairs = [*zip(layout.forms[block.group.form][0].roots, values, strict=True)]
             parts = [(root.reduction, x.astype(jnp.float32)) for root, x in pairs if root.reduction]
             for k, (reduction, value) in enumerate(parts):
@@ -89,7 +89,7 @@ def launch(
             if stored:
                 block.on_leaf(store)
 
-        _run_block(layout, table, sources, offsets, finish)
+        _run_block(layout, table, sources, offsets, store_results)
 
     table = jnp.asarray(_table(layout), jnp.int32)
     call = _make(kernel, blocks, list(fresh.values()), interpret)
@@ -113,15 +113,15 @@ def launch(
     return [new[place] for place in sorted(new)]
 
 
-def finish(
-    work: Finish,
+def reduce_partials(
+    work: PartialReduction,
     parts: Sequence[jax.Array],
-    calls: dict[Any, Callable[..., Any]],
+    kernel_cache: dict[Any, Callable[..., Any]],
     *,
     interpret: bool,
 ) -> jax.Array:
-    """The statistics of a phase, as Triton's `finish`."""
-    del calls
+    """Add up the partial statistics of a phase, as Triton's `reduce_partials` does."""
+    del kernel_cache
 
     def kernel(*refs):
         table, *sources, results = refs
@@ -129,14 +129,16 @@ def finish(
         first, count, kind, place = (table[me * 4 + i] for i in range(4))
 
         def add_up(source, reduction):
-            neutral = _strided(jnp.full((_FINISH,), identity_of(reduction), jnp.float32))
-            lane = _strided(lax.iota(jnp.int32, _FINISH))
+            neutral = _strided(jnp.full((_PARTIALS,), identity_of(reduction), jnp.float32))
+            lane = _strided(lax.iota(jnp.int32, _PARTIALS))
 
             def step(i, total):
-                x = _load(source, first + i * _FINISH, _FINISH, vector=1)
-                return COMBINE[reduction](total, jnp.where(lane < count - i * _FINISH, x, neutral))
+                x = _load(source, first + i * _PARTIALS, _PARTIALS, vector=1)
+                return COMBINE[reduction](
+                    total, jnp.where(lane < count - i * _PARTIALS, x, neutral)
+                )
 
-            total = lax.fori_loop(0, (count + _FINISH - 1) // _FINISH, step, neutral)
+            total = lax.fori_loop(0, (count + _PARTIALS - 1) // _PARTIALS, step, neutral)
             results[place] = REDUCE[reduction](total)
 
         source = _count_passed(me, work.rows[:-1])
@@ -197,11 +199,11 @@ class _Block:
     span: jax.Array
 
     def look_up(self, table, column: int) -> jax.Array:
-        """An entry of the table, for the block's span."""
+        """Return an entry of the table for the block's span."""
         return table[(self.first_span + self.span) * _COLUMNS + column]
 
     def on_leaf(self, access: Callable[[int, jax.Array], Any]) -> Any:
-        """`access(leaf, at)` for the leaf the block lies in and its first element there."""
+        """Call `access(leaf, at)` for the block's leaf and its first element there."""
 
         def in_span(span, start):
             return access(span.leaf, span.first + (self.me - start) * self.group.width)
@@ -212,8 +214,8 @@ class _Block:
         return lax.switch(self.span, branches)
 
 
-def _run_block(layout: Layout, table, sources, offsets, finish) -> None:
-    """Loads what this block needs, computes, and calls `finish` with the values."""
+def _run_block(layout: Layout, table, sources, offsets, store_results) -> None:
+    """Load what this block needs, compute, and call `store_results` with the values."""
     me = lax.axis_index("block")
     bounds = [0]
     for group in layout.groups:
@@ -238,7 +240,9 @@ def _run_block(layout: Layout, table, sources, offsets, finish) -> None:
             )
 
         shape = () if group.width == 1 else (group.width,)
-        finish(block, scalars, evaluate(program, block.on_leaf(load), scalars, shape, OPERATIONS))
+        store_results(
+            block, scalars, evaluate(program, block.on_leaf(load), scalars, shape, OPERATIONS)
+        )
 
     starts_of_groups = [layout.starts[bound] for bound in bounds[:-1]]
     # One flat switch: lowering a cond takes its first branch twice, a nested one twice each level.
@@ -249,12 +253,12 @@ def _run_block(layout: Layout, table, sources, offsets, finish) -> None:
 
 
 def _count_passed(me, starts: Sequence[int]) -> jax.Array:
-    """Which range the block lies in, given where ranges start."""
+    """Return the index of the range that the block lies in, given where ranges start."""
     return sum((jnp.where(me >= start, 1, 0) for start in starts[1:]), jnp.int32(0))
 
 
 def _load_if(needed: Predicate | None, scalars, ref, at, width: int) -> jax.Array:
-    """The block's part of an array; zeros, and no access, where it is not needed."""
+    """Load the block's part of an array; where it is not needed, return zeros without access."""
     vector = width // _LANES
 
     def zeros():
@@ -273,10 +277,10 @@ def _load(ref, at, width: int, vector: int) -> jax.Array:
 
 
 def _kept_apart(blocks: list[jax.Array]) -> list[jax.Array]:
-    """The blocks of one leaf, loaded in code of its own.
+    """Keep the loads of one leaf in code of their own.
 
-    Else LLVM merges the loads of all leaves into one from a pointer whose alignment it no longer
-    knows, and accesses vectors element by element.
+    Otherwise LLVM merges the loads of all leaves into one from a pointer whose alignment it no
+    longer knows, and accesses vectors element by element.
     """
     # The barrier takes whole registers: no booleans, and no single elements of 16 bits.
     whole = [i for i, x in enumerate(blocks) if x.size > _LANES and x.dtype != bool]
@@ -295,7 +299,7 @@ def _store(ref, at, value: jax.Array) -> None:
 
 
 def _strided(x: jax.Array, vector: int = 1) -> jax.Array:
-    """In the registers of the threads that `_load` would bring it to."""
+    """Give `x` the layout of an array that `_load` returns."""
     if not x.shape:
         return x
     return plgpu.layout_cast(x, plgpu.Layout.WG_STRIDED(x.shape, vec_size=vector))

@@ -1,4 +1,4 @@
-"""Where leaves lie on a mesh of devices, and launches on what each device holds of them.
+"""The placement of leaves on a mesh of devices, and launches on the shards of each device.
 
 A step is traced in the leaves' own shapes. Only launches know of shards: they run inside
 `shard_map`, where statistics of leaves that are cut are added up over the devices. What XLA
@@ -30,7 +30,7 @@ _COLLECTIVES: Mapping[str, Callable[..., jax.Array]] = {
 
 @dataclass
 class Placement:
-    """Where a step's leaves lie; without a mesh, all of them whole on one device.
+    """The shardings of a step's leaves; without a mesh, all of them are on one device.
 
     Attributes:
       mesh: the devices.
@@ -51,18 +51,18 @@ class Placement:
         return self.mesh is not None and AxisType.Explicit in self.mesh.axis_types
 
     def size(self, component: Node, node: Node) -> int:
-        """Elements of the component's `node` that one device holds."""
+        """Return the number of elements of the component's `node` per device."""
         return math.prod(self._shard(component, node.shape))
 
     def reason(self, component: Node, node: Node) -> str | None:
-        """Why a launch can't compute the component's `node` where it lies, if it can't."""
+        """Return why a launch can't compute the component's `node` on its shards, or `None`."""
         leaf = self.leaves.get(component)
         if leaf is not None and node.shape not in ((), leaf.shape):
             return f"sharded as {leaf.shape}, used as {node.shape}"
         return None
 
     def axes(self, component: Node) -> tuple[str, ...]:
-        """The axes of the mesh along which the component is cut, in the mesh's order.
+        """Return the axes of the mesh that shard the component, in the mesh's order.
 
         So leaves that are cut along the same axes are alike, whichever dimension each axis cuts.
         """
@@ -79,11 +79,11 @@ class Placement:
         backend: str,
         phase: Sequence[Sequence[Program]],
         value: Callable[[Node], Any],
-        calls: dict[Any, Callable[..., Any]],
+        kernel_cache: dict[Any, Callable[..., Any]],
     ) -> dict[Node, jax.Array]:
-        """`launch.run` on every device's shards; all results in the leaves' own shapes."""
+        """Run launches on every device's shards; return all results in the leaves' own shapes."""
         if self.mesh is None:
-            found = launch.run(backend, phase, lambda n: value(n).reshape(-1), value, calls)
+            found = launch.run(backend, phase, lambda n: value(n).reshape(-1), value, kernel_cache)
             return {node: x.astype(node.dtype).reshape(node.shape) for node, x in found.items()}
 
         programs = [*itertools.chain(*phase)]
@@ -96,7 +96,7 @@ class Placement:
             leaf = dict(zip(arrays, given, strict=True))
             number = dict(zip(scalars, numbers, strict=True))
             found = launch.run(
-                backend, phase, lambda n: leaf[n].reshape(-1), number.__getitem__, calls
+                backend, phase, lambda n: leaf[n].reshape(-1), number.__getitem__, kernel_cache
             )
             shards = [
                 found[n].astype(n.dtype).reshape(self._shard(graph.component(n), n.shape))
@@ -126,7 +126,7 @@ class Placement:
     def sums(
         self, graph: Graph, programs: Sequence[Program]
     ) -> dict[tuple[tuple[str, ...], str], list[Node]]:
-        """What devices must tell each other: statistics, by the axes that they go over and kind."""
+        """Return the statistics that need an all-reduce, by axes and kind."""
         alike: dict[Any, list[Node]] = {}
         for program in programs:
             for node, root in program.reduced():
@@ -135,7 +135,7 @@ class Placement:
         return alike
 
     def _add_up(self, graph, programs, found) -> dict[Node, jax.Array]:
-        """Statistics of whole leaves, from those of the shards."""
+        """Return statistics of whole leaves from those of the shards, by all-reduce."""
         totals = dict(found)
         for (axes, reduction), nodes in self.sums(graph, programs).items():
             vector = jnp.stack([found[node].reshape(()) for node in nodes])
@@ -151,8 +151,10 @@ class Placement:
         return shape if sharding is None or not shape else sharding.shard_shape(shape)
 
 
-def place(graph: Graph, values: Sequence[Any], given: Mapping[str, NamedSharding]) -> Placement:
-    """The placement of a graph's components; of several shardings in one the first counts.
+def infer_placement(
+    graph: Graph, values: Sequence[Any], given: Mapping[str, NamedSharding]
+) -> Placement:
+    """Return the placement of a graph's components; of several shardings in one the first counts.
 
     Args:
       graph: the step.
@@ -183,14 +185,14 @@ def place(graph: Graph, values: Sequence[Any], given: Mapping[str, NamedSharding
 
 
 def _differ(a: Mesh | AbstractMesh, b: Mesh | AbstractMesh) -> bool:
-    """Whether two meshes differ; one that types tell of has axes only, no devices."""
+    """Return whether two meshes differ; the mesh in a type has axes, but no devices."""
     if isinstance(a, Mesh) and isinstance(b, Mesh):
         return a != b
     return a.abstract_mesh != b.abstract_mesh
 
 
 def _reshard(x: Any, sharding: NamedSharding) -> Any:
-    """On explicit axes `shard_map` takes only what is cut as it should be; on others it cuts."""
+    """Reshard `x` on explicit axes, where `shard_map` does not do it itself."""
     if AxisType.Explicit not in sharding.mesh.axis_types:
         return x
     return jax.sharding.reshard(x, sharding)

@@ -38,7 +38,7 @@ def plan(
     operations: Operations,
     placement: Placement | None = None,
 ) -> Plan:
-    """Decides what runs where.
+    """Decide what runs where.
 
     Args:
       graph: the step.
@@ -48,7 +48,7 @@ def plan(
     """
     placement = placement or Placement()
     reachable = _reachable(graph.outputs)
-    reasons = _left_to_xla(graph, reachable, operations, placement)
+    reasons = _fallback_reasons(graph, reachable, operations, placement)
 
     # Arrays that come from no argument, such as the list of all leaves' norms, are small.
     leaves = {graph.component(node) for node in graph.inputs if node.on_leaf}
@@ -65,7 +65,7 @@ def plan(
             targets.setdefault(result, argument)
 
     reduced = [n for n in reachable if n.kind is Kind.REDUCED and fused(n.args[0])]
-    written = [n for n in dict.fromkeys(graph.outputs) if n.kind is Kind.BLOCK and fused(n)]
+    written = [n for n in dict.fromkeys(graph.outputs) if n.kind is Kind.ELEMENTWISE and fused(n)]
     statistics, writes = _by_component(graph, reduced), _by_component(graph, written)
     levels = 1 + max((n.args[0].level for n in reduced), default=-1)
     phases: list[list[Program]] = [[] for _ in range(levels + 1)]
@@ -81,7 +81,7 @@ def plan(
 def _passes(
     reduced: Sequence[Node], written: Sequence[Node], size: int, targets: Mapping[Node, Node]
 ) -> dict[int | None, Program]:
-    """A component's programs: for each level with statistics, and for what comes last (`None`).
+    """Return a component's programs: one for each level of statistics, and the last (`None`).
 
     What is known in the last pass for statistics is written there, if that saves traffic: Adam's
     moments before a trust ratio are then read once, new, instead of their old values and the
@@ -126,25 +126,25 @@ def _reachable(outputs: Sequence[Node]) -> list[Node]:
     return sorted(seen, key=lambda n: n.index)
 
 
-def _left_to_xla(graph, reachable, operations, placement) -> dict[Node, str]:
-    work = [n for n in reachable if n.kind in (Kind.BLOCK, Kind.REDUCED)]
+def _fallback_reasons(graph, reachable, operations, placement) -> dict[Node, str]:
+    work = [n for n in reachable if n.kind in (Kind.ELEMENTWISE, Kind.REDUCED)]
     computed = {_component(graph, n) for n in work}
     reasons: dict[Node, str] = {}
 
-    def leave(node: Node, why: str) -> None:
+    def fall_back(node: Node, why: str) -> None:
         if _component(graph, node) in computed:
             reasons.setdefault(_component(graph, node), why)
 
     reached, written = set(reachable), set(graph.outputs)
-    for node, why in graph.foreign:
+    for node, why in graph.escapes:
         if node in reached:
-            leave(node, why)
+            fall_back(node, why)
     for node in work:
         component = _component(graph, node)
         if component not in reasons:
             found = _reasons_against(node, component, written, operations, placement)
             if (why := next(found, None)) is not None:
-                leave(node, why)
+                fall_back(node, why)
     return reasons
 
 
@@ -154,20 +154,20 @@ def _reasons_against(node, component, written, operations, placement) -> Iterato
     for value in values:
         if value.dtype.name not in DTYPES:
             yield f"no kernel for {value.dtype.name}"
-        in_memory = value.on_leaf and (value.kind is not Kind.BLOCK or value in written)
+        in_memory = value.on_leaf and (value.kind is not Kind.ELEMENTWISE or value in written)
         if in_memory and value.dtype.name not in operations.in_memory:
             yield f"no kernel reads or writes {value.dtype.name}"
         if value.on_leaf and (why := placement.reason(component, value)) is not None:
             yield why
     dtypes = [a.dtype.name for a in node.args]
-    if node.kind is Kind.BLOCK and not operations.supports(node.operation, dtypes):
+    if node.kind is Kind.ELEMENTWISE and not operations.supports(node.operation, dtypes):
         yield f"no kernel for {node.operation} of {' and '.join(dict.fromkeys(dtypes))}"
     if (size := placement.size(component, values[0])) > _LARGEST:
         yield f"{size} elements are more than a 32-bit index reaches"
 
 
 def _component(graph: Graph, node: Node) -> Node:
-    """The component that computes the node; a statistic belongs to what it is of."""
+    """Return the component that computes the node; a statistic belongs to its operand's."""
     return graph.component(node.args[0] if node.kind is Kind.REDUCED else node)
 
 

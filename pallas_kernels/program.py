@@ -1,4 +1,4 @@
-"""What one launch does to one leaf: straight-line code for its blocks, and how to run it."""
+"""The program of one leaf in one launch: straight-line code for its blocks."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -59,22 +59,22 @@ class Program:
     roots: list[Root] = field(default_factory=list)
 
     def stored(self) -> list[tuple[Node, Root]]:
-        """Results that are leaves, and their roots."""
+        """Return the results that are leaves, and their roots."""
         return [r for r in zip(self.results, self.roots, strict=True) if r[1].reduction is None]
 
     def reduced(self) -> list[tuple[Node, Any]]:
-        """Results that are statistics, and their roots."""
+        """Return the results that are statistics, and their roots."""
         return [r for r in zip(self.results, self.roots, strict=True) if r[1].reduction is not None]
 
     def traffic(self) -> tuple[int, int]:
-        """Bytes of a leaf read and written, and those among them that some steps skip."""
+        """Return the bytes read and written, and those among them that some steps skip."""
         moved = [*zip(self.inputs, self.loads, strict=True)]
         moved += [(node, root.needed) for node, root in self.stored()]
         skipped = sum(node.dtype.itemsize for node, needed in moved if needed is not None)
         return self.size * sum(node.dtype.itemsize for node, _ in moved), self.size * skipped
 
-    def form(self) -> Any:
-        """Equal for programs that one kernel body can serve."""
+    def signature(self) -> Any:
+        """Return a key that is equal for programs that one kernel body can serve."""
         ops = tuple(
             (p.name, tuple(sorted((k, str(v)) for k, v in q.items())), r) for p, q, r in self.ops
         )
@@ -85,7 +85,7 @@ class Program:
 def make(
     results: Sequence[Node], size: int, targets: Mapping[Node, Node], given: Sequence[Node] = ()
 ) -> Program:
-    """The program that computes `results` from arguments and from what earlier ones computed.
+    """Return the program that computes `results` from arguments and from earlier results.
 
     Args:
       results: values of one component, all known at the level of the last.
@@ -98,15 +98,15 @@ def make(
 
     def visit(node: Node) -> Ref:
         if node not in refs:
-            refs[node] = place(node)
+            refs[node] = new_ref(node)
         return refs[node]
 
-    def place(node: Node) -> Ref:
-        if node.kind is Kind.SPLAT:
+    def new_ref(node: Node) -> Ref:
+        if node.kind is Kind.BROADCAST:
             return visit(node.args[0])
         if node.kind is Kind.LITERAL:
             return "number", node.params["value"], str(node.dtype)
-        if node.kind is Kind.BLOCK and node not in given:
+        if node.kind is Kind.ELEMENTWISE and node not in given:
             if node.operation in SAME_ORDER:
                 return visit(node.args[0])
             operands = tuple(visit(a) for a in node.args)
@@ -124,26 +124,26 @@ def make(
         if old is not None and _keeps(value, old):
             kept = int(value.args[2] is old)  # the predicate's value for which nothing changes
             needed, value = (visit(value.args[0]), 1 - kept), value.args[2 - kept]
-        place_of_old = None if old is None else visit(old)[1]
+        index_of_old = None if old is None else visit(old)[1]
         reduction = REDUCTIONS[result.operation] if reduced else None
-        program.roots.append(Root(visit(value), needed, place_of_old, str(result.dtype), reduction))
+        program.roots.append(Root(visit(value), needed, index_of_old, str(result.dtype), reduction))
     program.loads = _needed_inputs(program)
     return program
 
 
 def _keeps(value: Node, old: Node) -> bool:
-    """Whether `value` selects between `old` itself and something new, by a scalar."""
+    """Return whether `value` selects by a scalar between `old` itself and something new."""
     return (
         value.primitive is lax.select_n_p
         and len(value.args) == 3
-        and value.args[0].kind in (Kind.SPLAT, Kind.OUTSIDE, Kind.INPUT)
+        and value.args[0].kind in (Kind.BROADCAST, Kind.XLA, Kind.INPUT)
         and not value.args[0].on_leaf
         and (value.args[1] is old) != (value.args[2] is old)
     )
 
 
 def _needed_inputs(program: Program) -> list[Predicate | None]:
-    """When each input is read: always, or where one scalar has one value."""
+    """Return when each input is read: always (`None`), or where one scalar has one value."""
     never = object()
     needs: dict[Ref, Any] = {}
 
@@ -176,7 +176,7 @@ def evaluate(
     shape: tuple[int, ...],
     operations: Operations,
 ) -> list[Any]:
-    """The roots' values for one block: the only place where a kernel does arithmetic.
+    """Return the roots' values for one block: the only arithmetic of a kernel.
 
     Args:
       program: what to compute.
@@ -207,7 +207,7 @@ def evaluate(
 
 
 def identity_of(reduction: str, dtype: Any = np.float32) -> Any:
-    """What leaves a reduction as it is."""
+    """Return the neutral element of a reduction."""
     return np.asarray({"sum": 0.0, "max": -np.inf, "min": np.inf}[reduction], dtype)
 
 

@@ -12,9 +12,9 @@ import optax
 from optax_ext import _checks
 from pallas_kernels import launch
 from pallas_kernels.arguments import check_parameters
-from pallas_kernels.fuse import left_to_xla, trace_step, whole_step
+from pallas_kernels.fuse import fallback_reasons, trace_step, whole_step
 from pallas_kernels.grouping import launches
-from pallas_kernels.placement import Placement, place
+from pallas_kernels.placement import Placement, infer_placement
 from pallas_kernels.plan import plan
 from pallas_kernels.program import Program
 from pallas_kernels.shardings import of_value
@@ -55,14 +55,14 @@ class Report:
       phases: in order of execution.
       floor: bytes that any step must move: every array it depends on read once, every one that
         changes written once. A statistic that must be known first costs another pass, not in here.
-      left_to_xla: a line for each component that is not fused, with the reason.
+      fallback_reasons: a line for each component that is not fused, with the reason.
     """
 
     devices: int
     parameters: int
     phases: tuple[Phase, ...]
     floor: int
-    left_to_xla: tuple[str, ...]
+    fallback_reasons: tuple[str, ...]
 
     @property
     def launches(self) -> int:
@@ -80,7 +80,7 @@ class Report:
         return self.floor / max(self.parameters, 1)
 
     def __str__(self) -> str:
-        """A line per phase, the sum, and what is left to XLA."""
+        """Return a line per phase, the sum, and what is left to XLA."""
         lines = ["phase       leaves  bodies  launches  bytes/parameter  skipped in some steps"]
         for phase in self.phases:
             per, skipped = (x / max(self.parameters, 1) for x in (phase.bytes, phase.predicated))
@@ -95,13 +95,13 @@ class Report:
         if self.devices > 1:
             sums = sum(phase.sums for phase in self.phases)
             lines.append(f"on each of {self.devices} devices, which add up {sums} vectors of norms")
-        return "\n".join([*lines, *(f"left to XLA: {line}" for line in self.left_to_xla)])
+        return "\n".join([*lines, *(f"left to XLA: {line}" for line in self.fallback_reasons)])
 
 
 def explain(
     tx: optax.GradientTransformation, params: Any, *, backend: str = "auto", **extra_args: Any
 ) -> Report:
-    """Plans the fused step of `tx` without running it.
+    """Plan the fused step of `tx` without running it.
 
     Args:
       tx: an optimizer, fused or not.
@@ -128,16 +128,16 @@ def explain(
     state = types(tx.init, shapes)
     arguments = (shapes, state, shapes, extra_args)
     traced, in_place, values = trace_step(whole_step(tx), arguments, written=2)
-    placement = place(traced.graph, [*traced.constants, *values], {})
+    placement = infer_placement(traced.graph, [*traced.constants, *values], {})
     planned = plan(traced.graph, in_place, launch.operations(backend), placement)
-    left = tuple(left_to_xla(traced.graph, planned))
+    left = tuple(fallback_reasons(traced.graph, planned))
     phases = () if left and placement.explicit else planned.phases
     return Report(
         devices=1 if placement.mesh is None else placement.mesh.size,
         parameters=sum(math.prod(_shard(x)) for x in jax.tree.leaves(shapes)),
         phases=tuple(_phase(programs, traced.graph, placement) for programs in phases),
         floor=_floor(traced.graph, placement),
-        left_to_xla=left,
+        fallback_reasons=left,
     )
 
 
@@ -156,7 +156,7 @@ def _phase(programs: Sequence[Program], graph: Graph, placement: Placement) -> P
     return Phase(
         work="statistics" if reduces else "update",
         programs=len(programs),
-        forms=len({program.form() for program in programs}),
+        forms=len({program.signature() for program in programs}),
         launches=len(launches(programs)) + reduces,  # one launch adds up what the others found
         bytes=sum(moved for moved, _ in traffic),
         predicated=sum(skipped for _, skipped in traffic),
@@ -165,7 +165,7 @@ def _phase(programs: Sequence[Program], graph: Graph, placement: Placement) -> P
 
 
 def _floor(graph: Graph, placement: Placement) -> int:
-    """All arguments that results depend on, once, and all results that are no argument, once."""
+    """Return the bytes of all arguments that results depend on, and of all results."""
     seen: set[Node] = set()
     pending = [node for node in graph.outputs if node.kind is not Kind.INPUT]
     results = set(pending)

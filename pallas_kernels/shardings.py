@@ -1,4 +1,4 @@
-"""What arrays, types and users tell of where leaves lie on a mesh of devices."""
+"""The shardings of leaves, as arrays, types or the user give them."""
 
 from functools import partial
 from typing import Any
@@ -12,7 +12,7 @@ Shardings = Any
 
 
 def check(name: str, shape: tuple[int, ...], sharding: NamedSharding) -> None:
-    """Refuses a sharding that doesn't cut the shape into equal parts."""
+    """Refuse a sharding that does not cut the shape into equal parts."""
     try:
         sharding.shard_shape(shape)
     except (ValueError, IndexError) as error:
@@ -22,7 +22,7 @@ def check(name: str, shape: tuple[int, ...], sharding: NamedSharding) -> None:
 
 
 def of_value(x: Any) -> NamedSharding | None:
-    """The sharding that an array, or the type of a tracer on an explicit mesh, tells."""
+    """Return the sharding of an array, or of a tracer on an explicit mesh."""
     sharding = jax.typeof(x).sharding if isinstance(x, Tracer) else getattr(x, "sharding", None)
     if not isinstance(sharding, NamedSharding) or sharding.mesh.empty:
         return None
@@ -34,7 +34,7 @@ def of_value(x: Any) -> NamedSharding | None:
 
 
 def of_parameters(params: Any, shardings: Shardings) -> dict[str, NamedSharding]:
-    """The shardings that a user gives, by the paths of the parameters.
+    """Return the shardings that a user gives, by the paths of the parameters.
 
     As with `jit`, one that stands in place of a subtree is for all of its parameters.
 

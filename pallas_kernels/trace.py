@@ -28,10 +28,10 @@ class Kind(enum.Enum):
 
     INPUT = enum.auto()  # an argument of the step, or a constant of it
     LITERAL = enum.auto()  # a Python number
-    BLOCK = enum.auto()  # elementwise on arrays: what kernels compute
+    ELEMENTWISE = enum.auto()  # elementwise on arrays: what kernels compute
     REDUCED = enum.auto()  # a statistic over all of an array: what kernels sum up
-    SPLAT = enum.auto()  # a scalar in the shape of an array
-    OUTSIDE = enum.auto()  # everything else: XLA computes it between launches
+    BROADCAST = enum.auto()  # a scalar in the shape of an array
+    XLA = enum.auto()  # everything else: XLA computes it between launches
 
 
 @dataclass(eq=False, slots=True)
@@ -77,7 +77,7 @@ class Node:
     @property
     def on_leaf(self) -> bool:
         """Whether a launch reads it block by block."""
-        return self.size > 1 and self.kind in (Kind.INPUT, Kind.BLOCK, Kind.OUTSIDE)
+        return self.size > 1 and self.kind in (Kind.INPUT, Kind.ELEMENTWISE, Kind.XLA)
 
 
 @dataclass
@@ -88,20 +88,20 @@ class Graph:
       inputs: the arguments' nodes, in order.
       outputs: the results' nodes, in order.
       names: of arguments, for messages.
-      foreign: values of leaves that something outside of a kernel reads, and why it is outside.
+      escapes: values of leaves that something outside of a kernel reads, and why it is outside.
       effects: operations without a result, such as prints.
     """
 
     inputs: list[Node] = field(default_factory=list)
     outputs: list[Node] = field(default_factory=list)
     names: dict[Node, str] = field(default_factory=dict)
-    foreign: list[tuple[Node, str]] = field(default_factory=list)
+    escapes: list[tuple[Node, str]] = field(default_factory=list)
     effects: list[Node] = field(default_factory=list)
     _table: dict[Any, Node] = field(default_factory=dict)
     _parent: dict[Node, Node] = field(default_factory=dict)
 
     def component(self, node: Node) -> Node:
-        """The representative of all values that are elementwise connected with `node`."""
+        """Return the representative of all values that are elementwise connected with `node`."""
         while node in self._parent:
             node = self._parent[node]
         return node
@@ -113,26 +113,26 @@ class Graph:
             self._parent[newer] = older
 
     def node(self, kind, primitive, params, args, shape, dtype, output=0) -> Node:
-        """The value, made at its first mention."""
+        """Return the node of a value, made at its first mention."""
         key = (kind, primitive, _hashable(params), args, tuple(shape), str(dtype), output)
         if key not in self._table:
             level = max((a.level for a in args), default=0) + (kind is Kind.REDUCED)
             made = Node(kind, primitive, params, args, tuple(shape), dtype, level, len(self._table))
             made.output = output
             self._table[key] = made
-            if kind is Kind.BLOCK:
+            if kind is Kind.ELEMENTWISE:
                 for arg in args:
                     if arg.on_leaf:
                         self._unite(made, arg)
         return self._table[key]
 
     def literal(self, value: Any) -> Node:
-        """A number that is known while tracing."""
+        """Return the node of a number that is known while tracing."""
         value = np.asarray(value)
         return self.node(Kind.LITERAL, None, {"value": value.item()}, (), (), value.dtype)
 
     def input(self, aval: Any, name: str) -> Node:
-        """The next argument."""
+        """Add the next argument."""
         made = Node(Kind.INPUT, None, {}, (), tuple(aval.shape), aval.dtype, 0, len(self._table))
         self._table[("input", len(self.inputs))] = made
         self.inputs.append(made)
@@ -140,7 +140,7 @@ class Graph:
         return made
 
     def apply(self, primitive, params, args: Sequence[Node], avals: Sequence[Any]) -> list[Node]:
-        """The results of one operation."""
+        """Return the results of one operation."""
         args, aval = tuple(args), avals[0]
         size = math.prod(aval.shape)
         if primitive.name in _WHERE_AND_WHEN:
@@ -149,52 +149,54 @@ class Graph:
         if not on_leaf:
             return self._apply_to_scalars(primitive, params, args, avals)
         if primitive.name in SAME_ORDER and size == args[0].size:
-            return [self.node(Kind.BLOCK, primitive, params, args, aval.shape, aval.dtype)]
+            return [self.node(Kind.ELEMENTWISE, primitive, params, args, aval.shape, aval.dtype)]
         if primitive.name in ELEMENTWISE:
-            return [self.node(Kind.BLOCK, primitive, params, args, aval.shape, aval.dtype)]
+            return [self.node(Kind.ELEMENTWISE, primitive, params, args, aval.shape, aval.dtype)]
         if primitive.name in REDUCTIONS and size == 1 and args[0].size > 1:
             if _is_exact_in_float32(args[0].dtype):
                 return [self._reduce(primitive, params, args[0], aval)]
-            return self._outside(primitive, params, args, avals)
+            return self._opaque(primitive, params, args, avals)
         if primitive is lax.dot_general_p and _is_inner_product(params, args, size):
             return [self._cast(self._bind(jnp.sum, self._bind(lax.mul, *args)), aval)]
-        return self.leave(primitive, params, args, avals, f"{primitive.name} is not elementwise")
+        return self.add_opaque(
+            primitive, params, args, avals, f"{primitive.name} is not elementwise"
+        )
 
-    def leave(self, primitive, params, args: Sequence[Node], avals, why: str) -> list[Node]:
-        """The results of an operation that XLA shall run, on leaves too."""
-        self.foreign += [(arg, why) for arg in args if arg.on_leaf]
-        return self._outside(primitive, params, tuple(args), avals)
+    def add_opaque(self, primitive, params, args: Sequence[Node], avals, why: str) -> list[Node]:
+        """Return the results of an operation that XLA shall run, on leaves too."""
+        self.escapes += [(arg, why) for arg in args if arg.on_leaf]
+        return self._opaque(primitive, params, tuple(args), avals)
 
     def _apply_to_scalars(self, primitive, params, args, avals) -> list[Node]:
         aval = avals[0]
-        splat = any(a.kind is Kind.SPLAT for a in args)
-        if not splat:
+        broadcast = any(a.kind is Kind.BROADCAST for a in args)
+        if not broadcast:
             if primitive is lax.broadcast_in_dim_p and math.prod(aval.shape) > 1:
-                return [self._splat(args[0], aval)]
-            return self._outside(primitive, params, args, avals)
+                return [self._broadcast(args[0], aval)]
+            return self._opaque(primitive, params, args, avals)
         if primitive.name in SAME_ORDER and math.prod(aval.shape) == args[0].size:
-            return [self._splat(args[0].args[0], aval)]
+            return [self._broadcast(args[0].args[0], aval)]
         if primitive.name in ELEMENTWISE:  # on one number instead of a leaf of equal ones
-            bare = tuple(a.args[0] if a.kind is Kind.SPLAT else a for a in args)
-            (scalar,) = self._outside(
+            bare = tuple(a.args[0] if a.kind is Kind.BROADCAST else a for a in args)
+            (scalar,) = self._opaque(
                 primitive, params, bare, [jax.ShapeDtypeStruct((), aval.dtype)]
             )
-            return [self._splat(scalar, aval)]
-        return self._outside(primitive, params, args, avals)
+            return [self._broadcast(scalar, aval)]
+        return self._opaque(primitive, params, args, avals)
 
-    def _splat(self, scalar: Node, aval: Any) -> Node:
+    def _broadcast(self, scalar: Node, aval: Any) -> Node:
         if scalar.shape:
             scalar = self._bind(jnp.squeeze, scalar)
-        return self.node(Kind.SPLAT, None, {}, (scalar,), aval.shape, aval.dtype)
+        return self.node(Kind.BROADCAST, None, {}, (scalar,), aval.shape, aval.dtype)
 
-    def _outside(self, primitive, params, args, avals) -> list[Node]:
+    def _opaque(self, primitive, params, args, avals) -> list[Node]:
         return [
-            self.node(Kind.OUTSIDE, primitive, params, args, aval.shape, aval.dtype, output)
+            self.node(Kind.XLA, primitive, params, args, aval.shape, aval.dtype, output)
             for output, aval in enumerate(avals)
         ]
 
     def _reduce(self, primitive, params, x: Node, aval, depth: int = 2) -> Node:
-        """A statistic; where a scalar of the same level selects inside, one of each choice.
+        """Return a statistic; where a scalar of its level selects inside, one of each choice.
 
         `optax.safe_norm` (trust ratios) takes the norm of a select on another norm: two passes one
         after the other, unless the select is moved outside.
@@ -204,15 +206,15 @@ class Graph:
             choices = [self._choose(x, predicate, i, {}) for i in (0, 1)]
             if max(choice.level for choice in choices) < x.level:
                 reduced = [self._reduce(primitive, params, c, aval, depth - 1) for c in choices]
-                scalar = predicate.args[0] if predicate.kind is Kind.SPLAT else predicate
+                scalar = predicate.args[0] if predicate.kind is Kind.BROADCAST else predicate
                 return self._bind(lax.select_n, scalar, *reduced)
         if not x.on_leaf:
-            (result,) = self._outside(primitive, params, (x,), [aval])
+            (result,) = self._opaque(primitive, params, (x,), [aval])
             return result
         return self.node(Kind.REDUCED, primitive, params, (x,), aval.shape, aval.dtype)
 
     def _scalar_predicate(self, x: Node, seen: set[Node]) -> Node | None:
-        if x in seen or x.kind is not Kind.BLOCK:
+        if x in seen or x.kind is not Kind.ELEMENTWISE:
             return None
         seen.add(x)
         if x.primitive is lax.select_n_p and len(x.args) == 3:
@@ -223,8 +225,8 @@ class Graph:
         return next((p for p in found if p is not None), None)
 
     def _choose(self, x: Node, predicate: Node, i: int, memo: dict[Node, Node]) -> Node:
-        """`x` as it is where `predicate` has the value `i`."""
-        if x.kind is not Kind.BLOCK:
+        """Return `x` as it is where `predicate` has the value `i`."""
+        if x.kind is not Kind.ELEMENTWISE:
             return x
         if x not in memo:
             if x.primitive is lax.select_n_p and x.args[0] is predicate:
@@ -235,9 +237,9 @@ class Graph:
         return memo[x]
 
     def _bind(self, function: Callable[..., Any], *args: Node, static: Any = ()) -> Node:
-        """The result of a function of the nodes' arrays, and of `static` values after them.
+        """Return the result of a function of the nodes' arrays, and of `static` values after them.
 
-        It is traced, for what a primitive takes beside arrays differs between versions of JAX.
+        It is traced, since what a primitive takes beside arrays differs between versions of JAX.
         """
         shapes = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in args)
         (result,) = self.run(_jaxpr(function, shapes, static), [], args)
@@ -249,7 +251,7 @@ class Graph:
         return self._bind(lax.convert_element_type, x, static=(aval.dtype,))
 
     def run(self, jaxpr: Jaxpr, consts: Sequence[Node], args: Sequence[Node]) -> list[Node]:
-        """The results of a whole jaxpr."""
+        """Return the results of a whole jaxpr."""
         values = dict(zip(jaxpr.constvars, consts, strict=True))
         values.update(zip(jaxpr.invars, args, strict=True))
 
@@ -268,12 +270,12 @@ class Graph:
             elif not eqn.outvars:
                 args, nothing = tuple(operands), np.dtype(bool)
                 self.effects.append(
-                    Node(Kind.OUTSIDE, eqn.primitive, eqn.params, args, (), nothing, 0, -1)
+                    Node(Kind.XLA, eqn.primitive, eqn.params, args, (), nothing, 0, -1)
                 )
                 continue
             elif any(_is_away(v.aval) for v in (*eqn.invars, *eqn.outvars)):
                 why = f"{eqn.primitive.name} moves it to host memory, or from there"
-                results = self.leave(eqn.primitive, eqn.params, operands, avals, why)
+                results = self.add_opaque(eqn.primitive, eqn.params, operands, avals, why)
             elif eqn.primitive is lax.cond_p and (
                 any(a.on_leaf for a in operands) or any(math.prod(a.shape) > 1 for a in avals)
             ):
@@ -284,12 +286,12 @@ class Graph:
         return [read(atom) for atom in jaxpr.outvars]
 
     def _call(self, jaxpr: Any, args: Sequence[Node]) -> list[Node]:
-        """An inner function, closed over constants or not: JAX 0.12 no longer tells them apart."""
+        """Inline a function, closed over constants or not: JAX 0.12 does not tell them apart."""
         constants = [self.constant(c) for c in getattr(jaxpr, "consts", ())]
         return self.run(getattr(jaxpr, "jaxpr", jaxpr), constants, args)
 
     def constant(self, value: Any) -> Node:
-        """An array that an inner function closes over: known while tracing."""
+        """Return the node of an array that an inner function closes over."""
         if np.ndim(value) == 0 and not isinstance(value, Tracer):
             return self.literal(np.asarray(value))
         made = self.input(jax.typeof(value), "a constant")
@@ -297,7 +299,7 @@ class Graph:
         return made
 
     def _branch(self, branches, index: Node, args: Sequence[Node]) -> list[Node]:
-        """All branches, and selects among their results."""
+        """Return selects among the results of all branches."""
         chosen = self._call(branches[0], args)
         for i, branch in enumerate(branches[1:], start=1):
             reached = self._bind(operator.ge, index, static=(i,))
@@ -334,14 +336,14 @@ class Traced:
         return list(self.closed.consts)
 
     def by_xla(self, *flat: jax.Array) -> Any:
-        """The step itself, from constants and arguments."""
+        """Run the step as XLA would, from constants and arguments."""
         count = len(self.constants)
         outputs = jaxpr_as_fun(self.closed.replace(consts=list(flat[:count])))(*flat[count:])
         return jax.tree.unflatten(jax.tree.structure(self.result), outputs)
 
 
 def trace(step: Callable[..., Any], values: Sequence[Any], names: Sequence[str]) -> Traced:
-    """Reads `step(*values)`.
+    """Read `step(*values)` into a graph.
 
     Args:
       step: a function of arrays.
@@ -369,13 +371,13 @@ def paths(tree: Any) -> list[str]:
 
 
 def types(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What `function` returns: like `jax.eval_shape`, but the types know their memory."""
+    """Return the types of a result, like `jax.eval_shape`, but with the memory they lie in."""
     jaxpr, shapes = jax.make_jaxpr(function, return_shape=True)(*arguments)
     return jax.tree.unflatten(jax.tree.structure(shapes), map(_type, jaxpr.out_avals))
 
 
 def _type(x: Any) -> Any:
-    """Of an array, a shape or a type: its shape, dtype and memory, wherever it lies on a mesh."""
+    """Return shape, dtype and memory of an array, a shape or a type, without its sharding."""
     shape = jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=getattr(x, "weak_type", False))
     if not _is_away(jax.typeof(x) if isinstance(x, jax.Array) else x):
         return shape
@@ -383,7 +385,7 @@ def _type(x: Any) -> Any:
 
 
 def _is_away(type_: Any) -> bool:
-    """Whether an array of this type lies in the host's memory, where no kernel reaches it."""
+    """Return whether an array of this type lies in the host's memory, where no kernel reaches."""
     return getattr(type_, "memory_space", None) == jax.memory.Space.Host
 
 

@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels import ops, quiet
-from pallas_kernels.layout import Finish, Layout
+from pallas_kernels.layout import Layout, PartialReduction
 from pallas_kernels.ops import FLOATS, INTEGERS, Operations
 from pallas_kernels.program import COMBINE, REDUCE, Predicate, evaluate, identity_of
 
@@ -37,33 +37,33 @@ def launch(
     layout: Layout,
     operands: Sequence[jax.Array],
     offsets: Sequence[int],
-    calls: dict[Any, Callable[..., Any]],
+    kernel_cache: dict[Any, Callable[..., Any]],
     *,
     interpret: bool,
 ) -> Sequence[jax.Array]:
-    """One launch: the leaves written, flat, and after them all blocks' parts of statistics.
+    """Run one launch; return the leaves written, flat, then all blocks' partial statistics.
 
     Args:
       layout: what to run, and where; the parts lie column by column.
       operands: scalars, and the leaves' inputs.
       offsets: for each program the place of its first input among them.
-      calls: launches made so far in this step; one of the same structure is reused.
+      kernel_cache: launches made so far in this step; one of the same structure is reused.
       interpret: whether to run in Pallas' interpreter.
     """
     make = partial(_make, layout, offsets)
-    return _once(calls, layout.structure(), make, interpret)(*operands)
+    return _once(kernel_cache, layout.cache_key(), make, interpret)(*operands)
 
 
-def finish(
-    work: Finish,
+def reduce_partials(
+    work: PartialReduction,
     parts: Sequence[jax.Array],
-    calls: dict[Any, Callable[..., Any]],
+    kernel_cache: dict[Any, Callable[..., Any]],
     *,
     interpret: bool,
 ) -> jax.Array:
-    """The statistics of a phase, in their places, from the parts that its launches left."""
-    key = ("finish", tuple(work.rows), tuple(work.kinds), tuple(x.shape for x in parts))
-    add_up = _once(calls, key, partial(_make_finish, work), interpret)
+    """Add up the partial statistics that the launches of a phase left in memory."""
+    key = ("reduce_partials", tuple(work.rows), tuple(work.kinds), tuple(x.shape for x in parts))
+    add_up = _once(kernel_cache, key, partial(_make_reduction, work), interpret)
     (results,) = add_up(jnp.asarray(work.table, jnp.int32).reshape(-1), *parts)
     return results
 
@@ -91,7 +91,7 @@ def _make(layout: Layout, offsets: Sequence[int], interpret: bool) -> Callable[.
                     plt.store(ref.at[index], value, mask=mask)
             return ()
 
-        def finish(me, leaves, program, scalars, arrays, valid):
+        def store_results(me, leaves, program, scalars, arrays, valid):
             values = evaluate(program, arrays, scalars, (BLOCK,), OPERATIONS)
             pairs = [*zip(program.roots, values, strict=True)]
             parts = [(root.reduction, value) for root, value in pairs if root.reduction]
@@ -103,7 +103,7 @@ def _make(layout: Layout, offsets: Sequence[int], interpret: bool) -> Callable[.
             if stored:
                 _on_leaf(layout, me, leaves, lambda leaf, *at: store(leaf, scalars, stored, *at))
 
-        _run_block(layout, sources, offsets, finish)
+        _run_block(layout, sources, offsets, store_results)
 
     return pl.pallas_call(
         kernel,
@@ -115,7 +115,7 @@ def _make(layout: Layout, offsets: Sequence[int], interpret: bool) -> Callable[.
     )
 
 
-def _make_finish(work: Finish, interpret: bool) -> Callable[..., Any]:
+def _make_reduction(work: PartialReduction, interpret: bool) -> Callable[..., Any]:
     def kernel(*refs):
         table, *sources, results = refs
         me = pl.program_id(0)
@@ -147,16 +147,16 @@ def _make_finish(work: Finish, interpret: bool) -> Callable[..., Any]:
     )
 
 
-def _once(calls, structure, make, interpret) -> Callable[..., Any]:
-    """A launch under `jit`, which traces and lowers the same function only once."""
-    if structure not in calls:
+def _once(kernel_cache, structure, make, interpret) -> Callable[..., Any]:
+    """Return a launch under `jit`, which traces and lowers the same function only once."""
+    if structure not in kernel_cache:
         made = make(interpret)
-        calls[structure] = jax.jit(made if interpret else partial(quiet.call, made))
-    return calls[structure]
+        kernel_cache[structure] = jax.jit(made if interpret else partial(quiet.call, made))
+    return kernel_cache[structure]
 
 
-def _run_block(layout, sources, offsets, finish) -> None:
-    """Loads what this block needs, and calls `finish` for the form of its leaf."""
+def _run_block(layout, sources, offsets, store_results) -> None:
+    """Load what this block needs, and call `store_results` for the form of its leaf."""
     me = pl.program_id(0)
 
     def load(leaf, scalars, index, inside):
@@ -180,7 +180,7 @@ def _run_block(layout, sources, offsets, finish) -> None:
             which = _search(me, leaves, layout.starts, lambda leaf: zero + (leaf - leaves[0]))
         scalars = [slot.read(sources, which) for slot in slots]
         *blocks, valid = _on_leaf(layout, me, leaves, lambda leaf, *at: load(leaf, scalars, *at))
-        finish(me, leaves, program, scalars, blocks, valid)
+        store_results(me, leaves, program, scalars, blocks, valid)
         return ()
 
     starts_of_forms = [layout.starts[first] for first in layout.first]
@@ -188,7 +188,7 @@ def _run_block(layout, sources, offsets, finish) -> None:
 
 
 def _search(me, candidates: range, starts: Sequence[int], found: Callable[[int], Any]) -> Any:
-    """`found(i)` for the candidate whose range of blocks holds this one."""
+    """Call `found(i)` for the candidate whose range of blocks holds this one."""
     if len(candidates) == 1:
         return found(candidates[0])
     middle = len(candidates) // 2
@@ -200,7 +200,7 @@ def _search(me, candidates: range, starts: Sequence[int], found: Callable[[int],
 
 
 def _on_leaf(layout, me, leaves, access: Callable[..., Any]) -> Any:
-    """`access(leaf, index, inside)` for this block's elements, and which exist: `None`, if all."""
+    """Call `access(leaf, index, inside)` for this block; `inside` is `None` if all are inside."""
 
     def on(leaf):
         program = layout.programs[leaf]
@@ -223,7 +223,7 @@ def _on_leaf(layout, me, leaves, access: Callable[..., Any]) -> Any:
 
 
 def _both(inside, needed: Predicate | None, scalars) -> Any:
-    """The mask of an access; `None` if it always happens."""
+    """Return the mask of an access, or `None` if it always happens."""
     if needed is None:
         return inside
     (_, place), value = needed

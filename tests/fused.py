@@ -93,7 +93,7 @@ class Race:
     @cached_property
     def _adds_up(self) -> bool:
         report = pallas_kernels.explain(self.tx, self.params, **self.extra)
-        return bool(report.left_to_xla) or any(p.work == "statistics" for p in report.phases)
+        return bool(report.fallback_reasons) or any(p.work == "statistics" for p in report.phases)
 
     def _compiled(self, step: Step) -> Step:
         """As written, where that decides the last bit.

@@ -98,8 +98,8 @@ def test_a_chain_made_worse_is_told(figure, tx, target, way):
 
 def test_leaves_that_are_not_fused_are_told():
     """They move no more bytes and take no memory, so a kernel for each is all that shows."""
-    left_to_xla = {"triton": sound(H200, "chain")["chain"]}
-    assert worse(sound(H200, "triton"), left_to_xla, SMALL) == {"kernels"}
+    fallback_reasons = {"triton": sound(H200, "chain")["chain"]}
+    assert worse(sound(H200, "triton"), fallback_reasons, SMALL) == {"kernels"}
 
 
 def test_branches_are_refused():

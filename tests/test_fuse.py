@@ -257,7 +257,7 @@ def damp_by_flips() -> optax.GradientTransformation:
 
 def test_integers_in_the_state():
     run = Race(optax.chain(damp_by_flips(), optax.sgd(0.1)), SMALL)
-    assert not explain(run.tx, run.params).left_to_xla
+    assert not explain(run.tx, run.params).fallback_reasons
     fused = run.run([run.fused], run.grads())
     assert_close(fused, run.run([run.chain], run.grads()), run.tolerance)
     assert_trained(run.params, fused[0])
@@ -267,7 +267,7 @@ def test_float64_goes_to_xla(x64):
     tree = {"wide": shape(9, 65, dtype=jnp.float64), "narrow": shape(9, 65)}
     run = Race(clipped(optax.adamw(0.01)), tree)
     report = explain(run.tx, run.params)
-    assert any(line.endswith("no kernel for float64") for line in report.left_to_xla)
+    assert any(line.endswith("no kernel for float64") for line in report.fallback_reasons)
     fused = run.run([run.fused], run.grads())
     expected = run.run([run.chain], run.grads())
     assert_close(fused, expected, run.tolerance)

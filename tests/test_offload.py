@@ -129,7 +129,7 @@ def test_resumed_on_a_mesh(options, axis_type, tmp_path):
 def test_a_fused_step_leaves_them_to_xla():
     tx, params = lookahead(), jax.tree.map(jnp.asarray, filled(TREE, 0))
     why = "cond moves it to host memory, or from there"
-    assert [line.split(": ") for line in explain(tx, params).left_to_xla] == [
+    assert [line.split(": ") for line in explain(tx, params).fallback_reasons] == [
         [f"0/{name}", why] for name in ("bias", "kernel", "odd")
     ]
     state, grads = tx.init(params), [filled(TREE, seed) for seed in (1, 2)]

@@ -128,7 +128,7 @@ def test_each_lowers_for_a_gpu_or_is_left_to_xla(name, function, backend):
     del name
     tx = leaf_by_leaf(function)
     params = leaves(function, ones)
-    left = explain(tx, params, backend=backend).left_to_xla
+    left = explain(tx, params, backend=backend).fallback_reasons
     assert all(": no kernel for " in line for line in left)
     text = lowered(lambda p: fuse(tx, backend=backend).update(p, tx.init(p)), params)
     assert (f"{backend}" in text) == (len(left) < len(params))
@@ -139,7 +139,7 @@ def test_each_lowers_for_a_gpu_or_is_left_to_xla(name, function, backend):
 def test_what_optimizers_use_has_kernels(name, backend):
     for function in OPERATIONS[name]:
         floats = {dtype: ones(dtype) for dtype in ops.FLOATS}
-        assert explain(leaf_by_leaf(function), floats, backend=backend).left_to_xla == ()
+        assert explain(leaf_by_leaf(function), floats, backend=backend).fallback_reasons == ()
 
 
 @pytest.mark.parametrize("backend", ["triton", "mosaic"])

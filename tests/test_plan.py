@@ -196,16 +196,16 @@ def test_each_result_takes_the_memory_of_its_argument():
 def test_neighbours_of_what_is_left_out_stay_fused():
     tx = optax.adafactor(0.1, min_dim_size_to_factor=8)
     report = explain(tx, {"small": shape(5, 7), "large": shape(16, 16)})
-    assert [line.split(":")[0].split("/")[-1] for line in report.left_to_xla] == ["large"]
+    assert [line.split(":")[0].split("/")[-1] for line in report.fallback_reasons] == ["large"]
     assert report.phases[-1].programs == 1
 
 
 def test_dtypes_without_kernels_are_left_out():
     with jax.enable_x64(True):
         wide = {"wide": shape(5, 7, dtype=jnp.float64), "narrow": shape(5, 7)}
-        (line,) = explain(optax.sgd(0.1), wide).left_to_xla
+        (line,) = explain(optax.sgd(0.1), wide).fallback_reasons
     assert line == "0/wide: no kernel for float64"
-    (line,) = explain(optax.sgd(0.1), {"w": shape(5, 7, dtype=jnp.complex64)}).left_to_xla
+    (line,) = explain(optax.sgd(0.1), {"w": shape(5, 7, dtype=jnp.complex64)}).fallback_reasons
     assert line == "0/w: no kernel for complex64"
 
 
@@ -220,7 +220,7 @@ def test_statistics_of_dtypes_without_kernels_are_left_out():
 
     tx = optax.GradientTransformation(lambda params: optax.EmptyState(), update)
     leaves = {"narrow": shape(5, 7, dtype=jnp.float8_e4m3fn), "wide": shape(5, 7)}
-    left = [line for line in explain(tx, leaves).left_to_xla if line.startswith("2/narrow")]
+    left = [line for line in explain(tx, leaves).fallback_reasons if line.startswith("2/narrow")]
     assert left == ["2/narrow: no kernel for float8_e4m3fn"]
 
 
@@ -233,15 +233,15 @@ def test_arrays_that_a_backend_can_not_store_are_left_out():
         return jax.tree.map(lambda p: jnp.zeros(p.shape, bool), params)
 
     tx = optax.GradientTransformation(init, flip)
-    (line,) = explain(tx, LEAF, backend="mosaic").left_to_xla
+    (line,) = explain(tx, LEAF, backend="mosaic").fallback_reasons
     assert line == "1/kernel: no kernel reads or writes bool"
-    assert explain(tx, LEAF, backend="triton").left_to_xla == ()
+    assert explain(tx, LEAF, backend="triton").fallback_reasons == ()
 
 
 def test_leaves_past_32_bit_indices_are_left_out():
-    (line,) = explain(optax.adamw(0.1), {"w": shape(2**16, 2**16)}).left_to_xla
+    (line,) = explain(optax.adamw(0.1), {"w": shape(2**16, 2**16)}).fallback_reasons
     assert line.startswith("0/w: 4294967296 elements")
-    assert not explain(optax.adamw(0.1), {"w": shape(2**16, 2**15 - 1)}).left_to_xla
+    assert not explain(optax.adamw(0.1), {"w": shape(2**16, 2**15 - 1)}).fallback_reasons
 
 
 def test_nothing_is_computed_to_explain():
@@ -259,7 +259,7 @@ def test_explanation_of_a_fused_optimizer_is_the_chains():
 def test_printed_report_names_what_is_left_out():
     tx = optax.adafactor(0.1, min_dim_size_to_factor=8)
     report = explain(tx, {"large": shape(16, 16)})
-    assert str(report).endswith(f"left to XLA: {report.left_to_xla[0]}")
+    assert str(report).endswith(f"left to XLA: {report.fallback_reasons[0]}")
 
 
 def test_empty_tree():

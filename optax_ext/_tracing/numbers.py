@@ -25,20 +25,20 @@ class Number:
     loops: frozenset[Any] = frozenset()
 
     def at(self, i: int, loop: Any) -> "Number":
-        """The i-th row, in this loop."""
+        """Return the i-th row, in this loop."""
         return Number(self.value[i], self.loops | {loop})
 
     def within(self, loop: Any) -> "Number":
-        """The same, carried by this loop."""
+        """Return the same number, carried by this loop."""
         return Number(self.value, self.loops | {loop})
 
     def after(self, loop: Any) -> "Number":
-        """The same, once this loop is over."""
+        """Return the same number, once this loop is over."""
         return Number(self.value, self.loops - {loop})
 
 
 def known(constant: Any) -> Number | None:
-    """The number that a constant of a jaxpr is, if it is one."""
+    """Return the number that a constant of a jaxpr is, if it is one."""
     if isinstance(constant, Tracer) or np.size(constant) > _MAX_SIZE:
         return None
     if not getattr(constant, "is_fully_addressable", True):
@@ -47,7 +47,7 @@ def known(constant: Any) -> Number | None:
 
 
 def computed(eqn: Any, numbers: Sequence[Number | None]) -> Number | None:
-    """The equation's result, if all that it takes is known and it is a rule below."""
+    """Return the equation's result, if its operands are known and a rule is below."""
     rule, aval = _RULES.get(eqn.primitive.name), eqn.outvars[0].aval
     given = [number for number in numbers if number is not None]
     if rule is None or len(given) < len(numbers):

@@ -54,7 +54,7 @@ Parts = frozenset[Part]
 
 
 def kernels(parts: Iterable[Part]) -> set[Part]:
-    """The largest of what an operand is made of, not the norms that rescale it; and all factors."""
+    """Return the largest leaf of an operand, and all factors, but no norms that rescale it."""
     parts = list(parts)
     largest = max((part.total for part in parts), default=0)
     return {part for part in parts if part.factor or part.total == largest}
@@ -79,7 +79,7 @@ def beside(operands: Sequence[Parts], lengths: Sequence[int], axis: int) -> Part
 def sliced(
     parts: Parts, axis: int, length: int, index: range | Unknown, size: int
 ) -> Iterable[Part]:
-    """What a slice of `size` along an axis leaves of those that it meets."""
+    """Return what a slice of `size` along an axis leaves of the parts that it meets."""
     for part in parts:
         left = _met(part, axis, length, index) if isinstance(index, range) else None
         if isinstance(index, Unknown):
@@ -162,7 +162,7 @@ def squeezed(parts: Parts, ndim: int, lost: Sequence[int], stacked: bool = False
 
 
 def row(parts: Parts, ndim: int, i: int, length: int) -> Parts:
-    """The i-th of the stacked."""
+    """Return the i-th of the stacked parts."""
     found = frozenset(sliced(parts, 0, length, range(i, i + 1), 1))
     return squeezed(found, ndim, [0], stacked=True)
 

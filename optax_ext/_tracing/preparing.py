@@ -37,7 +37,7 @@ def prepared(
     output: int,
     place: tuple[Any, ...],
 ) -> Parts:
-    """The parts in one of the results; `place` tells slices at unknown indices apart."""
+    """Return the parts in one of the results; `place` tells slices at unknown indices apart."""
     operands = [
         _Operand(parts, tuple(getattr(var.aval, "shape", ())), number)
         for parts, var, number in zip(values, eqn.invars, numbers, strict=True)
@@ -71,7 +71,7 @@ def _as_shaped(operand: _Operand, shape: tuple[int, ...]) -> Parts:
 def _cut(
     parts: Parts, shape: Sequence[int], indices: Sequence[range | Unknown], sizes: Any
 ) -> Parts:
-    """A slice along every axis that isn't taken whole."""
+    """Return a slice along every axis that isn't taken whole."""
     for axis, (length, index, size) in enumerate(zip(shape, indices, sizes, strict=True)):
         if size != length or index != range(length):
             parts = frozenset(_parts.sliced(parts, axis, length, index, size))
@@ -79,7 +79,7 @@ def _cut(
 
 
 def _from(start: Any, size: int, length: int, unknown: Unknown) -> range | Unknown:
-    """The indices from a start, which JAX moves to where the slice fits."""
+    """Return the indices from a start, which JAX moves to where the slice fits."""
     if size == length:
         return range(length)
     if start is None:

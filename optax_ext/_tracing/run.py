@@ -116,7 +116,7 @@ class _Run:
     bits: dict[tuple[int, tuple[Any, ...]], int] = field(default_factory=dict)
 
     def jaxpr(self, jaxpr: Any, arguments: Sequence[Value]) -> list[Value]:
-        """The results, open jaxpr or closed."""
+        """Return the results of a jaxpr, open or closed."""
         constants = list(getattr(jaxpr, "consts", ()))
         jaxpr = _open(jaxpr)
         known: dict[Any, Value] = {}
@@ -157,7 +157,7 @@ class _Run:
         return self.prepare(eqn, [value for value in values if isinstance(value, Weights)])
 
     def at(self, place: Any, jaxpr: Any, values: list[Value]) -> list[Value]:
-        """The results of a call or an iteration."""
+        """Return the results of a call or an iteration."""
         outside, self.place = self.place, (*self.place, place)
         results = self.jaxpr(jaxpr, values)
         self.place = outside
@@ -170,7 +170,7 @@ class _Run:
         operands: Sequence[int] = (),
         opaque: bool = False,
     ) -> Value:
-        """What depends on data: one level more, if weights take part that are new on its way."""
+        """Return what depends on data: one level more, if weights are new on its way."""
         data = [value for value in values if isinstance(value, Data)]
         level = max(value.level for value in data)
         passed = 0
@@ -209,7 +209,7 @@ class _Run:
         )
 
     def prepare(self, eqn: Any, values: Sequence[Weights]) -> list[Value]:
-        """What is made of parameters alone, or of nothing."""
+        """Return what is made of parameters alone, or of nothing."""
         numbers = [value.number for value in values]
         if not any(value.parts for value in values):
             results = [Weights(number=_numbers.computed(eqn, numbers))]
@@ -222,7 +222,7 @@ class _Run:
         ]
 
     def scan(self, eqn: Any, values: list[Value]) -> list[Value]:
-        """Iteration by iteration, until they teach nothing new."""
+        """Run iteration by iteration, until they teach nothing new."""
         body, length = eqn.params["jaxpr"], eqn.params["length"]
         inner, outer = _open(body).invars, _open(body).outvars
         # What is sliced or stacked has one axis less inside; JAX's versions name the counts unlike.
@@ -258,7 +258,7 @@ class _Run:
         ]
 
     def stack(self, rows: Sequence[Value], ndim: int, length: int) -> Value:
-        """The results of all iterations; if they are fewer, the others are the same."""
+        """Return the results of all iterations; if they are fewer, the others are the same."""
         weights = [value.parts for value in rows if isinstance(value, Weights)]
         if len(weights) < len(rows):
             return self.meet(rows)
@@ -301,7 +301,7 @@ class _Run:
 
 
 def _called(eqn: Any) -> Any:
-    """The jaxpr that the equation calls with its own arguments: jit, checkpoint, custom_vjp."""
+    """Return the jaxpr that the equation calls with its arguments: jit, checkpoint, custom_vjp."""
     if eqn.primitive.name in _OPAQUE:
         return None
     counts = len(eqn.invars), len(eqn.outvars)
@@ -329,7 +329,7 @@ def _open(jaxpr: Any) -> Any:
 
 
 def _weight_operands(eqn: Any) -> Sequence[int]:
-    """The operands that are summed over or looked up."""
+    """Return the operands that are summed over or looked up."""
     if _is_opaque(eqn):
         return range(len(eqn.invars))
     operands = _OPERATIONS.get(eqn.primitive.name, ())
@@ -344,7 +344,7 @@ def _loses_axis(outer: Any, inner: Any) -> bool:
 
 
 def _row(value: Value, aval: Any, i: int, loop: Any) -> Value:
-    """The i-th of the stacked."""
+    """Return the i-th of the stacked values."""
     if isinstance(value, Data):
         return value
     number = None if value.number is None else value.number.at(i, loop)

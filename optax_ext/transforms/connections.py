@@ -75,7 +75,7 @@ def relative_connections(c: NDArray[Any]) -> NDArray[Any]:
 
 
 def relative_depths(d: NDArray[Any], max_depth: float) -> NDArray[Any]:
-    r"""What share of the network comes after: :math:`x = (D - (1 + d)) / D`, d = 0 … D - 1."""
+    r"""Return the share of the network behind: :math:`x = (D - (1 + d)) / D`, d = 0 … D - 1."""
     levels = 1 + d.max(initial=max_depth)
     return (levels - (1 + d)) / levels
 
