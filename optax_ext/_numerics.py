@@ -116,13 +116,22 @@ def abs_sq(x: jax.Array) -> jax.Array:
     return (x * x.conj()).real if jnp.iscomplexobj(x) else x * x
 
 
+@jax.custom_jvp
 def root(x: jax.Array) -> jax.Array:
     r"""Return :math:`\sqrt x`, whose derivative at 0 is 0 here instead of infinite.
 
-    A tensor that is 0 and stays 0 then adds nothing to a derivative, where the infinite one makes
-    it NaN. The inner select is what keeps the infinity out: a mask of the result comes too late.
+    A tensor that is 0 and stays 0 then adds nothing to a derivative, where infinity times 0 would
+    make it NaN. The rule stands apart from the value, so a step that nobody differentiates is the
+    plain root.
     """
-    return jnp.where(x == 0, 0, jnp.sqrt(jnp.where(x == 0, 1, x)))
+    return jnp.sqrt(x)
+
+
+@root.defjvp
+def _derivative_of_root(primals, tangents):
+    (x,), (dx,) = primals, tangents
+    y = root(x)
+    return y, jnp.where(y == 0, 0, 0.5 / jnp.where(y == 0, 1, y)) * dx
 
 
 def norm(x: jax.Array, dtype: DTypeLike) -> jax.Array:
