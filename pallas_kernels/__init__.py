@@ -1,4 +1,4 @@
-"""Pallas GPU kernels made from Optax chains: `fuse` runs one, `explain` says how."""
+"""Pallas GPU kernels for Optax chains: `fuse` runs a chain, `explain` shows how it will run."""
 
 from pallas_kernels.fuse import FusedTransformation, fuse
 from pallas_kernels.report import Report, explain

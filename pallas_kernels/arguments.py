@@ -1,4 +1,4 @@
-"""The arguments of a step: what they must be, and which of them is to blame for a failure."""
+"""Checks of a step's arguments, whose errors name the leaf that is wrong."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -11,7 +11,7 @@ from pallas_kernels.trace import is_array, paths
 
 
 def check_parameters(params: Any) -> None:
-    """Refuse what can't be parameters: `None`, and leaves that are neither arrays nor numbers."""
+    """Refuse `None`, and leaves that are neither arrays nor numbers."""
     if params is None:
         raise ValueError("params must be a tree of arrays, got None")
     for path, leaf in _named(params):
@@ -20,26 +20,32 @@ def check_parameters(params: Any) -> None:
 
 
 def check_gradients(params: Any, grads: Any) -> None:
-    """Refuse gradients of another structure or shape; a batch of them has axes in front."""
+    """Refuse gradients that differ from the parameters in structure or shape.
+
+    Batches of gradients are allowed: they have extra leading axes.
+    """
     _check_structure("grads", grads, "params", params)
     _check_shapes("grads", grads, "like the parameter", params, batch=True)
 
 
 def check_updates(params: Any, updates: Any) -> None:
-    """Refuse updates of another shape, which might broadcast the parameters."""
+    """Refuse updates whose shapes differ from the parameters'.
+
+    Adding them might broadcast, and so change the shapes of the parameters.
+    """
     if jax.tree.structure(updates) == jax.tree.structure(params):
         _check_shapes("updates", updates, "like the parameter", params)
 
 
 def check_state(tx: optax.GradientTransformation, params: Any, state: Any) -> None:
-    """Refuse a state of another structure or shape than `tx.init(params)`."""
+    """Refuse a state whose structure or shapes differ from `tx.init(params)`."""
     initial = jax.eval_shape(tx.init, params)
     _check_structure("state", state, "tx.init(params)", initial)
     _check_shapes("state", state, "as in tx.init(params)", initial)
 
 
 def leaves_without_gradients(params: Any) -> list[str]:
-    """Return a line for each parameter that is not of floating dtype."""
+    """Return a line for each parameter whose dtype is not floating or complex."""
     return [
         f"{_of('params', path)} is {leaf.dtype}: optax.masked keeps it out of an optimizer"
         for path, leaf in _named(params)

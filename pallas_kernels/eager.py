@@ -1,4 +1,4 @@
-"""Steps outside of `jit`: compiled once for a structure, types and shardings, and kept."""
+"""Steps outside of `jit`: compiled once for equal structures, types and shardings."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding
 from pallas_kernels.shardings import of_value
 from pallas_kernels.trace import is_array, paths
 
-# What is kept of one step: enough for several groups of parameters, or several options.
+# Compiled programs that one step keeps: enough for several groups of parameters, or options.
 _PROGRAMS = 32
 _NEEDS_A_VALUE = (
     jax.errors.ConcretizationTypeError,
@@ -21,20 +21,22 @@ _NEEDS_A_VALUE = (
 
 
 class ClosesOverTracerError(Exception):
-    """The step closes over a tracer, so no later call may use what is compiled."""
+    """The step closes over a tracer, so later calls must not reuse the compiled program."""
 
 
 def compile_once(execute: Callable[..., Any]) -> Callable[..., Any]:
     """Make `execute(arguments, placed)` compile at the first of several equal calls.
 
-    Under `jit` and other transformations of the arguments it runs as it is. As `jit` does it,
-    arrays and Python's numbers are what a program takes. What it is compiled for is the rest:
-    structure, types, shardings, truth values and names. A step that needs a number's value, that
-    is given a function, or that closes over a tracer is not compiled.
+    As under `jit`, arrays and Python's numbers are inputs of the compiled program. There is one
+    program for each combination of the rest: structure, types, shardings, booleans and strings.
+    A step is not compiled here if an argument is a tracer (under `jit` and other transformations)
+    or another object, such as a function. It is not compiled either if it needs the value of a
+    number, or if it closes over a tracer.
 
     Args:
-      execute: a function of a tree of arguments, of the shardings of some of them by their paths,
-        and of whether it must refuse to close over tracers by a `ClosesOverTracerError`.
+      execute: a function that runs a step. It takes a tree of arguments, and the shardings of some
+        of its leaves by their paths. With `kept=True`, it must raise a `ClosesOverTracerError` if
+        the step closes over a tracer.
     """
 
     @functools.lru_cache(_PROGRAMS)
@@ -53,7 +55,7 @@ def compile_once(execute: Callable[..., Any]) -> Callable[..., Any]:
         if not (_is_hashable(structure) and all(map(_can_be_kept, leaves))):
             return execute(arguments, placed)
         numbers = [x for x in leaves if _is_number(x)]
-        # With their types, for 1 equals True.
+        # Types are included, because values of different types can be equal.
         options = tuple(None if _is_number(x) else (type(x), x) for x in leaves)
         shardings = tuple(map(_sharding, leaves))
         try:
@@ -65,7 +67,7 @@ def compile_once(execute: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _is_number(x: Any) -> bool:
-    """Tell whether a program takes the leaf; truth values are options."""
+    """Return whether the leaf is an input of the program; booleans are options instead."""
     return is_array(x) or (isinstance(x, int | float | complex) and not isinstance(x, bool))
 
 
@@ -84,7 +86,7 @@ def _is_hashable(structure: Any) -> bool:
 
 
 def _sharding(x: Any) -> NamedSharding | None:
-    """Return the sharding, if a tracer in the array's place would not know it."""
+    """Return the array's sharding, unless a tracer of the array has it in its type."""
     sharding = of_value(x) if is_array(x) else None
     if sharding is None or AxisType.Explicit in sharding.mesh.axis_types:
         return None

@@ -1,4 +1,4 @@
-"""Flax's two optimizer holders, with their whole update in one fused step."""
+"""Flax's two optimizer classes, each with a fused step as its update."""
 
 from typing import Any
 
@@ -11,8 +11,8 @@ from pallas_kernels.fuse import FusedTransformation
 class FusedOptimizer(nnx.Optimizer):
     """`nnx.Optimizer` for a transformation made by `fuse`.
 
-    `update` writes parameters and state in place and returns nothing: updates, which the base
-    class returns, are what a fused step does without.
+    `update` writes parameters and state in place and returns nothing. The base class returns
+    updates, but a fused step never stores them.
 
     >>> import jax.numpy as jnp, optax
     >>> from pallas_kernels import fuse
@@ -27,7 +27,7 @@ class FusedOptimizer(nnx.Optimizer):
     tx: FusedTransformation
 
     def update(self, model, grads, /, **kwargs: Any) -> None:
-        """Move the model's parameters; `kwargs` go to the transformation."""
+        """Update the model's parameters; pass `kwargs` to the transformation."""
         params, gradients = (
             nnx.as_pure(nnx.state(tree, self.wrt, graph=self.graph)) for tree in (model, grads)
         )
@@ -52,8 +52,8 @@ class FusedTrainState(train_state.TrainState):
     """
 
     def apply_gradients(self, *, grads: Any, **kwargs: Any) -> "FusedTrainState":
-        """Return the state one step later, with `kwargs` replaced in it."""
-        if "_overwrite_with_gradient" in grads:  # leaves of float8 training, which no step moves
+        """Return the state after one step, with its fields in `kwargs` replaced."""
+        if "_overwrite_with_gradient" in grads:  # leaves of float8 training: no optimizer step
             return super().apply_gradients(grads=grads, **kwargs)
         tx: Any = self.tx
         params, opt_state = tx.step(self.params, self.opt_state, grads)

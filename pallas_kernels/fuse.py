@@ -1,4 +1,4 @@
-"""`fuse`: any Optax chain as a few multi-leaf launches, executed from the chain's own code."""
+"""`fuse`: runs any Optax chain as a few kernel launches, made from the chain's own code."""
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
@@ -30,12 +30,12 @@ from pallas_kernels.trace import Graph, Kind, Node, Traced, is_array, paths, tra
 
 
 class FusedTransformation(optax.GradientTransformationExtraArgs):
-    """An Optax transformation with a `step` beside `init` and `update`.
+    """An Optax transformation that has a `step` besides `init` and `update`.
 
     Attributes:
       chain: the transformation that is fused.
-      step: `step(params, state, grads, **extra_args) -> (params, state)`, update and application
-        in one.
+      step: `step(params, state, grads, **extra_args) -> (params, state)`. It computes the updates
+        and applies them.
     """
 
     chain: optax.GradientTransformation
@@ -49,46 +49,50 @@ def fuse(
     strict: bool = False,
     shardings: Shardings = None,
 ) -> FusedTransformation:
-    r"""Run an optimizer's step over all leaves in a handful of Pallas launches.
+    r"""Run an optimizer's step over all leaves in a few Pallas launches.
 
-    The step is traced, cut at its reductions, and what is elementwise between them becomes one
-    launch over many leaves; scalars are computed by XLA between launches. State is the chain's
-    own, so a run may change between chain and fused at any step, and so may a checkpoint.
+    The step is traced and cut at its reductions. The elementwise operations between two cuts become
+    one launch over many leaves, and XLA computes scalars between launches. The state is that of the
+    chain. So a run can switch between the chain and the fused step at any step, and both can read
+    the same checkpoint.
 
-    On NVIDIA GPUs the kernels run; elsewhere, and under `vmap` and differentiation, the chain
-    does. What is not elementwise (matrix products, statistics of single rows, random bits) is left
-    to XLA, leaf by leaf, and on a mesh with explicit axes the chain runs; `explain` tells which
-    and why.
+    The kernels run on NVIDIA GPUs. The chain runs on other platforms, and under `vmap` and
+    differentiation. A leaf falls back to XLA if its step is not elementwise (matrix products,
+    statistics of single rows, random bits). On a mesh with explicit axes, the whole chain then
+    runs instead. `explain` lists these leaves, with reasons.
 
-    Derivatives are the chain's, with one limit: forward mode follows every array of the state, also
-    where only a rate varies, and the root of a second moment that is exactly 0 makes it NaN there.
-    Reverse mode and `backend="xla"` have no such limit.
+    Derivatives are those of the chain, with one limit. Forward mode differentiates through every
+    array of the state, even if only a learning rate varies. The square root of a second moment
+    that is exactly 0 then makes the derivative NaN. Reverse mode and `backend="xla"` don't have
+    this limit.
 
-    Outside of `jit` too, a step is compiled: once for a structure of arguments, their types and
-    shardings, and the options among them. Then the chain's Python code does not run again, as under
-    `jit`; a function that is given to the step runs at every call.
+    A step is also compiled outside of `jit`: once for each structure, types and shardings of the
+    arguments, and for each value of options such as a flag. As under `jit`, the chain's Python code
+    does not run again after that. A step that takes a function as an argument is not compiled: the
+    function runs at every call.
 
-    `step` moves the fewest bytes: it writes parameters and state in place. Donate both to the
-    `jit` around it, or XLA copies them first. `update` is for loops that must have updates; these
-    cost a write and a read of their own.
+    `step` moves the fewest bytes, because it writes parameters and state in place. Donate both to
+    the `jit` around it, or XLA copies them first. `update` is for loops that need the updates.
+    Writing the updates and reading them again costs extra traffic.
 
     Args:
-      tx: the optimizer, learning rate and all.
-      backend: "auto"; "triton" or "mosaic", for these kernels whatever the platform;
-        "interpret" or "interpret-mosaic", for them in Pallas' interpreter (tests); "xla", for the
-        chain.
-      strict: whether to raise where "auto" leaves something to XLA.
-      shardings: where the parameters lie on a mesh of devices: one `NamedSharding` (or, under
-        `jax.set_mesh`, a `PartitionSpec`) for all, or a tree of them like the parameters, where
-        one may stand in place of a subtree. Kernels then run on each device's shards, and norms
-        are summed over the devices. Arrays themselves tell it outside of `jit`, and their types on
-        a mesh with explicit axes; inside `jit` on automatic axes nothing does, and without
-        `shardings` XLA gathers every leaf.
+      tx: the optimizer, including its learning rate.
+      backend: "auto" runs kernels on NVIDIA GPUs and the chain elsewhere. "triton" and "mosaic"
+        always run these kernels, whatever the platform. "interpret" (Triton) and "interpret-mosaic"
+        run them in Pallas' interpreter, for tests. "xla" runs the chain.
+      strict: whether to raise an error if a leaf falls back to XLA.
+      shardings: the shardings of the parameters on a mesh of devices. Give one `NamedSharding` (or,
+        under `jax.set_mesh`, one `PartitionSpec`) for all parameters, or a tree of them with the
+        structure of the parameters; one sharding may replace a subtree. Kernels then run on each
+        device's shards, and norms are summed over the devices. The argument is not needed outside
+        of `jit`, where arrays have shardings, or on a mesh with explicit axes, where types have
+        them. Inside of `jit` on automatic axes it is needed: otherwise XLA gathers every leaf.
 
     Raises:
-      ValueError: `tx` is no transformation, `strict` no flag, or `backend` is unknown. From `step`:
-        parameters, state and gradients don't fit each other. From `step` and `update`: `shardings`
-        does not fit the parameters; or, if `strict`, a leaf can't be fused (path and reason).
+      ValueError: `tx` is not a transformation, `strict` is not a flag, or `backend` is unknown.
+        `step` raises it if parameters, state and gradients don't fit each other. `step` and
+        `update` raise it if `shardings` does not fit the parameters, and, with `strict`, if a leaf
+        can't be fused; the message then has the path and the reason.
 
     >>> import jax, jax.numpy as jnp, optax
     >>> tx = fuse(optax.adamw(1e-3))
@@ -133,7 +137,7 @@ def fuse(
 
 
 def whole_step(tx: optax.GradientTransformation) -> Callable[..., Any]:
-    """Return update and application in one function, for `trace_step`."""
+    """Return one function that computes the updates and applies them, for `trace_step`."""
     tx = optax.with_extra_args_support(tx)
 
     def chain_step(params, state, grads, extra_args):
@@ -156,13 +160,13 @@ def _execute(function, backend, strict, written, arguments, placed, *, kept=Fals
     """Run `function(*arguments)`, fused.
 
     Args:
-      function: of arrays; its first results may take the memory of its first arguments.
+      function: a function of arrays. Its first results may reuse the memory of its first arguments.
       backend: one of `launch.BACKENDS`.
-      strict: whether to raise where a leaf can't be fused.
-      written: number of these first arguments.
+      strict: whether to raise an error if a leaf can't be fused.
+      written: number of first arguments whose memory may be reused.
       arguments: a tuple of trees.
-      placed: shardings by paths of the arguments' leaves.
-      kept: whether what is traced is for later calls too.
+      placed: shardings by the paths of the arguments' leaves.
+      kept: whether later calls reuse what is traced now.
     """
     traced, in_place, values = trace_step(function, arguments, written)
     if kept and any(isinstance(x, Tracer) for x in traced.constants):
@@ -204,7 +208,12 @@ def _execute(function, backend, strict, written, arguments, placed, *, kept=Fals
 
 
 def trace_step(function, arguments, written) -> tuple[Traced, dict[int, int], list[Any]]:
-    """Return the traced step, which results may take whose memory, and the arrays it takes."""
+    """Trace a step for `_execute` and `explain`.
+
+    Returns:
+      The traced step; for each result that may reuse an input's memory, the indices of both; and
+      the arrays among the arguments.
+    """
     leaves, structure = jax.tree.flatten(arguments)
     arrays = [is_array(x) for x in leaves]
     values = [*itertools.compress(leaves, arrays)]
@@ -224,7 +233,10 @@ def trace_step(function, arguments, written) -> tuple[Traced, dict[int, int], li
 
 
 def fallback_reasons(graph: Graph, planned: Plan) -> list[str]:
-    """Return a line for each leaf that XLA computes or computes an array for: name and reason."""
+    """Return a line with name and reason for each leaf that needs XLA.
+
+    XLA computes such a leaf itself, or an array that the leaf's kernel reads.
+    """
     names: dict[Node, str] = {}
     for node in graph.inputs:
         if node.on_leaf:
@@ -238,7 +250,7 @@ def fallback_reasons(graph: Graph, planned: Plan) -> list[str]:
 
 
 def _origin(node: Node) -> str:
-    """Return the name of the operation that made an array, such as random bits from a key."""
+    """Return the name of the operation that first made the array, such as random bits."""
     while sources := [a for a in node.args if a.size > 1 and a.kind is not Kind.BROADCAST]:
         node = sources[0]
     return "an input" if node.primitive is None else node.primitive.name
@@ -251,11 +263,12 @@ def run(
     arguments: Sequence[jax.Array],
     backend: str,
 ) -> list[jax.Array]:
-    """Compute the step's results by launches, and by XLA between them."""
+    """Compute the step's results: kernels in launches, everything else by XLA between them."""
     values: dict[Node, Any] = dict(zip(graph.inputs, arguments, strict=False))
 
     def value(node: Node) -> Any:
-        pending = [node]  # a stack of our own: a global norm is a sum as deep as there are leaves
+        # No recursion: a global norm is a chain of as many additions as there are leaves.
+        pending = [node]
         while pending:
             missing = [a for a in pending[-1].args if a not in values]
             if missing and pending[-1] not in values:
@@ -275,7 +288,7 @@ def run(
 
 
 def _as_weak_as(x: jax.Array, result: Any) -> jax.Array:
-    """Keep a number of the state weakly typed, or `jit` would compile a second time."""
+    """Make `x` weakly typed if `result` is: otherwise the next call of `jit` compiles again."""
     if not getattr(result, "weak_type", False):
         return x
     return lax.convert_element_type_p.bind(x, new_dtype=x.dtype, weak_type=True, sharding=None)

@@ -1,8 +1,8 @@
-"""The leaves that share a launch: few launches, and as many of them alike as possible.
+"""The choice of leaves that share a launch: few launches, and as many equal ones as possible.
 
-Code for a launch grows with its leaves, and compiling it grows faster. But launches of the same
-structure are compiled once, and the layers of a network repeat: so equal leaves are dealt out to
-equal launches, and what remains over goes into launches of its own.
+The code of a launch grows with the number of its leaves, and its compile time grows faster. But
+launches of the same structure are compiled once, and the layers of a network repeat. So equal
+leaves are distributed over equal launches, and the remaining leaves get separate launches.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,7 +11,7 @@ from typing import Any
 from pallas_kernels.program import Program
 
 LEAVES_PER_LAUNCH = 33
-# Launches beyond the fewest that are worth having fewer different ones.
+# How many launches more than the fewest possible we accept, to compile fewer different ones.
 MORE_LAUNCHES = 1
 
 
@@ -34,7 +34,7 @@ def launches(programs: Sequence[Program]) -> list[list[Program]]:
 
 
 def _deal(groups: Sequence[Sequence[Program]], equal: int) -> Iterator[list[Program]]:
-    """Yield `equal` times the same launches, then the rest."""
+    """Yield launches that repeat `equal` times, then launches of the remaining leaves."""
     shares: list[list[Program]] = [[] for _ in range(equal + 1)]
     for group in groups:
         each = len(group) // equal

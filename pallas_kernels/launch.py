@@ -1,4 +1,4 @@
-"""The backends, and a phase of launches on one of them: no other file knows a backend."""
+"""The backends, and how a phase runs on one; other modules don't depend on a backend."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -11,20 +11,20 @@ from pallas_kernels.ops import Operations
 from pallas_kernels.program import Program
 from pallas_kernels.trace import Node
 
-# Whose kernels, and whether in Pallas' interpreter.
+# For each backend, the module of its kernels, and whether they run in Pallas' interpreter.
 BACKENDS: Mapping[str, tuple[Any, bool]] = {
-    "auto": (triton, False),  # until JAX drops it, or Mosaic's kernels are measured to be faster
+    "auto": (triton, False),  # until JAX removes Triton, or Mosaic is measured to be faster
     "triton": (triton, False),
     "mosaic": (mosaic, False),
     "interpret": (triton, True),
     "interpret-mosaic": (mosaic, True),
 }
-# The one that has no kernels.
+# The backend without kernels: it runs the chain.
 CHAIN = "xla"
 
 
 def check(backend: str, *, or_chain: bool) -> None:
-    """Refuse a name that stands for no backend."""
+    """Refuse a name that is not a backend's."""
     known = [*BACKENDS, *([CHAIN] if or_chain else [])]
     if backend not in known:
         names = ", ".join(map(repr, known))
@@ -43,14 +43,14 @@ def run(
     scalar: Callable[[Node], Any],
     kernel_cache: dict[Any, Callable[..., Any]],
 ) -> dict[Node, jax.Array]:
-    """Run launches that don't wait for each other; return all results, leaves flat.
+    """Run the launches of one phase; return all results, leaves as flat arrays.
 
     Args:
       backend: one of `BACKENDS`.
-      phase: for each launch its programs, at least one.
-      array: a leaf's value, flat.
-      scalar: any other value.
-      kernel_cache: launches made so far in this step.
+      phase: for each launch, its programs (at least one).
+      array: a function that returns a leaf's value as a flat array.
+      scalar: a function that returns any other value.
+      kernel_cache: kernels that this step has made so far.
     """
     kernels, interpret = BACKENDS[backend]
     found: dict[Node, jax.Array] = {}

@@ -1,8 +1,9 @@
 """The layout of one launch over many leaves: blocks of the grid, operands, results.
 
-Each leaf is cut into spans of equally wide blocks. Leaves with programs of one form lie side by
-side, so that one kernel body of a width serves them all. Statistics take two launches: every block
-leaves its part of them in memory, and one launch for the whole phase adds the parts up.
+Each leaf is cut into spans of equally wide blocks. Leaves whose programs have the same form are
+adjacent in the grid, and share one kernel body for each block width. Statistics take two launches:
+every block writes its partial statistics to memory, then one launch for the whole phase adds them
+up.
 """
 
 import itertools
@@ -19,12 +20,12 @@ from pallas_kernels.trace import Node
 
 @dataclass(frozen=True)
 class Span:
-    """Blocks of one width, one after another in a leaf and in the grid.
+    """Blocks of one width that are consecutive in a leaf and in the grid.
 
     Attributes:
-      leaf: place of its program in the layout.
-      first: element that its first block begins with.
-      blocks: number of them.
+      leaf: index of the leaf's program in the layout.
+      first: index of the first element of the first block.
+      blocks: number of blocks.
     """
 
     leaf: int
@@ -34,7 +35,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Group:
-    """Spans of one width in leaves of one form: the blocks that run the same code."""
+    """Spans of one width in leaves of one form: their blocks run the same code."""
 
     form: int
     width: int
@@ -43,7 +44,14 @@ class Group:
 
 @dataclass(frozen=True)
 class Slot:
-    """The position of a form's scalar: its pack, its index there, whether leaves have their own."""
+    """The position of a form's scalar in the packs of a layout.
+
+    Attributes:
+      pack: index of the pack.
+      start: index in the pack, of the first leaf's scalar if each leaf has one.
+      per_leaf: whether each leaf has its own scalar.
+      dtype: the dtype of the scalar.
+    """
 
     pack: int
     start: int
@@ -51,7 +59,7 @@ class Slot:
     dtype: Any
 
     def read(self, packs: Sequence[Any], which: Any) -> Any:
-        """Return the scalar for the form's leaf `which`."""
+        """Return the scalar of the form's leaf with index `which`."""
         value = packs[self.pack][self.start + which if self.per_leaf else self.start]
         return value != 0 if self.dtype == bool else value.astype(self.dtype)
 
@@ -60,15 +68,15 @@ class Layout:
     """The positions of one launch's leaves in its grid and among its operands.
 
     Attributes:
-      forms: programs that one kernel body can serve.
-      programs: all of them, form by form.
-      first: for each form, the place of its first program; then the number of programs.
-      groups: the grid, in order.
-      starts: for each span of the grid its first block; then the number of blocks.
-      first_result: for each program, the place of its first leaf among the results.
-      columns: the most statistics of a leaf.
-      packs: all scalars, in one float and one integer vector.
-      slots: for each form, where its scalars lie.
+      forms: for each form, its programs; they share kernel bodies.
+      programs: all programs, form by form.
+      first: for each form, the index of its first program; then the number of programs.
+      groups: the groups of blocks, in the order of the grid.
+      starts: for each span, the index of its first block in the grid; then the number of blocks.
+      first_result: for each program, the index of its first result; then the number of results.
+      columns: the largest number of statistics of a leaf.
+      packs: all scalars, as one float vector and one integer vector.
+      slots: for each form, the positions of its scalars.
     """
 
     def __init__(
@@ -77,7 +85,7 @@ class Layout:
         scalar: Callable[[Node], Any],
         widths: Sequence[int],
     ):
-        """Lay programs out in blocks of falling `widths`; the last may reach past a leaf's end."""
+        """Cut leaves into blocks of decreasing `widths`; the last may extend past a leaf's end."""
         forms: dict[Any, list[Program]] = {}
         for program in programs:
             forms.setdefault(program.signature(), []).append(program)
@@ -91,7 +99,7 @@ class Layout:
         self.packs, self.slots = self._pack(scalar)
 
     def cache_key(self) -> Any:
-        """Return a key that is equal for launches that one kernel can serve."""
+        """Return a key that is equal for launches that can share a kernel."""
         sizes = tuple(p.size for p in self.programs)
         forms = tuple((form[0].signature(), len(form)) for form in self.forms)
         return sizes, forms, tuple(map(tuple, self.slots))
@@ -129,7 +137,7 @@ class Layout:
         return packs, slots
 
     def operands(self, array: Callable[[Node], jax.Array]) -> tuple[list[jax.Array], list[int]]:
-        """Return the packs, then each leaf's inputs; and the index of each leaf's first input."""
+        """Return all operands (packs, then inputs), and the index of each leaf's first input."""
         operands, offsets = list(self.packs), []
         for program in self.programs:
             offsets.append(len(operands))
@@ -137,7 +145,7 @@ class Layout:
         return operands, offsets
 
     def results(self, offsets: Sequence[int]) -> list[tuple[jax.ShapeDtypeStruct, int | None]]:
-        """Return for each leaf that is written its shape, and the operand whose memory it takes."""
+        """Return for each stored result its shape, and the index of the operand it overwrites."""
         return [
             (
                 jax.ShapeDtypeStruct((program.size,), root.dtype),
@@ -148,7 +156,7 @@ class Layout:
         ]
 
     def statistics(self) -> list["Statistic"]:
-        """Return the statistics that blocks compute parts of, leaf by leaf."""
+        """Return the statistics of this launch, leaf by leaf."""
         counts = self.blocks_of_leaves()
         first = [0, *itertools.accumulate(counts)]
         return [
@@ -158,7 +166,7 @@ class Layout:
         ]
 
     def blocks_of_leaves(self) -> list[int]:
-        """Return for each leaf the number of its blocks, of all widths."""
+        """Return the number of blocks of each leaf, over all widths."""
         counts = [0] * len(self.programs)
         for group in self.groups:
             for span in group.spans:
@@ -167,14 +175,14 @@ class Layout:
 
 
 class Statistic(NamedTuple):
-    """The position of a statistic's parts in what its launch leaves in memory.
+    """A statistic, and the position of its parts in the partial statistics of a launch.
 
     Attributes:
       node: the result.
       reduction: "sum", "max" or "min".
-      column: its place among the statistics of its leaf.
-      first: place of its first part.
-      parts: number of them.
+      column: its index among the statistics of its leaf.
+      first: index of its first part.
+      parts: number of parts.
     """
 
     node: Node
@@ -188,14 +196,16 @@ class PartialReduction:
     """A launch that adds up the partial statistics of a phase, one block for each statistic.
 
     Attributes:
-      rows: for each of those launches, its first block; then the number of blocks.
-      table: for each block four integers: first part, number of parts, kind, place of the result.
-      kinds: reductions that occur.
-      nodes: the results, in their places.
+      rows: for each launch of the phase, the index of the block for its first statistic; then the
+        number of blocks.
+      table: for each block four integers: the index of the first part, the number of parts, the
+        index of the reduction in `kinds`, and the index of the result in `nodes`.
+      kinds: the reductions that occur.
+      nodes: the results, in order.
     """
 
     def __init__(self, layouts: Sequence[Layout]):
-        """Order results by column and creation, so that XLA takes whole slices."""
+        """Order results by column, then by creation, so that XLA can read them as whole slices."""
         statistics = [layout.statistics() for layout in layouts]
         self.rows = [0, *itertools.accumulate(map(len, statistics))]
         rows = [s for each in statistics for s in each]

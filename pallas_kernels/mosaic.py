@@ -1,9 +1,10 @@
 """Launches on Pallas' Mosaic GPU backend: many leaves in one grid, without masks.
 
-Mosaic accesses vectors of whole warpgroups or single elements, all of them or none. So a leaf is
-cut into blocks that exist to their ends: wide ones, then some of 128 elements, then single
-elements. A block finds its leaf by comparing its place with the constant bounds of the spans.
-Leaves with programs of one form share the computation; only access is per leaf.
+Mosaic accesses either a vector with all threads of a warpgroup, or a single element. Neither access
+has a mask. So a leaf is cut into blocks that never extend past its end: wide blocks, then blocks of
+128 elements, then single elements. A block finds its leaf by comparing its index in the grid with
+the constant bounds of the spans. Leaves whose programs have the same form share the code of the
+computation. Only the loads and the stores have code for each leaf.
 """
 
 import itertools
@@ -41,7 +42,7 @@ def _sqrt(x: jax.Array, **_: Any) -> jax.Array:
 _MISSING = ("cbrt", "expm1", "log1p", "nextafter", "pow", "reduce_precision", "tan")
 OPERATIONS = Operations(
     missing=dict.fromkeys(_MISSING, FLOATS)
-    | {"div": INTEGERS, "rem": FLOATS | INTEGERS},  # by 0 they are not XLA's
+    | {"div": INTEGERS, "rem": FLOATS | INTEGERS},  # results for 0 differ from XLA's
     rewritten={"ceil": ops.ceil_by_round, "floor": ops.floor_by_round}
     | ({"sqrt": _sqrt} if _BEFORE_0_11 else {}),
     in_memory=FLOATS | INTEGERS,
@@ -56,12 +57,12 @@ def launch(
     *,
     interpret: bool,
 ) -> Sequence[jax.Array]:
-    """Run one launch, as Triton's `launch` does; none is reused."""
+    """Run one launch, as Triton's `launch` does, but without reusing kernels."""
     del kernel_cache
     results, blocks = layout.results(offsets), layout.starts[-1]
     fresh = {i: shape for i, (shape, operand) in enumerate(results) if operand is None}
     in_place = {i: operand for i, (_, operand) in enumerate(results) if operand is not None}
-    if layout.columns:  # `reduce_partials` reads whole vectors, past the last statistic too
+    if layout.columns:  # padded, because `reduce_partials` reads whole vectors
         parts = jax.ShapeDtypeStruct((layout.columns * blocks + _PARTIALS,), jnp.float32)
         fresh[len(results)] = parts
 
@@ -163,8 +164,9 @@ def _make(kernel, blocks: int, out_type, interpret: bool) -> Callable[..., Any]:
     )
 
 
-# What a block looks up for its span: which of the form's leaves it lies in, and the way from its
-# place in the grid to that of its partial statistics, where each leaf's lie side by side.
+# The columns of the table in which a block looks up its span. `_WHICH` is the index of its leaf
+# among those of the form. `_SHIFT` is the index of its partial statistics minus its index in the
+# grid: the partial statistics of a leaf are adjacent, but its blocks are not.
 _WHICH, _SHIFT, _COLUMNS = range(3)
 
 
@@ -182,14 +184,14 @@ def _table(layout: Layout) -> list[int]:
 
 @dataclass(frozen=True)
 class _Block:
-    """A block of the grid, in code that is the same for all blocks of its group.
+    """A block of the grid; all blocks of a group run the same code.
 
     Attributes:
-      me: its place in the grid.
-      group: what it belongs to.
-      first_span: the group's first one, among all of the grid.
-      starts: the first block of each of the group's spans.
-      span: which of these spans it lies in.
+      me: its index in the grid.
+      group: its group.
+      first_span: the index of the group's first span among all spans.
+      starts: for each span of the group, the index of its first block.
+      span: the index of the block's span in the group.
     """
 
     me: jax.Array
@@ -203,7 +205,7 @@ class _Block:
         return table[(self.first_span + self.span) * _COLUMNS + column]
 
     def on_leaf(self, access: Callable[[int, jax.Array], Any]) -> Any:
-        """Call `access(leaf, at)` for the block's leaf and its first element there."""
+        """Call `access(leaf, at)` with the block's leaf and the index of its first element."""
 
         def in_span(span, start):
             return access(span.leaf, span.first + (self.me - start) * self.group.width)
@@ -215,7 +217,7 @@ class _Block:
 
 
 def _run_block(layout: Layout, table, sources, offsets, store_results) -> None:
-    """Load what this block needs, compute, and call `store_results` with the values."""
+    """Load this block's scalars and inputs, compute, and call `store_results`."""
     me = lax.axis_index("block")
     bounds = [0]
     for group in layout.groups:
@@ -245,7 +247,7 @@ def _run_block(layout: Layout, table, sources, offsets, store_results) -> None:
         )
 
     starts_of_groups = [layout.starts[bound] for bound in bounds[:-1]]
-    # One flat switch: lowering a cond takes its first branch twice, a nested one twice each level.
+    # One flat switch: lowering a cond lowers its first branch twice, and nesting multiplies this.
     lax.switch(
         _count_passed(me, starts_of_groups),
         [partial(run_group, number) for number in range(len(layout.groups))],
@@ -253,12 +255,12 @@ def _run_block(layout: Layout, table, sources, offsets, store_results) -> None:
 
 
 def _count_passed(me, starts: Sequence[int]) -> jax.Array:
-    """Return the index of the range that the block lies in, given where ranges start."""
+    """Return the index of the range that contains block `me`, given the starts of all ranges."""
     return sum((jnp.where(me >= start, 1, 0) for start in starts[1:]), jnp.int32(0))
 
 
 def _load_if(needed: Predicate | None, scalars, ref, at, width: int) -> jax.Array:
-    """Load the block's part of an array; where it is not needed, return zeros without access."""
+    """Load the block's part of an array, or return zeros without a load if it is not needed."""
     vector = width // _LANES
 
     def zeros():
@@ -277,12 +279,12 @@ def _load(ref, at, width: int, vector: int) -> jax.Array:
 
 
 def _kept_apart(blocks: list[jax.Array]) -> list[jax.Array]:
-    """Keep the loads of one leaf in code of their own.
+    """Keep the loads of one leaf separate from those of other leaves.
 
-    Otherwise LLVM merges the loads of all leaves into one from a pointer whose alignment it no
-    longer knows, and accesses vectors element by element.
+    Otherwise LLVM merges the loads of all leaves into one. It does not know the alignment of the
+    merged pointer, so it accesses vectors element by element.
     """
-    # The barrier takes whole registers: no booleans, and no single elements of 16 bits.
+    # The barrier works on whole registers, not on booleans or on single elements of 16 bits.
     whole = [i for i, x in enumerate(blocks) if x.size > _LANES and x.dtype != bool]
     passed = lax.optimization_barrier([blocks[i] for i in whole])
     apart = dict(zip(whole, passed, strict=True))

@@ -1,9 +1,9 @@
 """The primitives that kernels compute, and how each backend computes them.
 
-Backends lack primitives, or compute them in ways that XLA does not: Triton's maximum ignores NaN,
-and its division knows no bfloat16. So every backend has an `Operations`. It names what is missing,
-which XLA then computes, and what is rewritten. Arithmetic on narrow dtypes is done in 32 bits, and
-its result is rounded.
+A backend may lack a primitive, or compute it differently than XLA: Triton's maximum ignores NaN,
+and its division does not support bfloat16. So every backend has an `Operations`, which lists the
+missing primitives and the rewritten ones. XLA computes the missing ones. Arithmetic on narrow
+dtypes is done in 32 bits, and the result is rounded to the narrow dtype.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -35,7 +35,7 @@ REDUCTIONS = {
 
 FLOATS = frozenset(("float32", "bfloat16", "float16"))
 INTEGERS = frozenset(("int32", "int8", "uint8"))
-# What kernels compute with.
+# Dtypes that kernels can compute with.
 DTYPES = FLOATS | INTEGERS | {"bool"}
 
 _WIDE = {"bfloat16": "float32", "float16": "float32", "int8": "int32", "uint8": "int32"}
@@ -44,11 +44,11 @@ _MOVES = frozenset(("convert_element_type", "copy", "stop_gradient"))
 
 @dataclass(frozen=True)
 class Operations:
-    """What a backend's kernels compute, and how.
+    """The operations that a backend's kernels can compute.
 
     Attributes:
-      missing: primitives without a kernel, and the dtypes of operands that have none.
-      rewritten: primitives as functions of operands and parameters.
+      missing: for each missing primitive, the dtypes of operands for which it is missing.
+      rewritten: for each rewritten primitive, a function of its operands and parameters.
       in_memory: dtypes of arrays that kernels can read and write.
     """
 
@@ -57,7 +57,7 @@ class Operations:
     in_memory: frozenset[str] = DTYPES
 
     def supports(self, primitive: str, operands: Sequence[str]) -> bool:
-        """Tell whether a kernel can compute the primitive of operands of these dtypes."""
+        """Return whether a kernel can compute the primitive for operands of these dtypes."""
         known = primitive in ELEMENTWISE or primitive in SAME_ORDER
         return known and self.missing.get(primitive, frozenset()).isdisjoint(operands)
 
@@ -74,12 +74,12 @@ class Operations:
 
 
 def maximum(x: jax.Array, y: jax.Array) -> jax.Array:
-    """Return the larger number, or NaN if one of them is."""
+    """Return the larger number, or NaN if one of them is NaN."""
     return _extreme(x, y, lax.max, lax.bitwise_or)
 
 
 def minimum(x: jax.Array, y: jax.Array) -> jax.Array:
-    """Return the smaller number, or NaN if one of them is."""
+    """Return the smaller number, or NaN if one of them is NaN."""
     return _extreme(x, y, lax.min, lax.bitwise_and)
 
 
@@ -88,7 +88,7 @@ def _extreme(x, y, of_numbers, of_bools) -> jax.Array:
         return of_bools(x, y)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         return of_numbers(x, y)
-    # Triton's own returns the operand that is not NaN.
+    # Triton's maximum and minimum return the operand that is not NaN.
     return jnp.where(x != x, x, jnp.where(y != y, y, of_numbers(x, y)))
 
 
@@ -107,7 +107,7 @@ def _convert(x: jax.Array, *, new_dtype: Any, **params: Any) -> jax.Array:
 
 
 def _integer_pow(x: jax.Array, *, y: int) -> jax.Array:
-    """`lax.integer_pow` by squaring, as XLA does it."""
+    """Compute `lax.integer_pow` by squaring, as XLA does."""
     power, result = x, None
     for bit in reversed(f"{abs(y):b}"):
         if bit == "1":
@@ -118,7 +118,7 @@ def _integer_pow(x: jax.Array, *, y: int) -> jax.Array:
 
 
 def _negative(x: jax.Array) -> jax.Array:
-    """`lax.neg`, which Triton computes as 0 - x: that has the wrong sign at 0."""
+    """Compute `lax.neg`; Triton computes 0 - x, which has the wrong sign at 0."""
     return x * -1
 
 
@@ -127,7 +127,7 @@ def _pow(x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def _select(which: jax.Array, *cases: jax.Array) -> jax.Array:
-    """`lax.select_n`, whose index is a truth value if there are two cases."""
+    """Compute `lax.select_n`; its index may be a boolean if there are two cases."""
     if which.dtype == bool:
         return lax.select_n(which, *cases)
     chosen = cases[0]
@@ -141,7 +141,7 @@ def _sign(x: jax.Array) -> jax.Array:
 
 
 def round_by_floor(x: jax.Array, *, rounding_method: Any) -> jax.Array:
-    """Compute `lax.round` where only `lax.floor` is known; 0 keeps its sign."""
+    """Compute `lax.round` for backends that have only `lax.floor`; 0 keeps its sign."""
     size = jnp.abs(x)
     down = jnp.floor(size)
     rest = size - down
@@ -154,17 +154,17 @@ def round_by_floor(x: jax.Array, *, rounding_method: Any) -> jax.Array:
 
 
 def floor_by_round(x: jax.Array) -> jax.Array:
-    """Compute `lax.floor` where only `lax.round` is known."""
+    """Compute `lax.floor` for backends that have only `lax.round`."""
     whole = lax.round(x, lax.RoundingMethod.TO_NEAREST_EVEN)
     return jnp.where(whole > x, whole - 1, whole)
 
 
 def ceil_by_round(x: jax.Array) -> jax.Array:
-    """Compute `lax.ceil` where only `lax.round` is known."""
+    """Compute `lax.ceil` for backends that have only `lax.round`."""
     return _negative(floor_by_round(_negative(x)))
 
 
-# What is rewritten for all backends, since one of them lacks it or computes it differently.
+# Rewritten for all backends, because at least one lacks the primitive or computes it differently.
 REWRITTEN: Mapping[str, Callable[..., jax.Array]] = {
     "add_any": jnp.add,
     "clamp": _clamp,

@@ -1,8 +1,8 @@
-"""The placement of leaves on a mesh of devices, and launches on the shards of each device.
+"""The shardings of leaves on a mesh of devices, and launches on the shards of each device.
 
-A step is traced in the leaves' own shapes. Only launches know of shards: they run inside
-`shard_map`, where statistics of leaves that are cut are added up over the devices. What XLA
-computes between launches, it partitions itself.
+A step is traced with the global shapes of the leaves. Only launches work on shards: they run inside
+`shard_map`, where an all-reduce adds up the statistics of sharded leaves. XLA itself partitions
+what it computes between launches.
 """
 
 import itertools
@@ -30,12 +30,13 @@ _COLLECTIVES: Mapping[str, Callable[..., jax.Array]] = {
 
 @dataclass
 class Placement:
-    """The shardings of a step's leaves; without a mesh, all of them are on one device.
+    """The shardings of a step's leaves.
 
     Attributes:
-      mesh: the devices.
-      shardings: of components, by their representative; others are whole on every device.
-      leaves: of these components, the leaf whose sharding it is.
+      mesh: the mesh of devices; `None` means that all leaves are on one device.
+      shardings: the shardings of components, by their representative. Other components are
+        replicated.
+      leaves: for each of these components, the leaf from which the sharding was taken.
     """
 
     mesh: Mesh | AbstractMesh | None = None
@@ -44,27 +45,29 @@ class Placement:
 
     @property
     def explicit(self) -> bool:
-        """Whether all types must tell where arrays lie; a step is traced without a mesh.
+        """Whether the mesh has explicit axes, so that all types contain shardings.
 
-        So what XLA computes for a leaf can't be placed, and the chain must run as it is.
+        A step is traced without a mesh, so arrays that XLA computes for a leaf have no sharding in
+        their types. If there are such arrays, the chain must run instead.
         """
         return self.mesh is not None and AxisType.Explicit in self.mesh.axis_types
 
     def size(self, component: Node, node: Node) -> int:
-        """Return the number of elements of the component's `node` per device."""
+        """Return the number of elements of `node` per device."""
         return math.prod(self._shard(component, node.shape))
 
     def reason(self, component: Node, node: Node) -> str | None:
-        """Return why a launch can't compute the component's `node` on its shards, or `None`."""
+        """Return why a launch can't compute `node` on shards, or `None` if it can."""
         leaf = self.leaves.get(component)
         if leaf is not None and node.shape not in ((), leaf.shape):
             return f"sharded as {leaf.shape}, used as {node.shape}"
         return None
 
     def axes(self, component: Node) -> tuple[str, ...]:
-        """Return the axes of the mesh that shard the component, in the mesh's order.
+        """Return the axes of the mesh over which the component is sharded, in the mesh's order.
 
-        So leaves that are cut along the same axes are alike, whichever dimension each axis cuts.
+        The result does not depend on which dimension is sharded over which axis, so that more
+        leaves share an all-reduce.
         """
         if component not in self.shardings:
             return ()
@@ -81,7 +84,7 @@ class Placement:
         value: Callable[[Node], Any],
         kernel_cache: dict[Any, Callable[..., Any]],
     ) -> dict[Node, jax.Array]:
-        """Run launches on every device's shards; return all results in the leaves' own shapes."""
+        """Run a phase on every device's shards; return all results in their global shapes."""
         if self.mesh is None:
             found = launch.run(backend, phase, lambda n: value(n).reshape(-1), value, kernel_cache)
             return {node: x.astype(node.dtype).reshape(node.shape) for node, x in found.items()}
@@ -126,7 +129,7 @@ class Placement:
     def sums(
         self, graph: Graph, programs: Sequence[Program]
     ) -> dict[tuple[tuple[str, ...], str], list[Node]]:
-        """Return the statistics that need an all-reduce, by axes and kind."""
+        """Return the statistics that need an all-reduce, by axes and reduction."""
         alike: dict[Any, list[Node]] = {}
         for program in programs:
             for node, root in program.reduced():
@@ -135,7 +138,7 @@ class Placement:
         return alike
 
     def _add_up(self, graph, programs, found) -> dict[Node, jax.Array]:
-        """Return statistics of whole leaves from those of the shards, by all-reduce."""
+        """Return the statistics of whole leaves: all-reduce those of the shards."""
         totals = dict(found)
         for (axes, reduction), nodes in self.sums(graph, programs).items():
             vector = jnp.stack([found[node].reshape(()) for node in nodes])
@@ -154,15 +157,15 @@ class Placement:
 def infer_placement(
     graph: Graph, values: Sequence[Any], given: Mapping[str, NamedSharding]
 ) -> Placement:
-    """Return the placement of a graph's components; of several shardings in one the first counts.
+    """Return the placement of a graph's components, each with the sharding of its first leaf.
 
     Args:
       graph: the step.
-      values: its inputs, or their shapes.
-      given: shardings by the inputs' names; others are what the values tell.
+      values: the step's inputs, or their shapes.
+      given: shardings by the names of inputs. Other inputs have the shardings of their values.
 
     Raises:
-      ValueError: two leaves lie on different meshes, or one can't be cut as it should be.
+      ValueError: two leaves are on different meshes, or a leaf can't be cut into equal shards.
     """
     placement, first = Placement(), ""
     for leaf, value in zip(graph.inputs, values, strict=False):
@@ -185,14 +188,14 @@ def infer_placement(
 
 
 def _differ(a: Mesh | AbstractMesh, b: Mesh | AbstractMesh) -> bool:
-    """Return whether two meshes differ; the mesh in a type has axes, but no devices."""
+    """Return whether two meshes differ; the mesh in a type has no devices to compare."""
     if isinstance(a, Mesh) and isinstance(b, Mesh):
         return a != b
     return a.abstract_mesh != b.abstract_mesh
 
 
 def _reshard(x: Any, sharding: NamedSharding) -> Any:
-    """Reshard `x` on explicit axes, where `shard_map` does not do it itself."""
+    """Reshard `x` on explicit axes; on other axes, `shard_map` does it."""
     if AxisType.Explicit not in sharding.mesh.axis_types:
         return x
     return jax.sharding.reshard(x, sharding)

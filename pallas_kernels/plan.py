@@ -1,8 +1,8 @@
-"""A graph becomes phases of launches: programs over leaves, cut at their reductions.
+"""The plan of a step: phases of launches, cut from the graph at its reductions.
 
 Leaves that are elementwise connected (a parameter, its gradient, its moments) form a component.
-Each component is one `Program` a phase; programs of the same form share one kernel body, whatever
-leaf they run on. What a kernel can't do is left to XLA, one component at a time, with the reason.
+Each component has one `Program` for each phase. Programs of the same form share one kernel body,
+even on different leaves. A component that a kernel can't compute falls back to XLA, with a reason.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,9 +23,9 @@ class Plan:
     """What to launch, in order.
 
     Attributes:
-      phases: programs that don't wait for each other; each phase but the last computes statistics
-        that later ones wait for.
-      reasons: why a component is left to XLA.
+      phases: the programs of each phase, which don't wait for each other. Each phase but the last
+        computes statistics that later phases need.
+      reasons: for each component that falls back to XLA, the reason.
     """
 
     phases: list[list[Program]]
@@ -38,19 +38,19 @@ def plan(
     operations: Operations,
     placement: Placement | None = None,
 ) -> Plan:
-    """Decide what runs where.
+    """Decide what kernels compute, and in which phase; the rest falls back to XLA.
 
     Args:
       graph: the step.
-      in_place: for results that may take the memory of an argument, the positions of both.
+      in_place: for each result that may reuse the memory of an argument, the indices of both.
       operations: what the backend's kernels can compute.
-      placement: where leaves lie; `None` is whole on one device.
+      placement: the shardings of the leaves; `None` means that all leaves are on one device.
     """
     placement = placement or Placement()
     reachable = _reachable(graph.outputs)
     reasons = _fallback_reasons(graph, reachable, operations, placement)
 
-    # Arrays that come from no argument, such as the list of all leaves' norms, are small.
+    # Only components with an argument become kernels: other arrays (a list of norms) are small.
     leaves = {graph.component(node) for node in graph.inputs if node.on_leaf}
 
     def fused(node: Node) -> bool:
@@ -81,11 +81,11 @@ def plan(
 def _passes(
     reduced: Sequence[Node], written: Sequence[Node], size: int, targets: Mapping[Node, Node]
 ) -> dict[int | None, Program]:
-    """Return a component's programs: one for each level of statistics, and the last (`None`).
+    """Return a component's programs: one for each level of statistics, and the update (`None`).
 
-    What is known in the last pass for statistics is written there, if that saves traffic: Adam's
-    moments before a trust ratio are then read once, new, instead of their old values and the
-    gradient.
+    The last program for statistics also writes the results that are known by then, if that saves
+    traffic. An example is Adam before a trust ratio: the update then reads the new moments, instead
+    of the old moments and the gradient.
     """
     by_level: dict[int | None, list[Node]] = {}
     for node in reduced:
@@ -149,7 +149,7 @@ def _fallback_reasons(graph, reachable, operations, placement) -> dict[Node, str
 
 
 def _reasons_against(node, component, written, operations, placement) -> Iterator[str]:
-    """Why no kernel computes the node; each is known only if those before it are not there."""
+    """Yield reasons why no kernel can compute the node; only the first is always valid."""
     values = [v for v in (node, *node.args) if v.kind is not Kind.REDUCED]
     for value in values:
         if value.dtype.name not in DTYPES:
@@ -167,7 +167,7 @@ def _reasons_against(node, component, written, operations, placement) -> Iterato
 
 
 def _component(graph: Graph, node: Node) -> Node:
-    """Return the component that computes the node; a statistic belongs to its operand's."""
+    """Return the component that computes the node; for a statistic, that of its operand."""
     return graph.component(node.args[0] if node.kind is Kind.REDUCED else node)
 
 

@@ -11,9 +11,9 @@ from jax import lax
 from pallas_kernels.ops import REDUCTIONS, SAME_ORDER, Operations, maximum, minimum
 from pallas_kernels.trace import Kind, Node
 
-# A value inside a program: ("input" | "op" | "scalar", position) or ("number", value, dtype).
+# A value inside a program: ("input" | "op" | "scalar", index) or ("number", value, dtype).
 Ref = tuple[Any, ...]
-# The scalar, and the value of it, for which something is needed.
+# A condition: a scalar, and the value that it must have.
 Predicate = tuple[Ref, int]
 
 
@@ -23,10 +23,10 @@ class Root:
 
     Attributes:
       value: the value to store or reduce.
-      needed: when to store it; `None` is always.
-      in_place: the input whose memory it takes, if any.
-      dtype: of the result.
-      reduction: "sum", "max" or "min" over the leaf; `None` stores the leaf.
+      needed: the condition for storing it; `None` means always.
+      in_place: the index of the input whose memory it reuses, if any.
+      dtype: the dtype of the result.
+      reduction: "sum", "max" or "min" over the leaf; `None` means that the leaf is stored.
     """
 
     value: Ref
@@ -42,12 +42,12 @@ class Program:
 
     Attributes:
       results: the nodes that the roots compute.
-      size: number of elements of the leaf, or of what one device holds of it.
+      size: number of elements of the leaf per device.
       inputs: arrays that are read block by block.
-      loads: when each of them is needed; `None` is always.
+      loads: for each input, the condition for reading it; `None` means always.
       scalars: values that are the same for all blocks.
-      ops: operations in order: primitive, parameters, operands.
-      roots: what comes out.
+      ops: the operations in order: primitive, parameters, operands.
+      roots: the values to store or reduce, one for each result.
     """
 
     results: list[Node]
@@ -67,14 +67,14 @@ class Program:
         return [r for r in zip(self.results, self.roots, strict=True) if r[1].reduction is not None]
 
     def traffic(self) -> tuple[int, int]:
-        """Return the bytes read and written, and those among them that some steps skip."""
+        """Return the bytes that are read and written, and how many of them some steps skip."""
         moved = [*zip(self.inputs, self.loads, strict=True)]
         moved += [(node, root.needed) for node, root in self.stored()]
         skipped = sum(node.dtype.itemsize for node, needed in moved if needed is not None)
         return self.size * sum(node.dtype.itemsize for node, _ in moved), self.size * skipped
 
     def signature(self) -> Any:
-        """Return a key that is equal for programs that one kernel body can serve."""
+        """Return a key that is equal for programs that can share a kernel body."""
         ops = tuple(
             (p.name, tuple(sorted((k, str(v)) for k, v in q.items())), r) for p, q, r in self.ops
         )
@@ -88,10 +88,10 @@ def make(
     """Return the program that computes `results` from arguments and from earlier results.
 
     Args:
-      results: values of one component, all known at the level of the last.
-      size: number of elements that it runs on.
-      targets: arguments whose memory a result takes.
-      given: values that are read instead of computed.
+      results: values of one component. The statistics that they depend on are already known.
+      size: number of elements per device.
+      targets: for some results, the argument whose memory the result reuses.
+      given: values that are read from memory instead of computed.
     """
     program = Program(list(results), size)
     refs: dict[Node, Ref] = {}
@@ -122,7 +122,7 @@ def make(
         reduced, old = result.kind is Kind.REDUCED, targets.get(result)
         value, needed = (result.args[0] if reduced else result), None
         if old is not None and _keeps(value, old):
-            kept = int(value.args[2] is old)  # the predicate's value for which nothing changes
+            kept = int(value.args[2] is old)  # the value of the predicate that selects `old`
             needed, value = (visit(value.args[0]), 1 - kept), value.args[2 - kept]
         index_of_old = None if old is None else visit(old)[1]
         reduction = REDUCTIONS[result.operation] if reduced else None
@@ -132,7 +132,7 @@ def make(
 
 
 def _keeps(value: Node, old: Node) -> bool:
-    """Return whether `value` selects by a scalar between `old` itself and something new."""
+    """Return whether `value` is a select by a scalar between `old` and a new value."""
     return (
         value.primitive is lax.select_n_p
         and len(value.args) == 3
@@ -143,7 +143,7 @@ def _keeps(value: Node, old: Node) -> bool:
 
 
 def _needed_inputs(program: Program) -> list[Predicate | None]:
-    """Return when each input is read: always (`None`), or where one scalar has one value."""
+    """Return the condition for reading each input; `None` means always."""
     never = object()
     needs: dict[Ref, Any] = {}
 
@@ -176,14 +176,14 @@ def evaluate(
     shape: tuple[int, ...],
     operations: Operations,
 ) -> list[Any]:
-    """Return the roots' values for one block: the only arithmetic of a kernel.
+    """Return the roots' values for one block; a kernel has no other arithmetic.
 
     Args:
       program: what to compute.
-      blocks: its inputs, each of this `shape`.
-      scalars: its scalars.
-      shape: of a block; `()` for a single element.
-      operations: those of the backend.
+      blocks: one block of each input, of shape `shape`.
+      scalars: the values of the program's scalars.
+      shape: the shape of a block; `()` for a single element.
+      operations: the operations of the backend.
     """
     done: list[Any] = []
 
@@ -212,7 +212,7 @@ def identity_of(reduction: str, dtype: Any = np.float32) -> Any:
 
 
 def or_nan(reduce: Callable[..., Any]) -> Callable[..., Any]:
-    """Return NaN where one element is; Triton's own reductions leave NaN out."""
+    """Make a reduction return NaN if an element is NaN; Triton's reductions ignore NaN."""
 
     def reduced(x):
         missing = jnp.sum(jnp.where(x != x, jnp.ones_like(x), jnp.zeros_like(x)))

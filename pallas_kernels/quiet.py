@@ -1,8 +1,8 @@
-"""A call that keeps one known warning of its lowering to itself.
+"""A call that suppresses one known warning while it is lowered.
 
-Pallas' Triton backend warns of its deprecation each time a kernel is lowered, which happens deep
-inside the user's own `jit`. The warning is ours to act on, not his, and a filter for the process is
-not ours to set: so the call becomes a primitive, whose lowering catches it where it is raised.
+Pallas' Triton backend warns of its deprecation each time a kernel is lowered. This happens inside
+the user's own `jit`, but users can't act on the warning. A library should not set a filter for the
+whole process. So the call is a primitive, and only its lowering suppresses the warning.
 """
 
 import warnings
@@ -20,7 +20,7 @@ _call_p.multiple_results = True
 
 
 def call(function: Callable[..., Sequence[jax.Array]], *operands: jax.Array) -> list[jax.Array]:
-    """`function(*operands)`, for a function of arrays to a list of them; only under `jit`."""
+    """Call `function(*operands)`, which returns a list of arrays; works only under `jit`."""
     return _call_p.bind(*operands, function=function)
 
 

@@ -1,4 +1,4 @@
-"""`explain`: what `fuse` makes of an optimizer on given parameters, as a table or as data."""
+"""`explain`: reports how `fuse` would run an optimizer on given parameters."""
 
 import math
 from collections.abc import Sequence
@@ -26,14 +26,15 @@ class Phase:
     """Launches that do not wait for each other.
 
     Attributes:
-      work: "statistics", which may write what is known then, or "update".
-      programs: number of leaves in it.
-      forms: number of different kernel bodies among them.
+      work: "statistics" or "update". A phase for statistics may also write results that are known
+        by then.
+      programs: number of leaves.
+      forms: number of different kernel bodies.
       launches: number of kernels.
-      bytes: read and written, all launches together.
-      predicated: bytes of those that some steps skip, such as lookahead's slow weights.
-      sums: vectors of statistics that the devices add up: one for all leaves that are cut along
-        the same axes.
+      bytes: bytes that all launches together read and write.
+      predicated: those of these bytes that some steps skip, such as lookahead's slow weights.
+      sums: number of all-reduces over the devices. Leaves that are sharded over the same axes of
+        the mesh share one for each kind of reduction.
     """
 
     work: str
@@ -50,12 +51,12 @@ class Report:
     """What a fused step does, on each device.
 
     Attributes:
-      devices: number of them.
-      parameters: number of them that a device holds.
-      phases: in order of execution.
-      floor: bytes that any step must move: every array it depends on read once, every one that
-        changes written once. A statistic that must be known first costs another pass, not in here.
-      fallback_reasons: a line for each component that is not fused, with the reason.
+      devices: number of devices.
+      parameters: number of parameters per device.
+      phases: the phases, in order of execution.
+      floor: bytes that any step must move: it reads every array that it depends on once, and writes
+        every array that changes once. A statistic may need an extra pass, which is not included.
+      fallback_reasons: a line for each component that falls back to XLA, with the reason.
     """
 
     devices: int
@@ -80,7 +81,7 @@ class Report:
         return self.floor / max(self.parameters, 1)
 
     def __str__(self) -> str:
-        """Return a line per phase, the sum, and what is left to XLA."""
+        """Return a line for each phase, the totals, and the leaves that fall back to XLA."""
         lines = ["phase       leaves  bodies  launches  bytes/parameter  skipped in some steps"]
         for phase in self.phases:
             per, skipped = (x / max(self.parameters, 1) for x in (phase.bytes, phase.predicated))
@@ -105,14 +106,14 @@ def explain(
 
     Args:
       tx: an optimizer, fused or not.
-      params: the parameters, arrays or numbers, or their shapes; gradients are taken to be of the
-        same dtypes. Where they have a `NamedSharding`, the report is of a device and its shards.
-      backend: that of `fuse`, for what its kernels can do.
-      **extra_args: what the optimizer's update takes beside gradients, or the shapes of it.
+      params: the parameters (arrays or numbers), or their shapes. Gradients are assumed to have the
+        same dtypes. If parameters have a `NamedSharding`, the numbers are per device.
+      backend: the backend of `fuse` whose kernels are planned.
+      **extra_args: further arguments of the optimizer's update, or their shapes.
 
     Raises:
-      ValueError: `tx` is no transformation; a parameter is neither an array nor a number; `backend`
-        is unknown, or has no kernels.
+      ValueError: `tx` is not a transformation, a parameter is neither an array nor a number, or
+        `backend` is unknown or has no kernels.
 
     >>> import jax.numpy as jnp, optax
     >>> print(explain(optax.adamw(1e-3), {"w": jnp.ones((64, 64)), "b": jnp.ones(64)}))
@@ -157,7 +158,7 @@ def _phase(programs: Sequence[Program], graph: Graph, placement: Placement) -> P
         work="statistics" if reduces else "update",
         programs=len(programs),
         forms=len({program.signature() for program in programs}),
-        launches=len(launches(programs)) + reduces,  # one launch adds up what the others found
+        launches=len(launches(programs)) + reduces,  # one more adds up the partial results
         bytes=sum(moved for moved, _ in traffic),
         predicated=sum(skipped for _, skipped in traffic),
         sums=len(placement.sums(graph, programs)),
@@ -165,7 +166,7 @@ def _phase(programs: Sequence[Program], graph: Graph, placement: Placement) -> P
 
 
 def _floor(graph: Graph, placement: Placement) -> int:
-    """Return the bytes of all arguments that results depend on, and of all results."""
+    """Return the bytes of all results, and of all arguments that they depend on."""
     seen: set[Node] = set()
     pending = [node for node in graph.outputs if node.kind is not Kind.INPUT]
     results = set(pending)

@@ -1,4 +1,4 @@
-"""The shardings of leaves, as arrays, types or the user give them."""
+"""The shardings of leaves, from arrays, from types or from the user."""
 
 from functools import partial
 from typing import Any
@@ -7,7 +7,7 @@ import jax
 from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-# One sharding for all parameters, or a tree of them like the parameters.
+# One sharding for all parameters, or a tree of shardings with the structure of the parameters.
 Shardings = Any
 
 
@@ -22,24 +22,25 @@ def check(name: str, shape: tuple[int, ...], sharding: NamedSharding) -> None:
 
 
 def of_value(x: Any) -> NamedSharding | None:
-    """Return the sharding of an array, or of a tracer on an explicit mesh."""
+    """Return the sharding of an array on a mesh, or of a tracer on a mesh with explicit axes."""
     sharding = jax.typeof(x).sharding if isinstance(x, Tracer) else getattr(x, "sharding", None)
     if not isinstance(sharding, NamedSharding) or sharding.mesh.empty:
         return None
     if AxisType.Explicit in sharding.mesh.axis_types:
-        return sharding  # of a single device too: its name is in all types
+        return sharding  # even on one device, because all types contain it
     if isinstance(x, Tracer) or sharding.mesh.size == 1:
-        return None  # where `jit` will put it is not known yet
+        return None  # unknown inside of `jit`, or only one device
     return sharding
 
 
 def of_parameters(params: Any, shardings: Shardings) -> dict[str, NamedSharding]:
-    """Return the shardings that a user gives, by the paths of the parameters.
+    """Return the user's shardings by the paths of the parameters.
 
-    As with `jit`, one that stands in place of a subtree is for all of its parameters.
+    As in `jit`, a sharding in place of a subtree applies to all parameters of the subtree.
 
     Raises:
-      ValueError: one is missing, stands for no parameter, or is none.
+      ValueError: a parameter has no sharding, a sharding has no parameter, or a leaf of `shardings`
+        is not a valid sharding.
     """
     given = {
         _keys(path): sharding

@@ -1,8 +1,8 @@
-"""A step becomes a graph of values, classified by what a kernel could do with them.
+"""The graph of a step's values, classified by what a kernel can do with them.
 
-Tracing runs the step on the shapes of its arguments and reads the jaxpr: calls are inlined,
-branches with arrays become selects, and every value is one `Node`. Nothing here knows a backend, or
-an optimizer.
+Tracing runs the step on the shapes of its arguments and reads the jaxpr. Calls are inlined,
+branches with arrays become selects, and every value becomes one `Node`. This module does not depend
+on a backend or an optimizer.
 """
 
 import enum
@@ -24,13 +24,13 @@ from pallas_kernels.ops import ELEMENTWISE, REDUCTIONS, SAME_ORDER
 
 
 class Kind(enum.Enum):
-    """What a value is to a fused launch."""
+    """The role of a value in a fused step."""
 
-    INPUT = enum.auto()  # an argument of the step, or a constant of it
+    INPUT = enum.auto()  # an argument or a constant of the step
     LITERAL = enum.auto()  # a Python number
-    ELEMENTWISE = enum.auto()  # elementwise on arrays: what kernels compute
-    REDUCED = enum.auto()  # a statistic over all of an array: what kernels sum up
-    BROADCAST = enum.auto()  # a scalar in the shape of an array
+    ELEMENTWISE = enum.auto()  # the result of an elementwise operation: kernels compute it
+    REDUCED = enum.auto()  # a statistic over a whole array: kernels compute it
+    BROADCAST = enum.auto()  # a scalar, broadcast to the shape of an array
     XLA = enum.auto()  # everything else: XLA computes it between launches
 
 
@@ -39,14 +39,14 @@ class Node:
     """One value of the step.
 
     Attributes:
-      kind: what it is to a launch.
-      primitive: the operation it is the result of, if any.
-      params: the operation's parameters; for a literal its value.
+      kind: its role.
+      primitive: the operation that computes it, if any.
+      params: the operation's parameters; for a literal, its value.
       args: the operation's operands.
-      shape, dtype: those of the value.
-      level: how many reductions lie, one after another, between the arguments and it.
-      index: order of creation; for an input also its place among the arguments.
-      output: which of the operation's results it is.
+      shape, dtype: shape and dtype of the value.
+      level: number of reductions on the longest path from the arguments to the value.
+      index: order of creation; the arguments come first, in their order.
+      output: index of the value among the operation's results.
     """
 
     kind: Kind
@@ -61,7 +61,7 @@ class Node:
 
     @property
     def operation(self) -> str:
-        """Name of the primitive; empty if there is none."""
+        """Name of the primitive, or an empty string if there is none."""
         return "" if self.primitive is None else self.primitive.name
 
     @property
@@ -71,24 +71,25 @@ class Node:
 
     @property
     def bytes(self) -> int:
-        """Memory of all elements."""
+        """Size of all elements in bytes."""
         return self.size * self.dtype.itemsize
 
     @property
     def on_leaf(self) -> bool:
-        """Whether a launch reads it block by block."""
+        """Whether the value is an array that a launch reads block by block."""
         return self.size > 1 and self.kind in (Kind.INPUT, Kind.ELEMENTWISE, Kind.XLA)
 
 
 @dataclass
 class Graph:
-    """All values of one step, each once.
+    """All values of one step; equal values share a node.
 
     Attributes:
       inputs: the arguments' nodes, in order.
       outputs: the results' nodes, in order.
-      names: of arguments, for messages.
-      escapes: values of leaves that something outside of a kernel reads, and why it is outside.
+      names: names of the inputs, for messages.
+      escapes: values of leaves that an operation of XLA reads, and why no kernel runs the
+        operation.
       effects: operations without a result, such as prints.
     """
 
@@ -101,7 +102,7 @@ class Graph:
     _parent: dict[Node, Node] = field(default_factory=dict)
 
     def component(self, node: Node) -> Node:
-        """Return the representative of all values that are elementwise connected with `node`."""
+        """Return the node that represents all values elementwise connected with `node`."""
         while node in self._parent:
             node = self._parent[node]
         return node
@@ -113,7 +114,7 @@ class Graph:
             self._parent[newer] = older
 
     def node(self, kind, primitive, params, args, shape, dtype, output=0) -> Node:
-        """Return the node of a value, made at its first mention."""
+        """Return the node of a value; create it at the first call."""
         key = (kind, primitive, _hashable(params), args, tuple(shape), str(dtype), output)
         if key not in self._table:
             level = max((a.level for a in args), default=0) + (kind is Kind.REDUCED)
@@ -163,7 +164,7 @@ class Graph:
         )
 
     def add_opaque(self, primitive, params, args: Sequence[Node], avals, why: str) -> list[Node]:
-        """Return the results of an operation that XLA shall run, on leaves too."""
+        """Return the results of an operation that XLA must run, even on leaves; `why` says why."""
         self.escapes += [(arg, why) for arg in args if arg.on_leaf]
         return self._opaque(primitive, params, tuple(args), avals)
 
@@ -176,7 +177,7 @@ class Graph:
             return self._opaque(primitive, params, args, avals)
         if primitive.name in SAME_ORDER and math.prod(aval.shape) == args[0].size:
             return [self._broadcast(args[0].args[0], aval)]
-        if primitive.name in ELEMENTWISE:  # on one number instead of a leaf of equal ones
+        if primitive.name in ELEMENTWISE:  # compute one scalar, then broadcast it
             bare = tuple(a.args[0] if a.kind is Kind.BROADCAST else a for a in args)
             (scalar,) = self._opaque(
                 primitive, params, bare, [jax.ShapeDtypeStruct((), aval.dtype)]
@@ -196,10 +197,12 @@ class Graph:
         ]
 
     def _reduce(self, primitive, params, x: Node, aval, depth: int = 2) -> Node:
-        """Return a statistic; where a scalar of its level selects inside, one of each choice.
+        """Return the node of a statistic of `x`.
 
-        `optax.safe_norm` (trust ratios) takes the norm of a select on another norm: two passes one
-        after the other, unless the select is moved outside.
+        If a scalar of the same level selects inside of `x`, the select is moved outside: the result
+        is a select between the statistics of both choices. An example is `optax.safe_norm` in trust
+        ratios. It takes the norm of an array that another norm selects. Without the move, the two
+        norms would need two passes, one after the other.
         """
         predicate = self._scalar_predicate(x, set()) if x.level > 0 and depth else None
         if predicate is not None:
@@ -225,7 +228,7 @@ class Graph:
         return next((p for p in found if p is not None), None)
 
     def _choose(self, x: Node, predicate: Node, i: int, memo: dict[Node, Node]) -> Node:
-        """Return `x` as it is where `predicate` has the value `i`."""
+        """Return the node of `x` for the case that `predicate` equals `i`."""
         if x.kind is not Kind.ELEMENTWISE:
             return x
         if x not in memo:
@@ -237,9 +240,10 @@ class Graph:
         return memo[x]
 
     def _bind(self, function: Callable[..., Any], *args: Node, static: Any = ()) -> Node:
-        """Return the result of a function of the nodes' arrays, and of `static` values after them.
+        """Return the result of `function(*args, *static)`.
 
-        It is traced, since what a primitive takes beside arrays differs between versions of JAX.
+        The function is traced, because the parameters of a primitive differ between versions of
+        JAX.
         """
         shapes = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in args)
         (result,) = self.run(_jaxpr(function, shapes, static), [], args)
@@ -286,7 +290,7 @@ class Graph:
         return [read(atom) for atom in jaxpr.outvars]
 
     def _call(self, jaxpr: Any, args: Sequence[Node]) -> list[Node]:
-        """Inline a function, closed over constants or not: JAX 0.12 does not tell them apart."""
+        """Inline a jaxpr with or without constants: in JAX 0.12, both are of the same type."""
         constants = [self.constant(c) for c in getattr(jaxpr, "consts", ())]
         return self.run(getattr(jaxpr, "jaxpr", jaxpr), constants, args)
 
@@ -299,7 +303,7 @@ class Graph:
         return made
 
     def _branch(self, branches, index: Node, args: Sequence[Node]) -> list[Node]:
-        """Return selects among the results of all branches."""
+        """Compute all branches, and return selects among their results."""
         chosen = self._call(branches[0], args)
         for i, branch in enumerate(branches[1:], start=1):
             reached = self._bind(operator.ge, index, static=(i,))
@@ -318,12 +322,12 @@ def _jaxpr(function: Callable[..., Any], shapes: tuple[Any, ...], static: tuple[
 
 @dataclass
 class Traced:
-    """A step as a graph and as the jaxpr that it was read from.
+    """A step as a graph, and as the jaxpr from which the graph was read.
 
     Attributes:
       graph: the values; its inputs are the constants, then the arguments.
-      closed: the step as XLA would run it, closed over its constants.
-      result: shapes of the step's result, as a tree.
+      closed: the step's jaxpr with its constants; XLA can run it.
+      result: the shapes of the step's result, as a tree.
     """
 
     graph: Graph
@@ -332,11 +336,11 @@ class Traced:
 
     @property
     def constants(self) -> list[Any]:
-        """Arrays that the step closes over, tracers perhaps."""
+        """Arrays that the step closes over; they can be tracers."""
         return list(self.closed.consts)
 
     def by_xla(self, *flat: jax.Array) -> Any:
-        """Run the step as XLA would, from constants and arguments."""
+        """Run the step by XLA alone, on constants and arguments."""
         count = len(self.constants)
         outputs = jaxpr_as_fun(self.closed.replace(consts=list(flat[:count])))(*flat[count:])
         return jax.tree.unflatten(jax.tree.structure(self.result), outputs)
@@ -348,7 +352,7 @@ def trace(step: Callable[..., Any], values: Sequence[Any], names: Sequence[str])
     Args:
       step: a function of arrays.
       values: arrays, or their shapes.
-      names: of the values, for messages.
+      names: names of the values, for messages.
     """
     shapes = [_type(x) for x in values]
     closed, result = jax.make_jaxpr(step, return_shape=True)(*shapes)
@@ -360,24 +364,24 @@ def trace(step: Callable[..., Any], values: Sequence[Any], names: Sequence[str])
 
 
 def is_array(x: Any) -> bool:
-    """Tell arrays, and what stands for them, from Python's numbers and other leaves."""
+    """Return whether `x` is an array, a tracer or a shape, not a Python number or another leaf."""
     return hasattr(x, "dtype") and hasattr(x, "shape")
 
 
 def paths(tree: Any) -> list[str]:
-    """Return the path of each leaf, for messages and for what a user gives by paths."""
+    """Return the path of each leaf, for messages and to look up shardings."""
     with_paths = jax.tree_util.tree_leaves_with_path(tree)
     return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in with_paths]
 
 
 def types(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Return the types of a result, like `jax.eval_shape`, but with the memory they lie in."""
+    """Return the types of a result, like `jax.eval_shape`, but including memory spaces."""
     jaxpr, shapes = jax.make_jaxpr(function, return_shape=True)(*arguments)
     return jax.tree.unflatten(jax.tree.structure(shapes), map(_type, jaxpr.out_avals))
 
 
 def _type(x: Any) -> Any:
-    """Return shape, dtype and memory of an array, a shape or a type, without its sharding."""
+    """Return the type of `x` (shape, dtype, weak type and memory space) without its sharding."""
     shape = jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=getattr(x, "weak_type", False))
     if not _is_away(jax.typeof(x) if isinstance(x, jax.Array) else x):
         return shape
@@ -385,11 +389,11 @@ def _type(x: Any) -> Any:
 
 
 def _is_away(type_: Any) -> bool:
-    """Return whether an array of this type lies in the host's memory, where no kernel reaches."""
+    """Return whether an array of this type is in host memory, which kernels can't access."""
     return getattr(type_, "memory_space", None) == jax.memory.Space.Host
 
 
-# Operations that keep the values, and say where they shall lie or when they are computed.
+# Operations that keep the values. They only set where values are stored, or when they are computed.
 _WHERE_AND_WHEN = frozenset(("mesh_cast", "optimization_barrier", "reshard", "sharding_constraint"))
 
 
@@ -406,7 +410,10 @@ _CALLS = {
 
 
 def _is_exact_in_float32(dtype: Any) -> bool:
-    """Whether partial statistics may be float32: float64, and counts of more than 2^24, may not."""
+    """Return whether partial statistics may be float32.
+
+    They may not for float64, nor for integers, since counts can exceed 2^24.
+    """
     narrow = jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize <= 4
     return narrow or jnp.issubdtype(dtype, jnp.bool_)
 
@@ -418,7 +425,10 @@ def _is_inner_product(params, args, size) -> bool:
 
 
 def _hashable(params: dict[str, Any]) -> Any:
-    """Equal for equal parameters; shardings don't matter inside one device's step."""
+    """Return a key that is equal for equal parameters.
+
+    Shardings are ignored, because they don't matter inside one device's step.
+    """
     items: Iterable[tuple[str, Any]] = sorted(params.items())
     key = tuple((k, v) for k, v in items if k not in ("sharding", "out_sharding"))
     try:

@@ -1,8 +1,9 @@
 """Launches on Pallas' Triton backend: many leaves in one grid.
 
-Every leaf owns a range of the grid's blocks. A block finds its leaf by a binary search over these
-ranges, whose bounds are constants, loads its part of the leaf's arrays, computes, and stores.
-Leaves with programs of one form share the computation; only the search is per leaf.
+Every leaf has a range of blocks in the grid. A block finds its leaf by a binary search over these
+ranges, whose bounds are constants. Then it loads its part of the leaf's arrays, computes, and
+stores. Leaves whose programs have the same form share the code of the computation. Only the search,
+the loads and the stores have code for each leaf.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,13 +23,13 @@ from pallas_kernels.program import COMBINE, REDUCE, Predicate, evaluate, identit
 
 BLOCK = 512
 WIDTHS = (BLOCK,)
-# Parts of a statistic that a block adds up at once: few steps, each with many loads in flight.
+# Parts of a statistic that a block adds up at once: few steps, with many loads in flight each.
 _PARTS = 4096
 _VECTOR_BYTES = 16
 _PARAMS = plt.CompilerParams(num_warps=4, num_stages=1)
 OPERATIONS = Operations(
     missing=dict.fromkeys(("erf", "nextafter", "reduce_precision"), FLOATS)
-    | {"div": INTEGERS, "rem": FLOATS | INTEGERS},  # by 0 they are not XLA's
+    | {"div": INTEGERS, "rem": FLOATS | INTEGERS},  # results for 0 differ from XLA's
     rewritten={"round": ops.round_by_floor},
 )
 
@@ -41,13 +42,16 @@ def launch(
     *,
     interpret: bool,
 ) -> Sequence[jax.Array]:
-    """Run one launch; return the leaves written, flat, then all blocks' partial statistics.
+    """Run one launch; return the stored leaves as flat arrays, then the partial statistics.
+
+    The partial statistics of all blocks are one vector, column by column. It exists only if the
+    launch computes statistics.
 
     Args:
-      layout: what to run, and where; the parts lie column by column.
-      operands: scalars, and the leaves' inputs.
-      offsets: for each program the place of its first input among them.
-      kernel_cache: launches made so far in this step; one of the same structure is reused.
+      layout: the layout of the launch.
+      operands: the packs of scalars, then the inputs of all programs.
+      offsets: for each program, the index of its first input among the operands.
+      kernel_cache: kernels that this step has made so far; equal launches reuse them.
       interpret: whether to run in Pallas' interpreter.
     """
     make = partial(_make, layout, offsets)
@@ -61,7 +65,7 @@ def reduce_partials(
     *,
     interpret: bool,
 ) -> jax.Array:
-    """Add up the partial statistics that the launches of a phase left in memory."""
+    """Add up the partial statistics that the launches of a phase wrote to memory."""
     key = ("reduce_partials", tuple(work.rows), tuple(work.kinds), tuple(x.shape for x in parts))
     add_up = _once(kernel_cache, key, partial(_make_reduction, work), interpret)
     (results,) = add_up(jnp.asarray(work.table, jnp.int32).reshape(-1), *parts)
@@ -148,7 +152,7 @@ def _make_reduction(work: PartialReduction, interpret: bool) -> Callable[..., An
 
 
 def _once(kernel_cache, structure, make, interpret) -> Callable[..., Any]:
-    """Return a launch under `jit`, which traces and lowers the same function only once."""
+    """Return the kernel of a structure; make it only once, so that `jit` lowers it once."""
     if structure not in kernel_cache:
         made = make(interpret)
         kernel_cache[structure] = jax.jit(made if interpret else partial(quiet.call, made))
@@ -156,7 +160,7 @@ def _once(kernel_cache, structure, make, interpret) -> Callable[..., Any]:
 
 
 def _run_block(layout, sources, offsets, store_results) -> None:
-    """Load what this block needs, and call `store_results` for the form of its leaf."""
+    """Load this block's scalars and inputs, and call `store_results` with them."""
     me = pl.program_id(0)
 
     def load(leaf, scalars, index, inside):
@@ -188,7 +192,7 @@ def _run_block(layout, sources, offsets, store_results) -> None:
 
 
 def _search(me, candidates: range, starts: Sequence[int], found: Callable[[int], Any]) -> Any:
-    """Call `found(i)` for the candidate whose range of blocks holds this one."""
+    """Call `found(i)` for the candidate `i` whose range of blocks contains block `me`."""
     if len(candidates) == 1:
         return found(candidates[0])
     middle = len(candidates) // 2
@@ -200,7 +204,10 @@ def _search(me, candidates: range, starts: Sequence[int], found: Callable[[int],
 
 
 def _on_leaf(layout, me, leaves, access: Callable[..., Any]) -> Any:
-    """Call `access(leaf, index, inside)` for this block; `inside` is `None` if all are inside."""
+    """Call `access(leaf, index, inside)` for this block.
+
+    `inside` is the mask of elements inside of the leaf, or `None` if all are inside.
+    """
 
     def on(leaf):
         program = layout.programs[leaf]
@@ -209,7 +216,7 @@ def _on_leaf(layout, me, leaves, access: Callable[..., Any]) -> Any:
         if program.size % BLOCK == 0:
             return access(leaf, index, None)
         inside = first + jnp.arange(BLOCK) < program.size
-        # Masks that may change inside of a vector make every access one of single elements.
+        # A mask that can change inside of a vector makes Triton access single elements.
         vector = _VECTOR_BYTES // min(node.dtype.itemsize for node in program.inputs)
         if program.size < BLOCK or program.size % vector == 0:
             return access(leaf, index, inside)
@@ -223,7 +230,7 @@ def _on_leaf(layout, me, leaves, access: Callable[..., Any]) -> Any:
 
 
 def _both(inside, needed: Predicate | None, scalars) -> Any:
-    """Return the mask of an access, or `None` if it always happens."""
+    """Return the mask of an access, or `None` if all elements are always accessed."""
     if needed is None:
         return inside
     (_, place), value = needed
