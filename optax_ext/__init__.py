@@ -1,4 +1,4 @@
-"""Five recent optimizers for Optax, and the pieces that they are chains of."""
+"""Five recent optimizers for Optax, and the pieces that they are built from."""
 
 from optax_ext.methods.caadam import caadam
 from optax_ext.methods.dualadam import dualadam, invadam

@@ -1,8 +1,8 @@
-"""The one validator of arguments.
+"""Checks of arguments.
 
 Every check takes the arguments by their own names, `decay_rate(b1=b1, b2=b2)`, and raises at
-construction time. Tracers have no value yet and pass unseen; arrays that hold a value are checked
-like numbers.
+construction time. Tracers have no value yet, so their values are not checked. Arrays with a value
+are checked like numbers.
 """
 
 import math
@@ -22,7 +22,7 @@ def decay_rate(**arguments: Any) -> None:
 
 
 def tractable_decay_rate(**arguments: Any) -> None:
-    """Require decays in (2/3, 1): below, rho_inf <= 5 and rectification never starts."""
+    """Require decays in (2/3, 1): for others, rho_inf <= 5 and rectification never starts."""
     _numbers(arguments, lambda x: 2 / 3 < x < 1, "(2/3, 1)")
 
 
@@ -42,9 +42,10 @@ def positive(**arguments: Any) -> None:
 
 
 def period(**arguments: Any) -> None:
-    """Require numbers of steps: integers that an int32 counter reaches.
+    """Require numbers of steps: positive integers that fit an int32 counter.
 
-    Floats are refused, also whole ones: from step 2^24 on a float32 no longer holds every count.
+    Floats are refused, even whole ones, because float32 has no exact value for some counts above
+    2^24.
     """
     for name, value in arguments.items():
         _scalar(name, value)
@@ -54,7 +55,7 @@ def period(**arguments: Any) -> None:
 
 
 def schedule_or(check: Callable[..., None], **arguments: Any) -> None:
-    """Require schedules, or what `check` takes."""
+    """Require schedules, or values that `check` accepts."""
     check(**{name: value for name, value in arguments.items() if not callable(value)})
 
 
@@ -66,7 +67,7 @@ def schedule(**arguments: Any) -> None:
 
 
 def of_adam(**arguments: Any) -> None:
-    """Check the arguments that all methods have in common, those of AdamW, by their names."""
+    """Check the arguments of AdamW, which all methods have in common."""
     for name, value in arguments.items():
         _OF_ADAM[name](**{name: value})
 
@@ -80,7 +81,7 @@ def one_of(choices: Sequence[str], **arguments: Any) -> None:
 
 
 def transformation(**arguments: Any) -> None:
-    """Require pairs of functions `init` and `update`, of whatever class."""
+    """Require objects of any class that have the functions `init` and `update`."""
     for name, value in arguments.items():
         functions = (getattr(value, field, None) for field in ("init", "update"))
         if isinstance(value, type) or not all(map(callable, functions)):
@@ -88,14 +89,14 @@ def transformation(**arguments: Any) -> None:
 
 
 def returned_by(kind: type, **arguments: Any) -> None:
-    """Require instances of a class, which its factories return when they are called."""
+    """Require instances of a class, such as its factories return."""
     for name, value in arguments.items():
         if not isinstance(value, kind):
             raise ValueError(f"{name} must be a {kind.__name__}, got {_uncalled(value)}")
 
 
 def float_leaves(**trees: Any) -> None:
-    """Require trees of real or complex arrays: nothing else has a gradient."""
+    """Require trees of real or complex floats, because nothing else has a gradient."""
     for name, tree in trees.items():
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
             dtype = jnp.result_type(leaf)
@@ -115,7 +116,7 @@ def memory(**arguments: Any) -> None:
 
 
 def flag(**arguments: Any) -> None:
-    """Require Python bools: they decide what is compiled, so they can't be arrays."""
+    """Require Python bools. Arrays are refused, because a flag decides what is compiled."""
     for name, value in arguments.items():
         if not isinstance(value, (bool, np.bool_)):
             raise ValueError(f"{name} must be True or False, got {value!r}")
@@ -127,7 +128,7 @@ def storage_dtype(kind: Any = jnp.inexact, **arguments: Any) -> None:
         if value is None:
             continue
         wanted = f"{name} must be None or of {kind.__name__} dtype, got {value!r}"
-        if isinstance(value, jax.Array):  # a dtype is callable, and was called like a schedule
+        if isinstance(value, jax.Array):  # inject_hyperparams called the dtype as a schedule
             raise ValueError(
                 f"{wanted}; under optax.inject_hyperparams, name {name} in its static_args"
             )
@@ -161,7 +162,7 @@ def _is_integer(value: Any) -> bool:
 
 
 def _as_float(value: Any) -> float | None:
-    """Return the number that `value` is; text and truth values are none, whatever `float` says."""
+    """Return `value` as a float, or `None` for other things, text and bools included."""
     if isinstance(value, str) or jnp.issubdtype(getattr(value, "dtype", type(value)), jnp.bool_):
         return None
     try:

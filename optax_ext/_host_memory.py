@@ -1,7 +1,7 @@
-"""Arrays that wait in the host's memory and come to the device when they are needed.
+"""Arrays that are stored in the host's memory and moved to the device when they are needed.
 
-JAX's types say in which memory an array lies, so arithmetic on one that is away is an error, and
-what goes between the memories stands in the code.
+JAX's types say in which memory an array is. So arithmetic on an array in the host's memory is an
+error, and every move between the memories is explicit in the code.
 """
 
 from typing import Any
@@ -16,23 +16,23 @@ def to_host(x: jax.Array) -> jax.Array:
 
 
 def load_if(x: jax.Array, when: jax.Array) -> jax.Array:
-    """Return `x` on the device where `when` is true, else zeros without moving anything."""
+    """Move `x` to the device if `when` is true, else return zeros and move nothing."""
     return lax.cond(when, _here, lambda x: lax.full_like(_here(x), 0), x)
 
 
 def store_if(x: jax.Array, old: jax.Array, when: jax.Array) -> jax.Array:
-    """Move `x` to the host's memory where `when` is true, else return `old`, which is there."""
+    """Move `x` to the host's memory if `when` is true, else return `old`, which is there."""
     return lax.cond(when, lambda x, _: to_host(x), lambda _, old: old, x, old)
 
 
 def types(function: Any, *arguments: Any) -> Any:
-    """Return the types of a result, like `jax.eval_shape`, but with the memory they lie in."""
+    """Return the types of a result, like `jax.eval_shape`, but with their memory spaces."""
     jaxpr, shapes = jax.make_jaxpr(function, return_shape=True)(*arguments)
     return jax.tree.unflatten(jax.tree.structure(shapes), jaxpr.out_avals)
 
 
 def kind(type_: Any) -> str | None:
-    """Return JAX's name of the memory of a type; `None` is the device's own."""
+    """Return JAX's name for the memory of a type; `None` is the device's memory."""
     return "pinned_host" if type_.memory_space == jax.memory.Space.Host else None
 
 

@@ -1,4 +1,4 @@
-"""The leaves of one module: which of them are kernels, and with which kernel the others go."""
+"""The leaves of one module: which of them are kernels, and to which kernel the others belong."""
 
 import math
 import re
@@ -11,9 +11,9 @@ Shape = tuple[int, ...]
 
 
 def kernels_by_shape(shapes: Sequence[Shape]) -> list[int]:
-    """Return the places of the kernels, as far as shapes tell.
+    """Return the indices of the kernels, as far as shapes show them.
 
-    `scale_by_connections` states the rule.
+    The docstring of `scale_by_connections` has the rule.
     """
     ndims = Counter(map(len, shapes))
     return [i for i in range(len(shapes)) if _is_kernel(i, shapes, ndims)]
@@ -30,12 +30,12 @@ def _is_kernel(i: int, shapes: Sequence[Shape], ndims: Mapping[int, int]) -> boo
 
 
 def long_axes(shape: Shape) -> int:
-    """Return the number of axes that aren't of length 1, as those of broadcasting are."""
+    """Return the number of axes whose length isn't 1."""
     return sum(length != 1 for length in shape)
 
 
 def is_bias_of(shape: Shape, kernel: Shape) -> bool:
-    """Return whether it is shaped as a kernel's output, in whichever layout."""
+    """Return whether `shape` is that of the kernel's output, in JAX's or in PyTorch's layout."""
     return any(_fits(shape, kernel, output) for output in _OUTPUTS)
 
 
@@ -45,7 +45,7 @@ _OUTPUTS = (-1, 0)
 
 @cache
 def _fits(shape: Shape, kernel: Shape, output: int) -> bool:
-    """Return whether it has some of the kernel's axes, in order, the output's among them."""
+    """Return whether `shape` has some of the kernel's axes, in order, including the output."""
     axes = tuple(length for length in shape if length != 1) or shape[:1]
     left = iter(kernel)
     return (
@@ -61,12 +61,13 @@ def kernels_of(
     kernels: Sequence[int],
     depths: Sequence[float],
 ) -> list[int | None]:
-    """Return for every leaf the place of the kernel that it goes with; of a kernel, its own.
+    """Return, for every leaf, the index of the kernel that it belongs to; kernels have their own.
 
-    All leaves go with a single kernel. Of several, they go with one whose output they fit, `None`
-    if there is none: the nearest in depth, then that of the most alike name, then the nearest
-    before it, then the first after it. Outputs are last axes, or first ones if more fit these. In
-    names, a number is one character.
+    If there is one kernel, all leaves belong to it. If there are several, a leaf belongs to a
+    kernel whose output it fits, and has `None` if it fits none. If it fits several, the nearest in
+    depth is chosen, then the one with the most similar name, then the nearest before the leaf, then
+    the first after it. The output is a kernel's last axis, or its first axis if more leaves fit
+    that. When names are compared, a number counts as one character.
     """
     if len(kernels) == 1:
         return [kernels[0]] * len(names)
@@ -89,7 +90,7 @@ def kernels_of(
 
 
 def _likeness(a: Sequence[str], b: Sequence[str]) -> int:
-    """Return how much of their beginnings and of their ends is the same."""
+    """Return the length of the common beginning plus the length of the common end."""
     return _in_common(a, b) + _in_common(a[::-1], b[::-1])
 
 

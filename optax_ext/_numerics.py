@@ -1,8 +1,8 @@
-"""Arithmetic that every piece shares: precision, `None` leaves, per-tensor scalars.
+"""Arithmetic that all pieces share: precision, `None` leaves, per-tensor scalars.
 
-Two conventions hold throughout. Work is done in at least float32, whatever the leaf's dtype, and
-rounded once, to the dtype of the update that leaves a piece or of the state that stays in it. A
-`None` leaf in the updates is an absent gradient: it stays `None` and its state stays as it was.
+All pieces follow two conventions. They compute in at least float32 for any dtype of the leaves, and
+round once: an update to the dtype of the piece's input, state to its storage dtype. A `None` leaf
+in the updates is an absent gradient: the update stays `None`, and the leaf's state does not change.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
-from optax._src.base import NO_PARAMS_MSG  # Optax's own words; it does not re-export them
+from optax._src.base import NO_PARAMS_MSG  # Optax's own message; it is not public
 
 
 def _is_none(x: Any) -> bool:
@@ -20,14 +20,14 @@ def _is_none(x: Any) -> bool:
 
 
 def tree_map(f: Callable[..., Any], updates: optax.Updates, *rest: Any) -> Any:
-    """Map `f` over the leaves of `updates`, leaving `None` leaves alone."""
+    """Map `f` over the leaves of `updates`; `None` leaves stay `None`."""
     return jax.tree.map(
         lambda u, *others: None if u is None else f(u, *others), updates, *rest, is_leaf=_is_none
     )
 
 
 def flatten(tree: Any) -> tuple[list[Any], Any]:
-    """Return leaves, `None` among them, and structure: the order of every per-tensor vector."""
+    """Return leaves, `None` included, and structure; per-tensor vectors have the leaves' order."""
     return jax.tree.flatten(tree, is_leaf=_is_none)
 
 
@@ -38,12 +38,12 @@ def compute_dtype(dtype: DTypeLike) -> jnp.dtype:
 
 
 def real_dtype(dtype: DTypeLike) -> jnp.dtype:
-    """Return the dtype of the modulus of a number of the given dtype."""
+    """Return the dtype of the absolute value of numbers of `dtype`: real, at least float32."""
     return jnp.finfo(compute_dtype(dtype)).dtype
 
 
 def scalar_dtype(tree: Any) -> jnp.dtype:
-    """Return the dtype of scalars that act on all of `tree`: real, as precise as its best leaf."""
+    """Return the dtype of scalars for all of `tree`: real, as precise as its most precise leaf."""
     dtypes = [real_dtype(jnp.result_type(leaf)) for leaf in jax.tree.leaves(tree)]
     return max(dtypes, key=lambda dtype: jnp.finfo(dtype).bits, default=jnp.dtype(jnp.float32))
 
@@ -54,7 +54,7 @@ def upcast(tree: Any) -> Any:
 
 
 def to_storage_dtype(x: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """Cast `x` to the dtype that it is stored in, which may not lose its phase."""
+    """Cast `x` to the dtype that stores it; refuse a real dtype for complex `x`."""
     if jnp.iscomplexobj(x) and not jnp.issubdtype(dtype, jnp.complexfloating):
         raise ValueError(
             "mu_dtype and slow_dtype must be None or complex for complex parameters, got"
@@ -66,8 +66,8 @@ def to_storage_dtype(x: jax.Array, dtype: DTypeLike) -> jax.Array:
 def zeros_like(params: optax.Params, dtype: DTypeLike | None) -> optax.Updates:
     """Return zeros for a first moment, by default in the dtype of the parameters.
 
-    Never weakly typed, as `jnp.full(2, 0.5)` is: the first step would change that, and compile
-    again.
+    The zeros are never weakly typed, even if the parameters are, as `jnp.full(2, 0.5)` is. The
+    first step would make weakly typed zeros strongly typed, so the second would compile again.
     """
     return jax.tree.map(
         lambda p: jnp.zeros_like(p, dtype=jnp.result_type(p) if dtype is None else dtype), params
@@ -75,7 +75,7 @@ def zeros_like(params: optax.Params, dtype: DTypeLike | None) -> optax.Updates:
 
 
 def real_zeros_like(params: optax.Params, dtype: DTypeLike | None) -> optax.Updates:
-    """Return zeros for a second moment: real, and by default in at least float32."""
+    """Return zeros for a second moment: real, by default at least float32."""
 
     def zeros(p):
         return jnp.zeros_like(p, dtype=real_dtype(jnp.result_type(p)) if dtype is None else dtype)
@@ -96,9 +96,10 @@ def cast_like(tree: Any, like: optax.Updates) -> Any:
 
 
 def cast_scalar_like(scalar: ArrayLike, like: jax.Array) -> Any:
-    """Cast a scalar to the real precision of `like`, so that it never promotes it.
+    """Cast a scalar to the real dtype of `like`, so that it never promotes `like`.
 
-    Python numbers are weakly typed already and pass through, unrounded until they meet an array.
+    Python numbers are weakly typed already, so they are returned as they are. They are rounded only
+    in arithmetic with an array.
     """
     if isinstance(scalar, jax.Array):
         return scalar.astype(real_dtype(like.dtype))
@@ -118,11 +119,10 @@ def abs_sq(x: jax.Array) -> jax.Array:
 
 @jax.custom_jvp
 def root(x: jax.Array) -> jax.Array:
-    r"""Return :math:`\sqrt x`, whose derivative at 0 is 0 here instead of infinite.
+    r"""Return :math:`\sqrt x`, with derivative 0 instead of infinity at 0.
 
-    A tensor that is 0 and stays 0 then adds nothing to a derivative, where infinity times 0 would
-    make it NaN. The rule stands apart from the value, so a step that nobody differentiates is the
-    plain root.
+    So a tensor that is 0 and stays 0 adds 0 to a derivative. An infinite derivative would make it
+    NaN. A rule of its own leaves the plain root to steps that nobody differentiates.
     """
     return jnp.sqrt(x)
 
@@ -153,13 +153,13 @@ def scale_each(scales: jax.Array, updates: optax.Updates) -> optax.Updates:
 
 
 def require(params: optax.Params | None) -> None:
-    """Refuse an update without parameters, in Optax's own words."""
+    """Raise Optax's own error if an update has no parameters."""
     if params is None:
         raise ValueError(NO_PARAMS_MSG)
 
 
 def first_count() -> jax.Array:
-    """Return the number of updates done before the first."""
+    """Return the number of updates done before the first update: 0."""
     return jnp.zeros((), jnp.int32)
 
 

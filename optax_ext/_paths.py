@@ -1,4 +1,4 @@
-"""The module tree as paths tell it: names of leaves and of modules, and their order."""
+"""The module tree, read from paths: names of leaves and of modules, and their order."""
 
 import re
 from collections import Counter
@@ -11,9 +11,9 @@ _VALUE = (jax.tree_util.GetAttrKey("value"),)
 
 
 def named_arrays(params: Any) -> list[tuple[str, Any]]:
-    """Return path and array of every leaf of `params`, also of `None`.
+    """Return path and array of every leaf of `params`, `None` included.
 
-    Shapes of arrays (`jax.eval_shape`) and Python's numbers are arrays too.
+    Shapes (`jax.eval_shape`) and Python numbers count as arrays.
     """
     named = named_leaves(params)
     for path, leaf in named:
@@ -24,14 +24,14 @@ def named_arrays(params: Any) -> list[tuple[str, Any]]:
 
 
 def is_array(leaf: Any) -> bool:
-    """Return whether it has a shape and a dtype."""
+    """Return whether `leaf` has a shape and a dtype."""
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
 
 
 def named_leaves(tree: Any) -> list[tuple[str, Any]]:
-    """Return path and value of every leaf, also of `None`.
+    """Return path and value of every leaf, `None` included.
 
-    A `.value` that is all that its parent holds, as Flax's variables do, is not a level.
+    The path omits a final `.value` if it is the only child of its parent, as in Flax's variables.
     """
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is None)
     below = Counter(keys[:n] for keys, _ in leaves for n in range(len(keys)))
@@ -55,7 +55,7 @@ def leaf_path(keys: Sequence[Any]) -> str:
 
 
 def module_path(path: str) -> str:
-    """Return the path of the leaf's module: up to the last "/" or, as PyTorch joins names, "."."""
+    """Return the path of the leaf's module: all before the last "/", or "." as in PyTorch."""
     return path[: max(path.rfind("/"), path.rfind("."), 0)]
 
 
@@ -68,6 +68,6 @@ def modules(paths: Iterable[str]) -> dict[str, list[str]]:
 
 
 def natural(path: str) -> list[tuple[int, int, str]]:
-    """Return the key by which conv2 comes before conv10."""
+    """Return a sort key that compares numbers as numbers: conv2 comes before conv10."""
     parts = re.split(r"(\d+)", path)
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts]

@@ -1,6 +1,6 @@
 """The units of a parameter tree, modules or leaves, with their connections and depths.
 
-Both are read from names and shapes, or from the network's architecture.
+Connections and depths are read from names and shapes, or from the network's architecture.
 """
 
 import math
@@ -22,8 +22,8 @@ class Connection(NamedTuple):
     Attributes:
       path: path of the unit, its keys joined by "/".
       size: number of its parameters.
-      connections: number of its connections, `None` if it has none and is left out.
-      depth: its index, or what the architecture says; `None` likewise.
+      connections: number of its connections; `None` if the unit has none and is left out.
+      depth: its index, or its depth in the architecture; `None` if the unit is left out.
       scale: the factor S on its rate.
     """
 
@@ -87,7 +87,7 @@ def _leaf(path: str, shape: _modules.Shape, architecture: Architecture) -> _Leaf
     if path not in architecture:
         known = ", ".join(map(repr, list(architecture)[:4]))
         raise ValueError(
-            f"architecture must hold every parameter, got none for {path!r} but for {known}, ..."
+            f"architecture must hold every parameter, got {known}, ... but not {path!r}"
         )
     placed = architecture[path]
     return _Leaf(shape, placed.connections, placed.depth)
@@ -110,7 +110,7 @@ def _leaves_by_shape(shapes: dict[str, _modules.Shape], units: str) -> dict[str,
 
 
 def _units_by_module(leaves: dict[str, _Leaf]) -> dict[str, str]:
-    """Return the unit of every leaf: its module, or its kernel where the module has several."""
+    """Return the unit of every leaf: its module, or its kernel if the module has several."""
     unit_of: dict[str, str] = {}
     for module, paths in _paths.modules(leaves).items():
         inside = [leaves[path] for path in paths]
@@ -123,7 +123,7 @@ def _units_by_module(leaves: dict[str, _Leaf]) -> dict[str, str]:
 
 
 def _unit(path: str, leaves: list[_Leaf], units: str, index: int) -> Connection:
-    """Return the leaves' connections together; the depth of the first of them, or the index."""
+    """Return the unit of `leaves`: their total connections, and their smallest depth or `index`."""
     kernels = [leaf for leaf in leaves if leaf.connections is not None]
     counted = kernels or (leaves if units == "leaf" else [])
     depths = [leaf.depth for leaf in counted if leaf.depth is not None]

@@ -13,22 +13,23 @@ from optax_ext import _checks, _host_memory
 def state_shardings(tx: optax.GradientTransformation, params: optax.Params) -> optax.OptState:
     """Return shardings of the state that follow those of the parameters.
 
-    An array that belongs to a parameter is sharded like it, along the axes where that is possible.
-    Everything else is replicated. What an optimizer keeps in the host's memory stays there. Nothing
-    is computed, so shapes will do as parameters, and a state can be made in place, or restored from
-    a checkpoint, that fits on no single device.
+    An array of the state that belongs to a parameter is sharded like the parameter, along the axes
+    where that is possible. Everything else is replicated. Arrays that the optimizer stores in the
+    host's memory stay there. Nothing is computed, so the parameters can be shapes. With these
+    shardings, a state that fits on no single device can be initialized on the mesh or restored from
+    a checkpoint.
 
     Args:
       tx: an optimizer.
-      params: arrays or `jax.ShapeDtypeStruct`, each with a `NamedSharding`, on one mesh; for
-        `optax.lookahead`, the pair of them.
+      params: arrays or `jax.ShapeDtypeStruct`, each with a `NamedSharding`, all on one mesh; for
+        `optax.lookahead`, the pair of fast and slow parameters.
 
     Returns:
       A tree of `NamedSharding` like the state.
 
     Raises:
-      ValueError: `tx` is no transformation, or a parameter has no `NamedSharding`, or lies on
-        another mesh than the others.
+      ValueError: `tx` is not a transformation, a parameter has no `NamedSharding`, or the
+        parameters are not all on one mesh.
 
     >>> import jax.numpy as jnp, optax_ext
     >>> mesh = jax.make_mesh((1,), ("data",))
@@ -53,7 +54,7 @@ def state_shardings(tx: optax.GradientTransformation, params: optax.Params) -> o
 
 
 def _mesh(params: optax.Params) -> Any:
-    """Return the one mesh on which all parameters lie."""
+    """Return the mesh of all parameters."""
     name = partial(jax.tree_util.keystr, simple=True, separator="/")
     mesh = None
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
@@ -62,7 +63,8 @@ def _mesh(params: optax.Params) -> Any:
             raise ValueError(f"params must have a NamedSharding, got {sharding} for {name(path)}")
         if mesh is not None and sharding.mesh != mesh:
             raise ValueError(
-                f"params must lie on one mesh, got {sharding.mesh} for {name(path)} beside {mesh}"
+                f"params must lie on one mesh, got {sharding.mesh} for {name(path)} and {mesh}"
+                " for the parameters before it"
             )
         mesh = sharding.mesh
     if mesh is None:
@@ -71,7 +73,7 @@ def _mesh(params: optax.Params) -> Any:
 
 
 def _beside(leaf: Any, param: Any) -> Any:
-    """Return the parameter's sharding without the axes that are too short for it here."""
+    """Return the parameter's sharding for `leaf`, without the axes that don't divide evenly."""
     if isinstance(leaf, optax.MaskedNode):
         return leaf
     mesh, spec = param.sharding.mesh, param.sharding.spec

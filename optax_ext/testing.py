@@ -1,4 +1,4 @@
-"""The contract of a gradient transformation, checked by one call. Needs the extra `test`."""
+"""A check of the contract of gradient transformations. It needs the extra `test`."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,7 +12,7 @@ import optax
 Step = Callable[[Any, Any, Any], tuple[Any, Any]]
 
 _STEPS = 3
-# Compilers contract products with sums and add up in another order: a few roundings.
+# Compilers fuse products with sums and add in another order, so results differ by a few roundings.
 _ROUNDINGS = 16
 
 
@@ -29,24 +29,26 @@ def check_transformation(
 
     It runs a few steps on random gradients and checks:
 
-    - The state keeps its structure, shapes, dtypes and weak types from `init` on, and updates have
-      those of the gradients. The same holds for bfloat16 parameters.
-    - Compiled steps trace once, and agree with eager ones.
+    - The state keeps its structure, shapes, dtypes and weak types from `init` on. The updates have
+      those of the gradients. Both are also checked for bfloat16 parameters.
+    - Compiled steps trace once, and agree with eager steps.
     - `jax.lax.scan`, `jax.vmap` over two problems, and donated arguments give the same results.
-    - Under `optax.masked` it treats its part of the tree as if the rest did not exist.
+    - Under `optax.masked` the transformation treats its part of the tree as if the rest did not
+      exist.
     - A gradient that is `None` gives an update that is `None`.
-    - Finite gradients give finite updates, also where they are very small or very large.
+    - Finite gradients give finite updates, even if they are very small or very large.
 
     Args:
       tx: the transformation.
-      params: a tree of arrays that it can be initialized with.
-      seed: of the random gradients.
-      absent_gradients: whether to check `None`, which Optax's own optimizers don't take.
+      params: a tree of arrays for `tx.init`.
+      seed: seed of the random gradients.
+      absent_gradients: whether to check `None` gradients, which Optax's own optimizers don't
+        accept.
       scales: factors on all gradients for which updates must be finite.
-      **extra_args: arguments of `tx.update` beside gradients and parameters.
+      **extra_args: further arguments of `tx.update`, after gradients and parameters.
 
     Raises:
-      AssertionError: the contract is broken.
+      AssertionError: the transformation breaks the contract.
 
     >>> import jax.numpy as jnp, optax, optax_ext
     >>> params = {"kernel": jnp.ones((2, 3)), "bias": jnp.zeros(3)}
@@ -77,7 +79,7 @@ def check_transformation(
 
 
 def check_types(init: Callable[..., Any], step: Step, params: Any, gradient: Any) -> None:
-    """Check that a step changes neither the types of the state nor those of the gradient."""
+    """Check that the state keeps its types, and that the update has the types of the gradient."""
     state = jax.eval_shape(init, params)
     updates, after = jax.eval_shape(step, params, state, gradient)
     _assert_same_types(updates, jax.eval_shape(lambda g: g, gradient))
@@ -85,14 +87,14 @@ def check_types(init: Callable[..., Any], step: Step, params: Any, gradient: Any
 
 
 def check_jit(init, step: Step, params: Any, grads: Sequence[Any], expected: Any) -> None:
-    """Check that a compiled step traces once and computes what an eager one does."""
-    chex.clear_trace_counter()  # chex takes all functions of one definition for one function
+    """Check that a compiled step traces once and computes the same as an eager step."""
+    chex.clear_trace_counter()  # chex counts all functions of one definition together
     traced_once = jax.jit(chex.assert_max_traces(step, n=1))
     _assert_close(_run(traced_once, params, jax.jit(init)(params), grads), expected)
 
 
 def check_scan(init, step: Step, params: Any, grads: Sequence[Any], expected: Any) -> None:
-    """Check that a loop inside the program computes what a loop outside does."""
+    """Check that `jax.lax.scan` computes the same as a Python loop."""
 
     def body(carry, gradient):
         _, state = carry
@@ -105,7 +107,7 @@ def check_scan(init, step: Step, params: Any, grads: Sequence[Any], expected: An
 
 
 def check_vmap(init, step: Step, params: Any, grads: Sequence[Any], expected: Any) -> None:
-    """Check that of two problems side by side each is what it is alone."""
+    """Check that a problem has the same result under `jax.vmap` as alone."""
 
     def double(tree):
         return jax.tree.map(lambda x: jnp.stack([x, x + x]), tree)
@@ -116,7 +118,7 @@ def check_vmap(init, step: Step, params: Any, grads: Sequence[Any], expected: An
 
 
 def check_donation(init, step: Step, params: Any, grads: Sequence[Any], expected: Any) -> None:
-    """Check that the state's memory may be used again."""
+    """Check that the results are the same if the state's buffers are donated."""
     donating = jax.jit(step, donate_argnums=1, keep_unused=True)
     own = jax.tree.map(lambda x: jnp.array(x, copy=True), init(params))
     _assert_close(_run(donating, params, own, grads), expected)
@@ -140,11 +142,11 @@ def check_mask(tx: Any, extra_args: Any, params: Any, grads: Sequence[Any]) -> N
 
 
 def check_absent_gradients(init, step: Step, params: Any, grads: Sequence[Any]) -> None:
-    """Check that a leaf without a gradient gets no update, and that its state keeps its types."""
+    """Check that leaves without gradients get no updates, and that the state keeps its types."""
     absent = jax.tree.map(lambda _: None, grads[0])
     state = init(params)
     updates, after = step(params, state, absent)
-    assert not jax.tree.leaves(updates), f"no gradient must give no update, got {updates}"
+    assert not jax.tree.leaves(updates), f"None gradients must give None updates, got {updates}"
     _assert_same_types(*(jax.eval_shape(lambda s: s, s) for s in (after, state)))
 
 
@@ -157,7 +159,7 @@ def check_finite(init, step: Step, params: Any, grads: Sequence[Any]) -> None:
 
 
 def random_like(tree: Any, seed: int) -> Any:
-    """Return normal values in the shapes and dtypes of a tree."""
+    """Return normally distributed values in the shapes and dtypes of a tree."""
     rng = np.random.default_rng(seed)
 
     def normal(x):
@@ -179,7 +181,7 @@ def _step_of(tx: optax.GradientTransformation, extra_args: dict[str, Any]) -> St
 
 
 def _run(step: Step, params: Any, state: Any, grads: Sequence[Any]) -> tuple[Any, Any]:
-    """Return the last update and the state after it; the parameters stay where they are."""
+    """Return the last update and the state after it; the parameters do not change."""
     updates = None
     for gradient in grads:
         updates, state = step(params, state, gradient)
@@ -206,7 +208,7 @@ def _assert_same_types(ours: Any, expected: Any) -> None:
 
 
 def _assert_close(ours: Any, expected: Any) -> None:
-    """Compare leaves relative to their largest value, counts and flags exactly."""
+    """Compare floats relative to the largest value of their leaf, integers and bools exactly."""
     chex.assert_trees_all_equal_shapes_and_dtypes(ours, expected)
     for (path, x), y in zip(
         jax.tree.leaves_with_path(ours), jax.tree.leaves(expected), strict=True

@@ -447,7 +447,7 @@ def test_a_state_needs_to_know_where_parameters_lie():
     with pytest.raises(ValueError, match="got None for odd"):
         optax_ext.state_shardings(optax.sgd(0.1), params | {"odd": TREE["odd"]})
     elsewhere = of_shape(TREE["odd"], NamedSharding(other_mesh(), P()))
-    with pytest.raises(ValueError, match=r"on one mesh, got .* for odd beside"):
+    with pytest.raises(ValueError, match=r"on one mesh, got .* for odd and"):
         optax_ext.state_shardings(optax.sgd(0.1), params | {"odd": elsewhere})
     with pytest.raises(ValueError, match="at least one array"):
         optax_ext.state_shardings(optax.sgd(0.1), {})

@@ -1,1 +1,1 @@
-"""The methods: equations, provenance and a chain of pieces, one method a file."""
+"""The methods, one per file: equations, provenance and a chain of pieces."""

@@ -31,32 +31,37 @@ def caadam(
     mu_dtype: DTypeLike | None = None,
     nu_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""CaAdam: Keras' Adam, each tensor's rate scaled by a constant of the architecture.
+    r"""Return CaAdam: Keras' Adam with the rate of each tensor scaled by a constant factor.
 
     .. math:: \theta \leftarrow \theta - \alpha\, S\, \frac{\sqrt{1 - b_2^t}}{1 - b_1^t}
         \frac{m}{\sqrt{v} + \epsilon} - \alpha \lambda \theta
 
-    The scale S of a tensor comes from its connections or its depth: `scale_by_connections` has
-    the formulas, `connection_table` prints them for a model, `optax_ext.architecture` reads
-    connections and depth from its computation instead of from names and shapes.
+    The scale S of a tensor depends on its connections or on its depth. `scale_by_connections` has
+    the formulas, and `connection_table` prints the scales of a model. Connections and depth are
+    read from names and shapes, or by `optax_ext.architecture` from the model's computation.
 
-    Provenance. The Keras form with ε = 1e-7 beside the *uncorrected* root, AMSGrad's maximum of
-    the uncorrected v, the scalings "additive", "multiplicative" and "depth" and their strengths
-    (the classes' defaults; the optimizer's own default is "additive" with .9), and decoupled decay,
-    which Keras' base optimizer applies before the step and S doesn't scale: [code]. "signed", what
-    the code's comment promises: [code's comment]. Units by module, overrides, the architecture from
-    the computation, and S = 1 on sides of zero width: [ours].
+    Provenance.
 
-    The default differs from the code on purpose. As written, biases and normalizations count 0
-    connections and get up to 5.6 times the rate, or count as layers of depth. Here they go along
-    with their kernel, or keep S = 1. `units="leaf"` is the authors' formulas as written.
+    - [code]: the Keras form, which adds ε = 1e-7 to the *uncorrected* root; AMSGrad's maximum of
+      the uncorrected v; the scalings "additive", "multiplicative" and "depth" with their strengths
+      (these are the defaults of the scaling classes; the optimizer's own default is "additive"
+      with .9); decoupled decay, which Keras' base optimizer applies before the step and which S
+      doesn't scale.
+    - [code's comment]: "signed". A comment in the code promises it.
+    - [ours]: units by module; overrides; the architecture from the computation; S = 1 for counts
+      on a side of the median that has zero width.
 
-    What the authors ran [code]: the counts are keyed by the variable's name, which Keras 3 sets to
-    "kernel" for every layer, so that every kernel got the scale of the last one. Their ResNet-20
-    had its kernels' rate times 1.92 (additive) or 4.75 (multiplicative) on CIFAR-10, and 1.18 or
-    1.36 on CIFAR-100, the setting that they report; biases and normalizations got 2.0 or 5.5 times
-    the rate. That is close to Adam at a larger rate, and no baseline was tuned: all ran at .001. So
-    compare any gain with Adam at `connection_table(...).mean_scale` times the rate.
+    The default differs from the code on purpose. In the code, biases and normalizations have 0
+    connections and get up to 5.6 times the rate, or count as layers of depth. Here they have the
+    scale of their kernel, or S = 1. `units="leaf"` gives the authors' formulas as written.
+
+    What the authors ran [code]. Their code stores the counts by the variable's name. Keras 3 sets
+    this name to "kernel" for every layer, so every kernel got the scale of the last one. In their
+    ResNet-20, this multiplied the kernels' rate by 1.92 (additive) or 4.75 (multiplicative) on
+    CIFAR-10, and by 1.18 or 1.36 on CIFAR-100, the setting that they report. Biases and
+    normalizations got 2.0 or 5.5 times the rate. This is close to Adam at a larger rate. They tuned
+    no baseline: all ran at .001. So compare any gain with Adam at
+    `connection_table(...).mean_scale` times the rate.
 
     Args:
       learning_rate: α, in [0, inf), or a schedule of it.
@@ -64,29 +69,30 @@ def caadam(
       b2: decay of the second moment, in [0, 1).
       eps: ε, in [0, inf), added to the uncorrected root.
       scaling: "additive", "multiplicative", "signed" or "depth".
-      strength: s of the scaling; its range and default depend on it, see `scale_by_connections`.
-      units: "module", or "leaf" for the authors' own. Flat trees of parameters are told apart too:
-        see `scale_by_connections`.
-      overrides: per path of a unit, its "connections", "depth" or "scale".
-      architecture: what `optax_ext.architecture` read from the network's computation; `None`
-        takes names and shapes, which know neither branches nor shared weights.
-      amsgrad: whether to take the largest v so far.
+      strength: s of the scaling. Its range and its default depend on the scaling: see
+        `scale_by_connections`.
+      units: "module", or "leaf" for the authors' units. "module" also finds the units of a flat
+        tree of parameters: see `scale_by_connections`.
+      overrides: for the path of a unit, its "connections", "depth" or "scale".
+      architecture: the result of `optax_ext.architecture`, which reads the network's computation.
+        `None` reads names and shapes, which show neither branches nor shared weights.
+      amsgrad: whether to use the largest v so far.
       weight_decay: λ, decoupled and not scaled by S, in [0, inf), or a schedule.
-      mask: tree of bools, or a function of the parameters to one: where to decay.
-      mu_dtype: storage of the first moment; `None` is the parameters' own.
-      nu_dtype: storage of the second moment; `None` is at least float32. In bfloat16 it stops
-        following the gradient at b2 >= .99: see `ema_of_squares`.
+      mask: where to decay: a tree of bools, or a function from the parameters to such a tree.
+      mu_dtype: dtype that stores the first moment; `None` is the dtype of the parameters.
+      nu_dtype: dtype that stores the second moment; `None` is at least float32. In bfloat16 the
+        second moment stops following the gradient at b2 >= .99: see `ema_of_squares`.
 
     Returns:
       The chain. Its state has `connection_scale` (S of each tensor), `mu` and `nu` for
       `optax.tree.get`.
 
     Raises:
-      ValueError: an argument is out of its range, an overridden path is not in the parameters (at
+      ValueError: an argument is out of its range, the parameters lack an overridden path (at
         `init`), or `params` is missing from the update.
 
     Warns:
-      UserWarning: at `init`, fewer than two units have connections, so that this is Adam.
+      UserWarning: at `init`, fewer than two units have connections, so this is Adam.
 
     >>> import jax, jax.numpy as jnp, optax, optax_ext
     >>> tx = optax_ext.caadam(learning_rate=0.1, strength=0.5)

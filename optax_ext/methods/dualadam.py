@@ -22,33 +22,36 @@ def invadam(
     mu_dtype: DTypeLike | None = None,
     nu_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""InvAdam: Adam with the second moment inverted, larger steps where gradients are large.
+    r"""Return InvAdam: Adam that multiplies by the root of the second moment instead of dividing.
 
     .. math:: \theta \leftarrow \theta - \alpha\, \hat m\, (\sqrt{\hat v} + \epsilon)
         - \alpha \lambda \theta
 
+    Steps are larger where gradients are large.
+
     Provenance. The rule: [code]; the paper's form has no ε [second-hand]. Decoupled decay as in
     the authors' DualAdam: [code]. `scale_free`: [ours].
 
-    The step scales as the square of the gradient. So the right rate depends on the scale of the
-    loss (a gradient 1000 times larger gives NaN in the authors' code), gradients past 1e19
-    overflow float32, and near a minimum the steps vanish faster than the gradient does. A rate
-    that survives the start is soon too small: alone, InvAdam solves a problem in a narrow range of
-    rates or not at all. It is meant as the early phase of `dualadam`.
+    The step grows with the square of the gradient. This has three consequences. The right rate
+    depends on the scale of the loss: a gradient 1000 times larger gives NaN in the authors' code.
+    Gradients above 1e19 overflow float32. Near a minimum, the steps vanish faster than the
+    gradient. A rate that is small enough for the first steps is soon too small: InvAdam alone
+    solves a problem in a narrow range of rates or not at all. It is meant as the early phase of
+    `dualadam`.
 
     Args:
       learning_rate: α, in [0, inf), or a schedule of it; per unit of squared gradient.
       b1: decay of the first moment, in [0, 1).
       b2: decay of the second moment, in [0, 1).
       eps: ε, in [0, inf), added to the root.
-      scale_free: divide the root by its root mean square over each tensor, so that the step
-        scales like the gradient.
+      scale_free: whether to divide the root by its root mean square over each tensor. The step
+        then grows in proportion to the gradient.
       weight_decay: λ, decoupled, in [0, inf), or a schedule.
-      mask: tree of bools, or a function of the parameters to one: where to decay.
-      mu_dtype: storage of the first moment; `None` is the parameters' own. bfloat16 will do for
-        decays up to .9: see `ema`.
-      nu_dtype: storage of the second moment; `None` is at least float32. In bfloat16 it stops
-        following the gradient at b2 >= .99: see `ema_of_squares`.
+      mask: where to decay: a tree of bools, or a function from the parameters to such a tree.
+      mu_dtype: dtype that stores the first moment; `None` is the dtype of the parameters. bfloat16
+        is precise enough for decays up to .9: see `ema`.
+      nu_dtype: dtype that stores the second moment; `None` is at least float32. In bfloat16 the
+        second moment stops following the gradient at b2 >= .99: see `ema_of_squares`.
 
     Returns:
       The chain. Its state has `mu` and `nu` for `optax.tree.get`.
@@ -91,40 +94,42 @@ def dualadam(
     mu_dtype: DTypeLike | None = None,
     nu_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""DualAdam: InvAdam at first, Adam in the end, a falling share of the one in between.
+    r"""Return DualAdam: a blend that starts close to InvAdam and ends as Adam.
 
     .. math::
       r_t &= \max(0, 1 - t s), \quad \text{and } 0 \text{ once below } s \\
       \theta &\leftarrow \theta - \alpha \left( (1 - r_t) \frac{\hat m}{\sqrt{\hat v} + \epsilon}
         + r_t\, \hat m\, (\sqrt{\hat v} + \epsilon) \right) - \alpha \lambda \theta
 
-    Provenance. Rule, decoupled decay, default rate 1e-3 and s = .01: [code]; the authors' CIFAR
-    script has s = 8e-5 and rate 1e-2, with which the blend ends near epoch 32 of 200, and no decay
-    beside 1e-2 for its AdamW and RAdam. (pytorch_optimizer's DualAdam couples the decay to the
-    gradient by default.) A schedule for the share, and `scale_free`: [ours].
+    The share :math:`r_t` of InvAdam falls linearly from nearly 1 to 0.
 
-    The last blended step is found in double precision as the authors' code does: t = 18 for
-    s = .05. The authors keep t outside their saved state, so that their resumed run starts over
-    with the inverse; here it is in the state. The inverse term scales as the square of the
-    gradient: see `invadam`. On small problems it is 1e-3 … 1e-4 of Adam's, which makes DualAdam
-    Adam with a linear warm-up of length 1/s, and that the control for any gain.
+    Provenance. Rule, decoupled decay, default rate 1e-3 and s = .01: [code]. A schedule for the
+    share, and `scale_free`: [ours]. The authors' CIFAR script has s = 8e-5 and rate 1e-2, with
+    which the blend ends near epoch 32 of 200. There DualAdam has no decay, while AdamW and RAdam
+    have 1e-2. (pytorch_optimizer's DualAdam couples the decay to the gradient by default.)
+
+    The last blended step is computed in double precision, as in the authors' code: t = 18 for
+    s = .05. The authors keep t outside their saved state, so their resumed run starts again with
+    InvAdam. Here t is in the state. The inverse term grows with the square of the gradient: see
+    `invadam`. On small problems it is 1e-3 … 1e-4 of Adam's term. DualAdam is then Adam with a
+    linear warm-up of length 1/s, so compare any gain with that warm-up.
 
     Args:
       learning_rate: α, in [0, inf), or a schedule of it.
       b1: decay of the first moment, in [0, 1).
       b2: decay of the second moment, in [0, 1).
       eps: ε, in [0, inf), added to the root.
-      switch_rate: s, fall of the inverse share per step, in [0, 1]: 0 is InvAdam, 1 is Adam. Or a
-        schedule of the share itself, called like all of Optax's with 0 at the first step. A traced
-        s follows max(0, 1 - t s) to the end; under `optax.inject_hyperparams` a schedule must be
-        among the `static_args`.
+      switch_rate: s, the decrease of InvAdam's share per step, in [0, 1]: 0 is InvAdam, 1 is Adam.
+        Or a schedule of the share itself, called with 0 at the first step like all schedules of
+        Optax. If s is traced, the share is max(0, 1 - t s) at every step. Under
+        `optax.inject_hyperparams`, name `switch_rate` in the `static_args` if it is a schedule.
       scale_free: as in `invadam`.
       weight_decay: λ, decoupled, in [0, inf), or a schedule.
-      mask: tree of bools, or a function of the parameters to one: where to decay.
-      mu_dtype: storage of the first moment; `None` is the parameters' own. bfloat16 will do for
-        decays up to .9: see `ema`.
-      nu_dtype: storage of the second moment; `None` is at least float32. In bfloat16 it stops
-        following the gradient at b2 >= .99: see `ema_of_squares`.
+      mask: where to decay: a tree of bools, or a function from the parameters to such a tree.
+      mu_dtype: dtype that stores the first moment; `None` is the dtype of the parameters. bfloat16
+        is precise enough for decays up to .9: see `ema`.
+      nu_dtype: dtype that stores the second moment; `None` is at least float32. In bfloat16 the
+        second moment stops following the gradient at b2 >= .99: see `ema_of_squares`.
 
     Returns:
       The chain. Its state has `inverse_share` (r_t), `mu` and `nu` for `optax.tree.get`.

@@ -28,7 +28,7 @@ def fame(
     mu_dtype: DTypeLike | None = None,
     nu_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""FAME: the momentum is a triple exponential moving average of the gradient.
+    r"""Return FAME: Adam whose momentum is a triple exponential moving average of the gradient.
 
     .. math::
       m &= b_1 m + (1 - b_1)\, g, \quad d = b_3 d + (1 - b_3)\, m, \quad
@@ -37,22 +37,26 @@ def fame(
       \theta &\leftarrow \theta - \alpha\,
         \frac{\mathrm{TEMA} / (1 - b_1^t)}{\sqrt{v / (1 - b_2^t)} + \epsilon}
 
-    Provenance. Cascade: [paper, code]. The rule above, L2 decay added to the gradient, the
-    optional AMSGrad maximum and all defaults but b4: [code]. A second moment by TEMA too, clamped
-    at 0 before its root, without bias correction or decay, and b1 … b5 = .9 .999 .3 .7 .8:
-    [paper]. The exact bias correction: [ours].
+    Provenance.
 
-    Paper and code differ; the default is the code. The paper's method is
-    ``fame(lr, .9, .999, .3, .7, .8, second_moment="tema", bias_correction="none")``. Know before
-    you choose it that its decays lag *more* than a plain average (12.1 steps against 9.0; the
-    code's .9 .5 .5 lag 8.0, only equal decays 0, at almost four times the noise), and that without
-    correction a constant gradient steps 2.2 α at t = 1 and 5.4 α at t = 22.
+    - [paper, code]: the cascade of averages.
+    - [code]: the rule above; L2 decay added to the gradient; the optional AMSGrad maximum; all
+      defaults except b4.
+    - [paper]: TEMA also for the second moment, clamped at 0 before its root, without bias
+      correction or decay; b1 … b5 = .9 .999 .3 .7 .8.
+    - [ours]: the exact bias correction.
 
-    The released repository holds four copies of the optimizer [code]. The default here is `minREV`
+    Paper and code differ. The default is the code. The paper's method is
+    ``fame(lr, .9, .999, .3, .7, .8, second_moment="tema", bias_correction="none")``. It has two
+    drawbacks. Its decays lag *more* than a plain average: 12.1 steps against 9.0. (The code's
+    .9 .5 .5 lag 8.0. Only equal decays lag 0, at almost four times the noise.) And without bias
+    correction, the step for a constant gradient is 2.2 α at t = 1 and 5.4 α at t = 22.
+
+    The released repository has four copies of the optimizer [code]. The default here is `minREV`
     as it is since 2024-05-29. The other three (class `DAdam`: ViT, ImageNet, Pascal), and `minREV`
-    before that day, divide by the root of a buffer that is never updated: those runs are momentum
+    before that day, divide by the root of a buffer that is never updated. Those runs are momentum
     SGD at the rate α / ε. Every published configuration has b3 = .3 and b5 = .7 or .8 (.9 .3 .7
-    lags 10.5 steps); none has the defaults of the class, .5 and .5.
+    lags 10.5 steps). None has the defaults of the class, .5 and .5.
 
     Args:
       learning_rate: α, in [0, inf), or a schedule of it.
@@ -63,21 +67,22 @@ def fame(
       b5: decay of the third average of the gradient, in [0, 1); the released code calls it beta4.
       eps: ε, in [0, inf), added to the root.
       second_moment: "ema", or "tema" for the triple average of squares.
-      bias_correction: "adam" as above, "exact" by what the averages make of a constant, or "none".
-      amsgrad: whether to take the largest v so far (of "ema" only).
+      bias_correction: "adam" as above; "exact" divides by the same averages of a constant 1; or
+        "none".
+      amsgrad: whether to use the largest v so far (for "ema" only).
       weight_decay: L2 coefficient, added to the gradient as weight_decay · θ; in [0, inf), or a
         schedule.
-      mask: tree of bools, or a function of the parameters to one: where to decay.
-      mu_dtype: storage of m, d and e; `None` is the parameters' own. bfloat16 will do for
-        decays up to .9: see `ema`.
-      nu_dtype: storage of v; `None` is at least float32. In bfloat16 it stops
-        following the gradient at b2 >= .99: see `ema_of_squares`.
+      mask: where to decay: a tree of bools, or a function from the parameters to such a tree.
+      mu_dtype: dtype that stores m, d and e; `None` is the dtype of the parameters. bfloat16 is
+        precise enough for decays up to .9: see `ema`.
+      nu_dtype: dtype that stores v; `None` is at least float32. In bfloat16, v stops following the
+        gradient at b2 >= .99: see `ema_of_squares`.
 
     Returns:
       The chain. Its state has `mu` (m), `later` (d and e) and `nu` for `optax.tree.get`.
 
     Raises:
-      ValueError: an argument is out of its range, AMSGrad is asked of "tema", or `params` is
+      ValueError: an argument is out of its range, `amsgrad` is set for "tema", or `params` is
         missing from the update.
 
     >>> import jax, jax.numpy as jnp, optax, optax_ext
@@ -119,7 +124,7 @@ def fame(
             decays=(b2, b4, b4), bias_correction=bias_correction, dtype=nu_dtype
         )
     else:
-        # A single average has one bias: its exact correction is Adam's.
+        # For a single average, Adam's bias correction is the exact one.
         correction = "none" if bias_correction == "none" else "adam"
         of_squares = max_ema_of_squares if amsgrad else ema_of_squares
         second = of_squares(decay=b2, bias_correction=correction, dtype=nu_dtype)

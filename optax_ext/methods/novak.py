@@ -40,63 +40,68 @@ def novak(
     mu_dtype: DTypeLike | None = None,
     nu_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""After NOVAK: rectified AdamW inside lookahead.
+    r"""Return a reconstruction of NOVAK: rectified AdamW inside lookahead.
 
-    Reconstructed from the paper's abstract and a third-party summary of its equations: no code is
-    public, and the full text was not to be had.
+    It is reconstructed from the paper's abstract and a third-party summary of its equations. No
+    code is public, and the full text was not available.
 
     .. math::
       d &= \frac{\hat m}{\sqrt{\hat v} + \epsilon}, \qquad
       \theta \leftarrow \theta - \alpha\, r_t\, \tau\, a_t\, d - \alpha \lambda \theta \\
       t \bmod k = 0: \quad s &\leftarrow s + a\, (\theta - s), \quad \theta \leftarrow s
 
-    with the rectification :math:`r_t` of RAdam, and off by default the trust ratio
+    Here :math:`r_t` is the rectification of RAdam. Two factors are off by default: the trust ratio
     :math:`\tau = \lVert\theta\rVert / \lVert d\rVert` of each tensor, within [0, 10], and the
     autoscale :math:`a_t = 1/(1 + \max(0, \log n_t))` of the average gradient norm. While both are
-    off the step is elementwise, one pass; they add norms, nothing else.
+    off, the step is elementwise and takes one pass. They add norms and nothing else.
 
-    Provenance. Rectification with the adaptive denominator kept before it starts, trust ratio,
-    autoscale, and decay at the base rate: [second-hand]; "multiple variants of Nesterov momentum"
-    and lookahead in O(p + p/k): [abstract]. The clamp of the autoscale's logarithm, its decay, the
-    formulas of the Nesterov variants, the meaning of `lookahead="rotating"`, what the trust
-    ratio measures, and the default decay: [ours].
+    Provenance.
 
-    Decay stays at the base rate. Coupling it to the effective one is said to cost 4–8 points on
+    - [second-hand]: rectification that keeps the adaptive denominator before it starts; trust
+      ratio; autoscale; decay at the base rate.
+    - [abstract]: "multiple variants of Nesterov momentum"; lookahead in O(p + p/k).
+    - [ours]: the clamp of the autoscale's logarithm and the decay of its average; the formulas of
+      the Nesterov variants; the meaning of `lookahead="rotating"`; what the trust ratio measures;
+      the default decay.
+
+    Weight decay uses the base rate. Decay at the effective rate is said to cost 4–8 points on
     CIFAR-100, but only in machine-written summaries [weak second-hand].
-    `decay_coupling="effective"` is that ablation: :math:`\lambda \theta` joins d before the trust
-    ratio measures it, as in LAMB. RAdam's own fallback, the bare momentum, is
-    `rectify_fallback="momentum"`; with it more trainings of deep plain networks succeed, see
-    `examples/evidence/plain_depth.py`. With that, no decay and no lookahead this is `optax.radam`;
-    without rectification `optax.adamw`.
+    `decay_coupling="effective"` is that ablation: it adds :math:`\lambda \theta` to d before the
+    trust ratio measures d, as in LAMB. `rectify_fallback="momentum"` is RAdam's own fallback, the
+    momentum without denominator. With it, more trainings of deep plain networks succeed: see
+    `examples/evidence/plain_depth.py`. With this fallback, no decay and no lookahead, the method is
+    `optax.radam`. Without rectification and lookahead it is `optax.adamw`.
 
     Args:
       learning_rate: α, in [0, inf), or a schedule of it.
       b1: decay of the first moment, in [0, 1).
-      b2: decay of the second moment, in [0, 1); in (2/3, 1) for rectification, which never
-        starts below.
+      b2: decay of the second moment, in [0, 1). With rectification it must be in (2/3, 1), because
+        rectification never starts for a smaller one.
       eps: ε, in [0, inf), added to the root.
       weight_decay: λ, decoupled, in [0, inf), or a schedule.
       decay_coupling: rate of the decay, "base" or "effective".
-      nesterov: form of :math:`\hat m`: "none"; "nadam" (equal to `optax.nadam`), "classical",
-        "hybrid": see `nesterov_ema`; "nadam_scheduled": see `scheduled_nesterov_ema`.
+      nesterov: form of :math:`\hat m`: "none", "nadam" (equal to `optax.nadam`), "classical",
+        "hybrid" or "nadam_scheduled". See `nesterov_ema`, and `scheduled_nesterov_ema` for the
+        last.
       rectify: whether to rectify.
       rectify_fallback: direction before rectification starts, "adam" (d) or "momentum"
         (:math:`\hat m`).
-      trust_ratio: whether to scale each tensor to its parameters.
+      trust_ratio: whether to scale each tensor's step in proportion to its parameters.
       autoscale: whether to scale by the gradient's norm.
       autoscale_decay: decay of the average norm, in [0, 1).
-      lookahead: "exact", "rotating" (slow weights of one k-th at a time, another algorithm: see
-        `optax_ext.lookahead`) or "none".
-      sync_period: k, an integer >= 1; a Python one for "rotating".
+      lookahead: "exact", "rotating" or "none". "rotating" is a different algorithm, which has slow
+        weights for one k-th of the parameters at a time: see `optax_ext.lookahead`.
+      sync_period: k, an integer >= 1; for "rotating" it must be a Python integer.
       slow_step_size: a, in [0, 1].
-      slow_dtype: storage of the slow weights; `None` is the parameters' own. bfloat16 can stop
-        the training: see `optax_ext.lookahead`.
-      offload: where they wait, "pinned_host" for the host's memory; `None` is the device's.
-      mask: tree of bools, or a function of the parameters to one: where to decay.
-      mu_dtype: storage of the first moment; `None` is the parameters' own. bfloat16 will do for
-        decays up to .9: see `ema`.
-      nu_dtype: storage of the second moment; `None` is at least float32. In bfloat16 it stops
-        following the gradient at b2 >= .99: see `ema_of_squares`.
+      slow_dtype: dtype that stores the slow weights; `None` is the dtype of the parameters.
+        bfloat16 can stop the training: see `optax_ext.lookahead`.
+      offload: memory that stores the slow weights: "pinned_host" is the host's memory, `None` the
+        device's.
+      mask: where to decay: a tree of bools, or a function from the parameters to such a tree.
+      mu_dtype: dtype that stores the first moment; `None` is the dtype of the parameters. bfloat16
+        is precise enough for decays up to .9: see `ema`.
+      nu_dtype: dtype that stores the second moment; `None` is at least float32. In bfloat16 the
+        second moment stops following the gradient at b2 >= .99: see `ema_of_squares`.
 
     Returns:
       The chain. Its state has `rectification`, `trust_ratio` and `autoscale` where they are on,
@@ -149,7 +154,8 @@ def novak(
     direction = scale_by_moments(first, ema_of_squares(decay=b2, dtype=nu_dtype), join)
     decay = optax.add_decayed_weights(weight_decay, mask)
 
-    # The trust ratio normalizes all that is before it, so what it shall not undo comes after.
+    # The trust ratio normalizes the result of the pieces before it. So factors that it must not
+    # undo come after it.
     pieces: list[optax.GradientTransformation] = [direction]
     if decay_coupling == "effective":
         pieces.append(decay)

@@ -28,7 +28,7 @@ def vradam(
     mu_dtype: DTypeLike | None = None,
     nu_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""VRAdam: AdamW under a velocity gate.
+    r"""Return VRAdam: AdamW with a rate that falls as the velocity grows.
 
     .. math::
       u &= b_1 u + (1 - b_1)\, g, \qquad v = b_2 v + (1 - b_2)\, g^2 \\
@@ -36,26 +36,27 @@ def vradam(
       \theta &\leftarrow \theta - \alpha_t \left( \frac{\hat u}{\sqrt{\hat v} + \epsilon}
         + \lambda \theta \right)
 
-    with one norm over all tensors, of the velocity before its bias correction.
+    The norm is one number for all tensors together. It measures the velocity u before its bias
+    correction. The gate is the factor :math:`\alpha_t / \alpha`.
 
     Provenance. The rule, `power` (the penalty is :math:`\sum |u|^p`, not its root), the norm of
     the gradient instead of the velocity, and the defaults: [code]; the rule also [paper,
     second-hand]. Earlier code measured the gradient and had a cutoff of 19. The gate per tensor,
     of the mean square, or of the corrected velocity: [ours].
 
-    The penalty sums over coordinates: :math:`\beta_3` means something else for another model size
-    or loss scale, unless `norm_reduction="mean"`. The rate stays within
-    :math:`[\alpha/(1 + c), \alpha]`; :math:`\beta_3 = 0` is AdamW. The gate is measured on the
-    velocity as stored, so `mu_dtype` rounds it. The authors' code has one norm for each parameter
-    group: a `vradam` for each group under `optax.partition` is the same.
+    The penalty is a sum over coordinates. So the effect of :math:`\beta_3` depends on the model
+    size and on the loss scale. `norm_reduction="mean"` divides by the number of coordinates. The
+    rate stays within :math:`[\alpha/(1 + c), \alpha]`. :math:`\beta_3 = 0` is AdamW. The gate
+    measures the stored velocity, which `mu_dtype` rounds. The authors' code has one norm for each
+    parameter group. For the same result, use one `vradam` for each group under `optax.partition`.
 
-    What the authors ran [code]: their sweeps drew α log-uniformly from [1e-4, .1] (transformers:
+    What the authors ran [code]. Their sweeps drew α log-uniformly from [1e-4, .1] (transformers:
     from 1e-5), :math:`\beta_3` from [.1, 1.5] (transformers: to 5), c from 3 to 30, and whether the
-    gradient is measured; for Adam they drew the rate only. Their baseline is Adam with L2 decay of
-    1e-5, which the paper calls AdamW. Their figure of the edge of stability compares VRAdam at
-    α = .002 (norm of the gradient, c = 19) with Adam at .001, and preconditions the sharpness of
-    Adam only. Their values for CIFAR-10 are α = .0846, c = 29 and :math:`\beta_3` = 1.015
-    [second-hand].
+    norm is that of the gradient. For Adam they drew the rate only. Their baseline is Adam with L2
+    decay of 1e-5, which the paper calls AdamW. Their figure of the edge of stability compares
+    VRAdam at α = .002 (norm of the gradient, c = 19) with Adam at .001. In it, only Adam's
+    sharpness is preconditioned. Their values for CIFAR-10 are α = .0846, c = 29 and :math:`\beta_3`
+    = 1.015 [second-hand].
 
     Args:
       learning_rate: α, in [0, inf), or a schedule of it.
@@ -64,16 +65,16 @@ def vradam(
       beta3: :math:`\beta_3`, weight of the penalty, in [0, inf).
       lr_cutoff: c, largest penalty, in [0, inf).
       eps: ε, in [0, inf), added to the root.
-      power: p, in (0, inf), of :math:`\sum |u|^p`.
+      power: p, the exponent in :math:`\sum |u|^p`, in (0, inf).
       norm_of: "velocity", "corrected_velocity" or "gradient".
       norm_scope: "global", or "tensor" for a gate per tensor.
       norm_reduction: "sum", or "mean" over the coordinates in scope.
-      weight_decay: λ, decoupled and gated like the step, in [0, inf), or a schedule.
-      mask: tree of bools, or a function of the parameters to one: where to decay.
-      mu_dtype: storage of u; `None` is the parameters' own. bfloat16 will do for
-        decays up to .9: see `ema`.
-      nu_dtype: storage of v; `None` is at least float32. In bfloat16 it stops
-        following the gradient at b2 >= .99: see `ema_of_squares`.
+      weight_decay: λ, decoupled, in [0, inf), or a schedule. The gate scales the decay too.
+      mask: where to decay: a tree of bools, or a function from the parameters to such a tree.
+      mu_dtype: dtype that stores u; `None` is the dtype of the parameters. bfloat16 is precise
+        enough for decays up to .9: see `ema`.
+      nu_dtype: dtype that stores v; `None` is at least float32. In bfloat16, v stops following the
+        gradient at b2 >= .99: see `ema_of_squares`.
 
     Returns:
       The chain. Its state has `gate` (α_t / α), `mu` and `nu` for `optax.tree.get`.

@@ -1,1 +1,1 @@
-"""The pieces: pure transformations and wrappers, one subject a file."""
+"""The pieces: pure transformations and wrappers, one subject per file."""

@@ -37,16 +37,16 @@ def autoscale(
     .. math:: u \leftarrow \frac{u}{1 + \max(0, \log n_t)}, \qquad
       n_t = \mathrm{EMA}(\lVert g \rVert)_t / (1 - b^t)
 
-    The norm is that of all tensors together. After NOVAK, whose :math:`1/(1 + \log n_t)` is
-    singular at :math:`n_t = 1/e` and negative below: the maximum with 0 is ours. A norm whose
-    square overflows counts as the root of the largest number, so that the average recovers.
+    The norm is that of all tensors together. NOVAK has :math:`1/(1 + \log n_t)`, which is singular
+    at :math:`n_t = 1/e` and negative below. The maximum with 0 is ours. If the square of a norm
+    overflows, the norm is replaced by the root of the largest number, so the average can recover.
 
     Args:
       inner: transformation to scale.
       decay: b, decay of the average norm, in [0, 1).
 
     Raises:
-      ValueError: `decay` is out of its range, or `inner` is no transformation.
+      ValueError: `decay` is out of its range, or `inner` is not a transformation.
 
     >>> import jax.numpy as jnp
     >>> tx = autoscale(optax.sgd(1.0), decay=0.99)

@@ -1,4 +1,4 @@
-r"""The exponential moving average, the one recursion of all estimators.
+r"""The exponential moving average, the recursion that all estimators use.
 
 .. math:: \mathrm{EMA}_b(x)_t = b\, \mathrm{EMA}_b(x)_{t-1} + (1 - b)\, x_t
 """
@@ -26,8 +26,9 @@ from optax_ext._numerics import (
 def average(x: Any, previous: Any, decay: ArrayLike) -> Any:
     """Return the exponential moving average one step later, in compute precision.
 
-    Less the opposite of `b m`, not plus `b m`: from a sum, XLA takes out the factor that both
-    terms share at b = 1/2, then computes the rest once for each use, and in place only of a copy.
+    The code subtracts `-b m` instead of adding `b m`. In a sum, XLA would factor out 1/2, which
+    both terms share at b = 1/2. It would then compute the rest once for each use, and it could
+    update a buffer in place only after copying it.
     """
     return tree_map(
         lambda x, m: (
@@ -50,7 +51,7 @@ def estimator(
 ) -> optax.GradientTransformationExtraArgs:
     """Return the transformation of `advance(gradient, state, count) -> (estimate, state)`.
 
-    The state is a NamedTuple with a `count`. Leaves and dtypes are taken care of here.
+    The state is a NamedTuple with a `count`. This function takes care of leaves and dtypes.
     """
 
     def checked_init(params: optax.Params) -> Any:

@@ -1,6 +1,7 @@
-r"""Bias correction: what an exponential moving average started at zero still lacks.
+r"""Bias correction of exponential moving averages that start at zero.
 
-After :math:`t` steps the weights of an average with decay :math:`b` add up to :math:`1 - b^t`.
+After :math:`t` steps the weights of an average with decay :math:`b` add up to :math:`1 - b^t`, not
+to 1. So the average is divided by this sum.
 """
 
 from typing import NamedTuple
@@ -24,8 +25,8 @@ from optax_ext._numerics import (
 def total_weight(decay: ArrayLike, count: jax.Array, dtype: DTypeLike) -> jax.Array:
     r"""Return the sum :math:`1 - b^t` of an average's weights after `count` steps.
 
-    Written as :math:`-\mathrm{expm1}(t \log b)`: the plain form loses five of float32's seven
-    digits for b = 0.999 and small t.
+    It is computed as :math:`-\mathrm{expm1}(t \log b)`. The plain form loses five of float32's
+    seven digits for b = 0.999 and small t.
     """
     return _total_weight(jnp.asarray(decay - 1, dtype), count.astype(dtype))
 
@@ -38,7 +39,7 @@ def _total_weight(x: jax.Array, t: jax.Array) -> jax.Array:
 
 @_total_weight.defjvp
 def _derivative(primals, tangents):
-    """Differentiate the plain form, since the logarithm's derivative is infinite at b = 0."""
+    """Differentiate the plain form, because the logarithm's derivative is infinite at b = 0."""
     (x, t), (dx, _) = primals, tangents
     return _total_weight(x, t), -t * (1 + x) ** (t - 1) * dx
 
@@ -56,12 +57,12 @@ class CorrectBiasState(NamedTuple):
 
 
 def correct_bias(*, b1: ArrayLike, b2: ArrayLike) -> optax.GradientTransformationExtraArgs:
-    r"""Correct the bias of both moments at once, after they were joined as a quotient.
+    r"""Correct the bias of both moments together, in their quotient.
 
     .. math:: u \leftarrow \frac{\sqrt{1 - b_2^t}}{1 - b_1^t}\, u
 
-    Keras' Adam divides uncorrected moments, with eps beside the uncorrected root, and corrects
-    afterwards; the usual form corrects each moment first.
+    Keras' Adam adds eps to the root of the uncorrected second moment, divides the uncorrected first
+    moment by this sum, and corrects the bias afterwards. The usual form corrects each moment first.
 
     Args:
       b1: decay of the first moment, in [0, 1).

@@ -1,4 +1,4 @@
-"""Cascades of averages, each averaging the one before, whose lags cancel in their combination."""
+"""Cascades of averages: each averages the one before, and in a weighted sum their lags cancel."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ from optax_ext.transforms.bias_correction import debias
 
 
 def cascade(x: Any, stages: Sequence[Any], decays: Sequence[ArrayLike]) -> tuple[Any, ...]:
-    """Return all stages one step later: the first averages `x`, each next the one before it."""
+    """Return all stages one step later: the first averages `x`, each other the stage before it."""
     advanced = []
     for stage, decay in zip(stages, decays, strict=True):
         x = average(x, stage, decay)
@@ -48,8 +48,8 @@ class CascadeState(NamedTuple):
     Attributes:
       count: number of updates done.
       mu: the first stage, a plain uncorrected average.
-      later: the later stages, a tree like `mu` each.
-      response: what each stage would be for a gradient that was always 1; empty unless
+      later: the later stages, each a tree like `mu`.
+      response: the value of each stage if the gradient had always been 1. It is empty unless
         `bias_correction="exact"`.
     """
 
@@ -74,25 +74,27 @@ def triple_ema(
     bias_correction: str = "adam",
     dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Estimate the first moment by the triple average of the gradient, or one of any order.
+    r"""Estimate the first moment by the triple average (TEMA) of the gradient.
 
     .. math:: m = \mathrm{EMA}_{b_1}(g), \quad d = \mathrm{EMA}_{b_2}(m), \quad
       e = \mathrm{EMA}_{b_3}(d), \qquad \mathrm{TEMA} = 3m - 3d + e
 
-    and in general :math:`\sum_i (-1)^{i+1} \binom{k}{i} \mathrm{EMA}_i` for k decays: one is the
-    plain average, two the double one (DEMA).
+    Any number k of decays is possible, and gives
+    :math:`\sum_i (-1)^{i+1} \binom{k}{i} \mathrm{EMA}_i`. One decay is the plain average, two are
+    the double average (DEMA).
 
-    The mean lag in steps is :math:`L_1 - 2 L_2 + L_3` with :math:`L = b / (1 - b)`: it vanishes
-    for equal decays, (.9, .9, .9), and is 12.1 for (.9, .3, .8), more than the 9.0 of a plain .9.
-    The price of no lag is noise: its gain (the sum of squared weights) is .199 instead of .053.
-    Each stage is an average of its own and needs the precision that `ema` says for its decay.
+    The mean lag in steps is :math:`L_1 - 2 L_2 + L_3` with :math:`L = b / (1 - b)`. It is 0 for
+    equal decays such as (.9, .9, .9). It is 12.1 for (.9, .3, .8), more than the 9.0 of a plain .9.
+    Without lag there is more noise: for (.9, .9, .9) the noise gain (the sum of squared weights) is
+    .199 instead of .053. Each stage is an average and needs the precision that `ema` gives for its
+    decay.
 
     Args:
       decays: one decay in [0, 1) per stage.
-      bias_correction: "adam" divides by :math:`1 - b_1^t`, "exact" by what the same cascade makes
-        of a constant 1 (with four or more very unequal decays that can be 0: prefer near-equal
-        ones), "none" by nothing.
-      dtype: storage of the stages; `None` is the parameters' own.
+      bias_correction: "adam" divides by :math:`1 - b_1^t`. "exact" divides by the result of the
+        same cascade for a constant 1. With four or more very unequal decays this result can be 0,
+        so prefer nearly equal ones. "none" corrects nothing.
+      dtype: dtype that stores the stages; `None` is the dtype of the parameters.
 
     Raises:
       ValueError: an argument is out of its range.
@@ -102,7 +104,7 @@ def triple_ema(
     >>> state = tx.init(jnp.zeros(1))
     >>> for t in range(200):
     ...     estimate, state = tx.update(jnp.array([float(t)]), state)
-    >>> print(f"{estimate[0]:.2f}")  # a ramp is followed without lag
+    >>> print(f"{estimate[0]:.2f}")  # it follows a ramp without lag
     199.00
     """
     decays = _check(decays, bias_correction, dtype, jnp.inexact)
@@ -120,14 +122,15 @@ def triple_ema_of_squares(
 
     .. math:: \hat v = \max(0, 3 v_1 - 3 v_2 + v_3) / c_t
 
-    The stages are those of `triple_ema`, run on :math:`|g|^2`. For equal decays the combination
-    weighs some past squares negatively and can fall below 0: it is clamped there, since a root
-    is taken of it next. The stages nearly cancel, so they need float32 whatever their decays.
+    The stages are those of `triple_ema`, applied to :math:`|g|^2`. For equal decays some past
+    squares have negative weights, so the combination can be below 0. It is clamped at 0, because
+    the next operation is a root. The stages nearly cancel, so they need float32 for all decays.
 
     Args:
       decays: one decay in [0, 1) per stage.
       bias_correction: :math:`c_t` as in `triple_ema`.
-      dtype: storage of the stages; `None` is float32, or the parameters' own where that is wider.
+      dtype: dtype that stores the stages; `None` is float32, or the dtype of the parameters where
+        that is wider.
 
     Raises:
       ValueError: an argument is out of its range.
@@ -177,7 +180,7 @@ def _combined(
 
 
 def _clamp(combined: jax.Array, v: jax.Array) -> jax.Array:
-    """Return at least 0, and infinity instead of inf - inf where squares overflowed."""
+    """Clamp the combination at 0; where squares overflowed, return infinity, not inf - inf."""
     overflowed = jnp.isnan(combined) & ~jnp.isnan(v)
     return jnp.where(overflowed, jnp.inf, jnp.maximum(combined, 0))
 
@@ -189,7 +192,7 @@ def _first_response(decays, params, bias_correction) -> tuple[jax.Array, ...]:
 
 
 def _correct(combined, decays, count, response, bias_correction):
-    """Return the combined stages without their bias, and the advanced response."""
+    """Return the combined stages without their bias, and the response one step later."""
     if bias_correction == "none":
         return combined, response
     if bias_correction == "adam":

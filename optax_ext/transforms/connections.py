@@ -1,9 +1,10 @@
 r"""Connection-aware rates: one fixed scale per tensor, from the shape of the network.
 
-CaAdam (2410.24216) gives tensors with fewer connections than the median a larger rate and tensors
-with more a smaller one, or scales by depth. What counts as one tensor matters: the authors'
-formulas rank a bias, with no connections, far below every kernel. Here a unit is a kernel with the
-bias and the scale of its module by default.
+CaAdam (2410.24216) gives a larger rate to tensors that have fewer connections than the median, and
+a smaller rate to tensors that have more. Or it scales by depth. In the authors' formulas each
+tensor counts alone, so a bias, which has no connections, is far below every kernel. Here the
+tensors that count together are a unit. By default, a unit is a kernel with the bias and the scale
+of its module.
 """
 
 import warnings
@@ -24,22 +25,25 @@ from optax_ext.network import Architecture
 
 
 def additive(s: ArrayLike, x: NDArray[Any]) -> Any:
-    r""":math:`S = 1 + s x`: from 1 - s for the most connected unit to 1 + s for the least."""
+    r"""Return :math:`S = 1 + s x`: 1 - s for the most connected unit, 1 + s for the least."""
     return 1 + s * x
 
 
 def multiplicative(s: ArrayLike, x: NDArray[Any]) -> Any:
-    r""":math:`S = s^{|x|}`: s for the least *and* for the most connected unit, as released."""
+    r"""Return :math:`S = s^{|x|}`: s for the least *and* the most connected unit, as released."""
     return s ** abs(x)
 
 
 def signed(s: ArrayLike, x: NDArray[Any]) -> Any:
-    r""":math:`S = s^x`: from 1/s to s, as the released code's comment promises."""
+    r"""Return :math:`S = s^x`: from 1/s to s, as a comment in the released code promises."""
     return s**x
 
 
 def by_depth(s: ArrayLike, x: NDArray[Any]) -> Any:
-    r""":math:`S = (1 + s)^x`, x what share of the network comes after: larger for early units."""
+    r"""Return :math:`S = (1 + s)^x`, which is larger for early units.
+
+    Here x is the share of the network that comes after the unit.
+    """
     return (1 + s) ** x
 
 
@@ -58,13 +62,13 @@ _SCALINGS = {
 
 
 def relative_connections(c: NDArray[Any]) -> NDArray[Any]:
-    r"""How far each count is from the median: 1 at the smallest, 0 at it, -1 at the largest.
+    r"""Return how far each count is from the median: smallest 1, median 0, largest -1.
 
     .. math:: x = \frac{\tilde c - c}{\tilde c - c_{min}} \text{ for } c \le \tilde c,
       \qquad x = -\frac{c - \tilde c}{c_{max} - \tilde c} \text{ else}
 
-    Median and extremes are those of the counts above 0: a count of 0 has an x beyond 1. A side of
-    no width, such as both sides of a uniform network, is 0 throughout.
+    Median and extremes are those of the counts above 0. So a count of 0 has x > 1. If a side of the
+    median has zero width, as both sides have in a uniform network, x is 0 on that side.
     """
     connected = c[c > 0]
     if not connected.size:
@@ -75,27 +79,30 @@ def relative_connections(c: NDArray[Any]) -> NDArray[Any]:
 
 
 def relative_depths(d: NDArray[Any], max_depth: float) -> NDArray[Any]:
-    r"""Return the share of the network behind: :math:`x = (D - (1 + d)) / D`, d = 0 … D - 1."""
+    r"""Return the share of the network after a unit.
+
+    .. math:: x = (D - (1 + d)) / D, \qquad d = 0 \ldots D - 1
+    """
     levels = 1 + d.max(initial=max_depth)
     return (levels - (1 + d)) / levels
 
 
 class ConnectionTable(tuple[Connection, ...]):
-    """The units of a parameter tree, in order; prints as a table."""
+    """The units of a parameter tree, in order. It prints as a table."""
 
     __slots__ = ()
 
     @property
     def mean_scale(self) -> float:
-        """The mean of the scales, weighted by parameters.
+        """The mean of the scales, weighted by the number of parameters.
 
-        The control for any gain of connection-aware rates is Adam at this multiple of the rate.
+        Compare any gain of connection-aware rates with Adam at this multiple of the rate.
         """
         total = sum(row.size for row in self)
         return float(sum(row.size * row.scale for row in self)) / total if total else 1.0
 
     def __str__(self) -> str:
-        """Return one line per unit, under a header, and a last one if nothing is scaled."""
+        """Return a header, one line per unit, and a note if nothing is scaled."""
         width = max([len(row.path) for row in self] + [4])
         lines = [f"{'path':<{width}}  {'parameters':>10}  {'connections':>11}  depth  scale"]
         for row in self:
@@ -129,50 +136,52 @@ def scale_by_connections(
     overrides: Overrides | None = None,
     architecture: Architecture | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Scales each tensor by a constant that its place in the network decides.
+    r"""Scale each tensor by a constant that depends on its place in the network.
 
     .. math:: u \leftarrow S u
 
-    The scales are computed at `init` from paths and shapes. The connections c of a unit are the
-    elements of its kernel, :math:`\prod \text{shape}`: in × out for a dense layer, window ×
-    in/groups × out for a convolution. Its depth d is its index. With an `architecture`, both are
-    what the network's computation tells.
+    The scales are computed at `init` from paths and shapes. The number c of connections of a unit
+    is the number of elements of its kernel, :math:`\prod \text{shape}`: in × out for a dense layer,
+    window × in/groups × out for a convolution. Its depth d is its index. With an `architecture`,
+    both are read from the network's computation.
 
-    *Units.* A module is the leaves that share a path up to its last "/" or ".", and a unit by
-    default. Of several kernels in one module, as in a flat tree, each is a unit of its own. A
-    vector then goes with the kernel whose output has its size: its last axis, or its first if that
-    fits more vectors. Of several such kernels it goes with that of the most alike name, as b1 with
-    w1, then with the nearest one before it; an `architecture` chooses by depth first. A vector that
-    fits none keeps S = 1 and is left out of the statistics, as a module without a kernel is.
+    *Units.* A module is the group of leaves that share a path up to its last "/" or ".". By default
+    a module is a unit. If a module has several kernels, as a flat tree has, each kernel is a unit.
+    Each vector then belongs to the unit of a kernel whose output has the vector's size. The output
+    is a kernel's last axis, or its first axis if that fits more vectors. If several kernels fit,
+    the vector belongs to the kernel with the most similar name, as b1 to w1, and then to the
+    nearest kernel before it. With an `architecture`, the nearest depth decides first. A vector that
+    fits no kernel has S = 1 and is left out of the statistics, like a module without a kernel.
 
-    *Kernels.* An `architecture` knows them; without one, shapes tell. A kernel has more than one
-    axis longer than 1: a vector is one also as (1, 1, 1, 16), however many axes it has. The
-    exception are layers with one input or output, such as (1, 16), (64, 1) or (1, 1, 64, 1). They
-    count where the module stores its vectors with one axis, or holds no other leaf of as many axes.
-    A leaf next to a kernel is its bias if its axes are some of the kernel's, the output's among
-    them: (2, 4) beside (8, 2, 4). Shapes can't tell stacked layers, or a vector that is alone in
-    its module as (8, 1), such as that of Equinox' `WeightNorm`: these need an `architecture`.
+    *Kernels.* With an `architecture`, the computation decides which leaves are kernels. Without
+    one, the shapes decide. A kernel has more than one axis longer than 1. So (1, 1, 1, 16) is a
+    vector, although it has four axes. Layers with one input or output, such as (1, 16), (64, 1) or
+    (1, 1, 64, 1), are an exception. They are kernels if the module stores its vectors with one
+    axis, or has no other leaf with as many axes. A leaf next to a kernel is its bias if the leaf's
+    axes are some of the kernel's axes and include its output: (2, 4) next to (8, 2, 4). Shapes
+    can't identify stacked layers, or a vector such as (8, 1) that is alone in its module, as in
+    Equinox' `WeightNorm`. These need an `architecture`.
 
     Args:
       scaling: "additive", "multiplicative", "signed" or "depth": see the functions of these names
         (`by_depth` for the last).
       strength: s; in [0, 1] for "additive" (default .95), (0, inf) for "multiplicative" and
         "signed" (default 5), [0, inf) for "depth" (default 1).
-      units: "module": as above, ordered by path, with numbers as numbers. "leaf": every leaf is a
-        unit, in tree order, with c = 0 and an x beyond 1 if it has one axis or none: the authors'
-        formulas as written.
+      units: "module" forms units as above and orders them by path, with conv2 before conv10.
+        "leaf" makes every leaf a unit, in tree order. A leaf with at most one axis then has c = 0
+        and x > 1. These are the authors' formulas as written.
       overrides: for the path of a unit, any of its "connections", "depth" and "scale". The path is
-        the module's, or the kernel's where its module has several.
-      architecture: what `optax_ext.architecture` read, its `max_depth` among it; `None` is names
-        and shapes. Median and extremes are those of the parameters at `init`.
+        that of the module, or that of the kernel if the module has several.
+      architecture: the result of `optax_ext.architecture`, whose `max_depth` is used too; `None`
+        reads names and shapes. Median and extremes are those of the parameters at `init`.
 
     Raises:
-      ValueError: an argument is out of its range, or (at `init`) `params` holds other things than
-        arrays of floats, an overridden path is not there, or a parameter is not in the
-        architecture.
+      ValueError: an argument is out of its range, or (at `init`) `params` contains other things
+        than arrays of floats, an overridden path does not exist, or the architecture lacks a
+        parameter.
 
     Warns:
-      UserWarning: at `init`, fewer than two units have connections, so that nothing is scaled.
+      UserWarning: at `init`, fewer than two units have connections, so nothing is scaled.
 
     >>> import jax.numpy as jnp
     >>> params = {name: {"kernel": jnp.ones((n, 2)), "bias": jnp.ones(2)}
@@ -186,7 +195,7 @@ def scale_by_connections(
     def init(params: optax.Params) -> ScaleByConnectionsState:
         found, unit_of_leaf = find_units(params, units, overrides or {}, architecture)
         _warn_if_unscaled(found, scaling, architecture)
-        # The first is for `None` leaves.
+        # The first scale is for `None` leaves.
         scales = [1.0, *_scales(found, scaling, strength, architecture)]
         dtype = scalar_dtype(params)
         vector = [jnp.asarray(scales[unit + 1], dtype) for unit in unit_of_leaf]
@@ -208,18 +217,18 @@ def connection_table(
     overrides: Overrides | None = None,
     architecture: Architecture | None = None,
 ) -> ConnectionTable:
-    r"""Tells what `scale_by_connections` makes of a parameter tree, to read before training.
+    r"""Return a table of the scales that `scale_by_connections` computes, to read before training.
 
     Args:
       params: the parameters, or their shapes (`jax.eval_shape`).
-      scaling: as in `scale_by_connections`, like all that follow.
+      scaling: as in `scale_by_connections`, like all arguments below.
       strength: a Python number.
       units: "module" or "leaf".
       overrides: values for single units.
-      architecture: what `optax_ext.architecture` read, or `None`.
+      architecture: the result of `optax_ext.architecture`, or `None`.
 
     Raises:
-      ValueError: as `scale_by_connections`.
+      ValueError: in the same cases as `scale_by_connections`.
 
     >>> import jax.numpy as jnp
     >>> params = {name: {"kernel": jnp.ones((n, 2)), "bias": jnp.ones(2)}
@@ -246,7 +255,7 @@ def _scales(
     strength: ArrayLike | None,
     architecture: Architecture | None,
 ) -> list[Any]:
-    """Return S of every unit: 1 if it doesn't count, as overridden if it is, else by formula."""
+    """Return S of every unit: its override, else 1 if the unit doesn't count, else the formula."""
     formula, default, _ = _SCALINGS[scaling]
     counted, x = _relative(found, scaling, architecture)
     formed = formula(default if strength is None else strength, x)
@@ -270,7 +279,7 @@ def _relative(
 
 
 def _connected(units: Iterable[Connection]) -> list[Connection]:
-    """Return those that have connections: fewer than two can't differ."""
+    """Return the units that have connections; fewer than two can't differ in their scale."""
     return [unit for unit in units if unit.connections]
 
 

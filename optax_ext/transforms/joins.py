@@ -1,7 +1,8 @@
-r"""The fork of an adaptive method: two moments of one gradient, joined elementwise.
+r"""Joins: functions that compute one update from the two moments of a gradient.
 
-A quotient of the moments is Adam, a product InvAdam, a blend of both DualAdam. A join is a pure
-elementwise function of the two estimates, and of scalars that it may keep in its state.
+The quotient of the moments is Adam, their product is InvAdam, and a blend of both is DualAdam. A
+join is a pure elementwise function of the two estimates, and of scalars that it may keep in its
+state.
 """
 
 from collections.abc import Callable
@@ -29,9 +30,10 @@ class Join(NamedTuple):
     """A function of two moments that makes one update of them.
 
     Attributes:
-      init: parameters to state.
-      advance: the state of the last step to that of this one.
-      combine: first moment, second moment (arrays of one tensor) and state to the update.
+      init: a function from the parameters to the state.
+      advance: a function from the state of the last step to the state of this step.
+      combine: a function from the first moment, the second moment (arrays of one tensor) and the
+        state to the update.
     """
 
     init: Callable[[optax.Params], Any]
@@ -40,7 +42,7 @@ class Join(NamedTuple):
 
 
 class ScaleByMomentsState(NamedTuple):
-    """State of `scale_by_moments`: those of its three parts."""
+    """State of `scale_by_moments`: the states of its three parts."""
 
     first: optax.OptState
     second: optax.OptState
@@ -50,20 +52,20 @@ class ScaleByMomentsState(NamedTuple):
 def scale_by_moments(
     first: optax.GradientTransformation, second: optax.GradientTransformation, join: Join
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Feed the gradient to two estimators and join what they return.
+    r"""Estimate both moments of the gradient and join the estimates.
 
     .. math:: u = \mathrm{join}(\hat m, \hat v)
 
-    Estimates and join are computed in at least float32 and the update is rounded once, to the
-    dtype of the gradient.
+    Estimates and join are computed in at least float32. The update is rounded once, to the dtype of
+    the gradient.
 
     Args:
-      first: estimator of the first moment, such as `ema`; any transformation of the gradient.
+      first: estimator of the first moment, such as `ema`, or any transformation of the gradient.
       second: estimator of the second moment, such as `ema_of_squares`.
       join: a `Join`, as `ratio`, `product`, `blend` and `ratio_once_tractable` return.
 
     Raises:
-      ValueError: an argument is of another kind, such as a factory that was not called.
+      ValueError: an argument has another type, such as a factory that was not called.
 
     >>> import jax.numpy as jnp, optax_ext
     >>> adam = scale_by_moments(
@@ -107,14 +109,14 @@ def ratio(*, eps: ArrayLike) -> Join:
 def product(*, eps: ArrayLike, scale_free: bool = False) -> Join:
     r"""Return InvAdam's join, :math:`\hat m\, (\sqrt{\hat v} + \epsilon)`.
 
-    It grows with the square of the gradient's scale: gradients past 1e19 overflow float32, and a
+    It grows with the square of the gradient's scale: gradients above 1e19 overflow float32, and a
     loss scale changes the method. `scale_free` divides the root by its root mean square over the
-    tensor, after which the product scales like the gradient. Where a square overflowed, it leaves
-    the coordinate out of the mean and makes its product 0: the coordinate stands still, as it does
-    in Adam, and the others go on.
+    tensor. The product then grows in proportion to the gradient. If a square overflowed,
+    `scale_free` leaves its coordinate out of the mean and sets its product to 0. So this coordinate
+    does not move, as in Adam, and the others do.
 
     Args:
-      eps: :math:`\epsilon`, in [0, inf), in units of the gradient (of nothing if `scale_free`).
+      eps: :math:`\epsilon`, in [0, inf), in units of the gradient (without unit if `scale_free`).
       scale_free: whether to normalize the root over each tensor.
     """
     _checks.non_negative(eps=eps)
@@ -144,8 +146,8 @@ def blend(inverse_share: optax.Schedule, *, eps: ArrayLike, scale_free: bool = F
     At :math:`r_t = 0` it is the ratio, even where the product overflows.
 
     Args:
-      inverse_share: schedule of :math:`r`, called with the number of updates already done, as all
-        of Optax's schedules are: 0 at the first step. `linear_inverse_share` is the authors'.
+      inverse_share: schedule of :math:`r`. Like all schedules of Optax, it is called with the
+        number of updates already done: 0 at the first step. `linear_inverse_share` is the authors'.
       eps: as in `ratio` and in `product`.
       scale_free: as in `product`.
     """
@@ -163,7 +165,7 @@ def blend(inverse_share: optax.Schedule, *, eps: ArrayLike, scale_free: bool = F
     inverse = _inverse(eps, scale_free)
 
     def combine(m, v, state):
-        # Blending the factors, not the updates, gives XLA one product to fuse instead of three.
+        # Blending the factors instead of the updates leaves XLA one product to fuse, not three.
         share = cast_scalar_like(state.inverse_share, v)
         adam = 1 / (root(v) + cast_scalar_like(eps, v))
         return m * jnp.where(share == 0, adam, (1 - share) * adam + share * inverse(v))
@@ -174,10 +176,11 @@ def blend(inverse_share: optax.Schedule, *, eps: ArrayLike, scale_free: bool = F
 def linear_inverse_share(switch_rate: float | jax.Array) -> optax.Schedule:
     r"""Return DualAdam's schedule: :math:`r_t = 1 - t s` from t = 1 while it is at least s, then 0.
 
-    The authors decide on the host, in double precision, when the blend ends: for s = 0.05 its last
-    step is t = 18, since there 1 - 19 s falls just short of s. For a Python number that step is
-    computed here once, the same way, and compared as an integer, so the switch is exact in every
-    dtype. A traced s has no such moment: there :math:`r_t = \max(0, 1 - t s)`.
+    The authors decide on the host, in double precision, when the blend ends. For s = 0.05 its last
+    step is t = 18, because 1 - 19 s is slightly smaller than s in double precision. If s is a
+    Python number, the last step is computed here once, in the same way, and compared as an integer.
+    So the switch is exact in every dtype. If s is traced, :math:`r_t = \max(0, 1 - t s)` at every
+    step.
 
     Args:
       switch_rate: s, in [0, 1]; 0 never switches, 1 never blends.
@@ -218,9 +221,10 @@ class TractabilityState(NamedTuple):
 
 
 def ratio_once_tractable(*, b2: ArrayLike, eps: ArrayLike) -> Join:
-    r"""Return RAdam's join: :math:`\hat m` until the second moment can be trusted, then the ratio.
+    r"""Return RAdam's join: :math:`\hat m` until the second moment is reliable, then the ratio.
 
-    The switch is that of `rectify`, :math:`\rho_t \ge 5`; the factor :math:`r_t` is not in here.
+    It switches where `rectify` does, at :math:`\rho_t \ge 5`. It does not apply the factor
+    :math:`r_t`.
 
     Args:
       b2: decay of the second moment, in (2/3, 1).

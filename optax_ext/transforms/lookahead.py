@@ -1,9 +1,9 @@
 r"""Lookahead: k steps forward, one step back (Zhang et al., 1907.08610).
 
-Slow weights follow the fast ones, which are the parameters themselves, from afar; every k steps
-they move a part of the way and the fast weights restart from there. Here the slow weights live in
-the optimizer's state, so that parameters stay ordinary arrays for `optax.apply_updates`, Flax's
-`TrainState` and `nnx.Optimizer`; `optax.lookahead` asks for pairs of them.
+The fast weights are the parameters themselves. Every k steps, the slow weights move a part of the
+way to the fast weights, and the fast weights restart from there. Here the slow weights are in the
+optimizer's state. So parameters stay ordinary arrays for `optax.apply_updates`, Flax's `TrainState`
+and `nnx.Optimizer`. `optax.lookahead` needs pairs of fast and slow parameters instead.
 """
 
 from functools import partial
@@ -32,8 +32,8 @@ class LookaheadState(NamedTuple):
 
     Attributes:
       count: number of updates done.
-      slow: slow weights, one leaf per parameter; for `mode="rotating"` those of one chunk of each,
-        as they were when its turn began.
+      slow: slow weights, one leaf per parameter. For `mode="rotating"` a leaf has one chunk of its
+        parameter, as it was when the chunk's turn began.
       inner_state: state of the transformation that moves the fast weights.
     """
 
@@ -55,26 +55,29 @@ def lookahead(
 
     .. math:: t \bmod k = 0: \quad s \leftarrow s + a\,(\theta - s), \quad \theta \leftarrow s
 
-    Wraps a complete optimizer, learning rate included: its update must be what is added to the
-    parameters. Between synchronizations the new slow weights are the old buffers, untouched.
+    It wraps a complete optimizer with its learning rate, whose update is added to the parameters.
+    Between synchronizations the new slow weights are the old buffers, untouched.
 
-    `mode="rotating"` keeps slow weights for one k-th of the parameters at a time, so they take
-    p/k memory instead of p, and is another algorithm: the rows of each leaf are dealt out to k
-    chunks (see `rotation.py`), which take turns of k steps: slow weights are taken from the
-    parameters when the turn begins and synchronized when it ends. A coordinate is synchronized once
-    in k² steps. On a mesh, chunks of all but short axes lie beside their parameters.
+    `mode="rotating"` is a different algorithm. It has slow weights for one k-th of the parameters
+    at a time, so they take p/k memory instead of p. The rows of each leaf are distributed over k
+    chunks (see `rotation.py`), which take turns of k steps. When a turn begins, the slow weights of
+    the chunk are copied from the parameters. When it ends, they are synchronized. A coordinate is
+    synchronized once in k² steps. On a mesh, each device has the chunks of its own parameters,
+    except along short axes.
 
     Args:
       inner: optimizer of the fast weights.
-      sync_period: k, an integer >= 1; for "rotating" a Python one, since it decides shapes.
+      sync_period: k, an integer >= 1; for "rotating" a Python integer, because it decides shapes.
       slow_step_size: a, in [0, 1].
       mode: "exact" or "rotating".
-      slow_dtype: storage of the slow weights; `None` is the parameters' own. The fast weights
-        restart from the rounded slow ones, so whatever a period adds below the rounding is lost: in
-        bfloat16 a weight that moves by less than .2 to .4 % in a period stands still.
-      offload: where the slow weights wait, "pinned_host" for the host's memory; `None` is the
-        device's. From there they come, one leaf after another, at a synchronization only. A `vmap`
-        over states, whose counts might differ, can't do that.
+      slow_dtype: dtype that stores the slow weights; `None` is the dtype of the parameters. The
+        fast weights restart from the rounded slow weights, so a change that is smaller than the
+        rounding is lost in each period. In bfloat16, a weight that changes by less than .2 to .4 %
+        in a period never moves.
+      offload: memory that stores the slow weights: "pinned_host" is the host's memory, `None` the
+        device's. They are moved to the device at a synchronization only, one leaf after another.
+        Under a `vmap` over states this is not possible, because the counts of the states may
+        differ.
 
     Raises:
       ValueError: an argument is out of its range, or `params` is missing from the update.
@@ -119,7 +122,8 @@ def lookahead(
     def synchronize(u, slow, p, count):
         if offload is None:
             return pull(u, slow, p, count, k, a)
-        # Read when a period ends; written then too, or, a chunk, when the next begins.
+        # Slow weights are read when a period ends. They are written at the same step; those of a
+        # chunk are written when the next period begins.
         begins, ends = (count - 1) % k == 0, count % k == 0
         here = _host_memory.load_if(slow, when=ends)
         step, new = pull(u, here, p, count, k, a)
@@ -143,12 +147,12 @@ def lookahead(
 
 
 def _pull(u, slow, p, count, k, a) -> tuple[jax.Array, jax.Array]:
-    """Return update and slow weights of one leaf, which meet at the end of every period."""
+    """Return update and slow weights of one leaf, synchronized at the end of every period."""
     return _meet(u, slow, p, count % k == 0, a)
 
 
 def _pull_chunk(u, slow, p, count, k, a) -> tuple[jax.Array, jax.Array]:
-    """Do the same for a chunk at the end of its turn; take its slow weights at the beginning."""
+    """Synchronize a chunk at the end of its turn; copy its slow weights at the beginning."""
     turn = (count - 1) // k % k
     begins, ends = (count - 1) % k == 0, count % k == 0
     chunk = rotation.placed_like(rotation.chunk(p, turn, k), slow)
@@ -159,11 +163,11 @@ def _pull_chunk(u, slow, p, count, k, a) -> tuple[jax.Array, jax.Array]:
 
 
 def _meet(u, slow, p, sync, a) -> tuple[jax.Array, jax.Array]:
-    """Return update and slow weights, pulled together where `sync` is true.
+    """Return update and slow weights, synchronized where `sync` is true.
 
-    A select, not a `cond`: where `sync` is false the slow weights are literally the old buffer,
-    which costs XLA no copy and lets a kernel skip reading and writing them. The new slow weights
-    are the new parameters, rounding included, so XLA need not keep the old ones for them.
+    This is a select, not a `cond`. Where `sync` is false the slow weights are the old buffer, so
+    XLA needs no copy, and a kernel can skip reading and writing them. The new slow weights are
+    computed from the new parameters, rounding included, so XLA need not keep the old parameters.
     """
     wide_u, wide_slow, wide_p = upcast((u, slow, p))
     pulled = wide_slow + cast_scalar_like(a, wide_p) * (wide_p + wide_u - wide_slow)
@@ -172,5 +176,5 @@ def _meet(u, slow, p, sync, a) -> tuple[jax.Array, jax.Array]:
 
 
 def _also_abstract(f, p):
-    """Return `f(p)`, or its shape where the parameter is only a shape."""
+    """Return `f(p)`, or the shape of `f(p)` where the parameter is only a shape."""
     return jax.eval_shape(f, p) if isinstance(p, jax.ShapeDtypeStruct) else f(p)

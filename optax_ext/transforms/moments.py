@@ -1,8 +1,8 @@
 """Estimators of the first and of the second moment of the gradient.
 
-An estimator is a `GradientTransformation` that returns, in the place of the gradient, what it
-believes the moment to be. The estimators here keep one average each; `cascades.py` has those that
-average again, and `nesterov.py` those that look one step ahead.
+An estimator is a `GradientTransformation` that replaces the gradient by an estimate of its moment.
+Each estimator here keeps one average. `cascades.py` has estimators that average several times, and
+`nesterov.py` has estimators that look one step ahead.
 """
 
 from collections.abc import Callable
@@ -65,15 +65,15 @@ def ema(
 
     .. math:: m = b\, m + (1 - b)\, g, \qquad \hat m = m / (1 - b^t)
 
-    A stored average stops where a step :math:`(1 - b) |g - m|` is less than its rounding, half a
-    unit in the last place. In bfloat16, :math:`|g - m|` is then still 2 to 4 % of m for b = .9, 4
-    to 8 % for .95 and 20 to 40 % for .99; at .999 m does not fall at all. float16 has an eighth of
-    these errors, and no numbers below 6e-8.
+    A stored average stops changing when its step :math:`(1 - b) |g - m|` is smaller than the
+    rounding error, half a unit in the last place. In bfloat16, :math:`|g - m|` is then still 2 to
+    4 % of m for b = .9, 4 to 8 % for .95 and 20 to 40 % for .99. At .999, m does not fall at all.
+    float16 has an eighth of these errors, but no numbers below 6e-8.
 
     Args:
       decay: :math:`b`, in [0, 1).
       bias_correction: "adam" returns :math:`\hat m`, "none" :math:`m`.
-      dtype: storage of `mu`; `None` is the parameters' own.
+      dtype: dtype that stores `mu`; `None` is the dtype of the parameters.
 
     Raises:
       ValueError: an argument is out of its range.
@@ -96,14 +96,15 @@ def ema_of_squares(
 
     .. math:: v = b\, v + (1 - b)\, |g|^2, \qquad \hat v = v / (1 - b^t)
 
-    Decays of second moments are too large for narrow storage (see `ema`). In bfloat16, v stays up
-    to 60 % too large after the gradient fell for b = .99, and does not fall at all for .999. In
-    float16, squares of gradients below 2e-4 are 0. So v is stored in float32 by default.
+    Second moments have decays that are too large for 16-bit storage (see `ema`). In bfloat16, when
+    the gradient falls, v stays up to 60 % too large for b = .99, and does not fall at all for .999.
+    In float16, squares of gradients below 2e-4 are 0. So v is stored in float32 by default.
 
     Args:
       decay: :math:`b`, in [0, 1).
       bias_correction: "adam" returns :math:`\hat v`, "none" :math:`v`.
-      dtype: storage of `nu`; `None` is float32, or the parameters' own where that is wider.
+      dtype: dtype that stores `nu`; `None` is float32, or the dtype of the parameters where that
+        is wider.
 
     Raises:
       ValueError: an argument is out of its range.
@@ -127,14 +128,14 @@ def max_ema_of_squares(
     .. math:: v = b\, v + (1 - b)\, |g|^2, \quad v_{max} = \max(v_{max}, v), \quad
       \hat v = v_{max} / (1 - b^t)
 
-    The maximum is taken of the *uncorrected* average, as in PyTorch, Keras and the released code
-    of FAME and CaAdam; `optax.scale_by_amsgrad` corrects first by default.
+    The maximum is that of the *uncorrected* average, as in PyTorch, Keras and the released code of
+    FAME and CaAdam. `optax.scale_by_amsgrad` corrects the bias before the maximum by default.
 
     Args:
       decay: :math:`b`, in [0, 1).
       bias_correction: "adam" returns :math:`\hat v`, "none" :math:`v_{max}`.
-      dtype: storage of `nu` and `nu_max`; `None` is float32, or the parameters' own where that is
-        wider. For less see `ema_of_squares`.
+      dtype: dtype that stores `nu` and `nu_max`; `None` is float32, or the dtype of the parameters
+        where that is wider. `ema_of_squares` says what narrower ones cost.
 
     Raises:
       ValueError: an argument is out of its range.
@@ -169,7 +170,7 @@ def _moment(
     decay: ArrayLike,
     bias_correction: str,
 ) -> optax.GradientTransformationExtraArgs:
-    """Return the average of `of(gradient)`, kept as the second field of `state`."""
+    """Return the average of `of(gradient)`; the second field of `state` stores it."""
 
     def init(params: optax.Params) -> Any:
         return state(first_count(), zeros(params))

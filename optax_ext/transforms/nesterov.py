@@ -1,11 +1,11 @@
-r"""Nesterov forms of the first moment: the average, looked at one step ahead.
+r"""Nesterov forms of the first moment: an estimate of the average one step ahead.
 
-All of them keep the plain average :math:`m = b\,m + (1 - b)\,g` and return a weighted sum of it
-and of the newest gradient,
+All of them keep the plain average :math:`m = b\,m + (1 - b)\,g`. They return a weighted sum of this
+average and of the newest gradient,
 
-.. math:: \hat m = c_m m + c_g g ,
+.. math:: \hat m = c_m m + c_g g .
 
-and differ only in the two weights: one function each below.
+They differ only in the two weights. For each form, a function below computes them.
 """
 
 from collections.abc import Callable
@@ -33,18 +33,21 @@ Weights = tuple[ArrayLike, ArrayLike]
 
 
 def nadam(b: ArrayLike, t: jax.Array, dtype: DTypeLike) -> Weights:
-    r"""Weigh :math:`\hat m = b\, m/(1 - b^{t+1}) + (1 - b)\, g/(1 - b^t)` (Dozat 2016)."""
+    r"""Return weights of :math:`\hat m = b\, m/(1-b^{t+1}) + (1-b)\, g/(1-b^t)` (Dozat 2016)."""
     return b / total_weight(b, next_count(t), dtype), (1 - b) / total_weight(b, t, dtype)
 
 
 def classical(b: ArrayLike, t: jax.Array, dtype: DTypeLike) -> Weights:
-    r"""Weigh :math:`\hat m = (b\, m + (1 - b)\, g) / (1 - b^{t+1})`: one step more, same g."""
+    r"""Return weights of :math:`\hat m = (b\, m + (1 - b)\, g) / (1 - b^{t+1})`.
+
+    This is the corrected average after one more step with the same g.
+    """
     ahead = total_weight(b, next_count(t), dtype)
     return b / ahead, (1 - b) / ahead
 
 
 def hybrid(b: ArrayLike, t: jax.Array, dtype: DTypeLike) -> Weights:
-    r"""Weigh the mean of `nadam` and of the plain :math:`m / (1 - b^t)`."""
+    r"""Return weights of the mean of `nadam` and the plain :math:`m / (1 - b^t)`."""
     of_average, of_gradient = nadam(b, t, dtype)
     return (of_average + 1 / total_weight(b, t, dtype)) / 2, of_gradient / 2
 
@@ -64,7 +67,7 @@ def nesterov_ema(
     Args:
       decay: :math:`b`, in [0, 1).
       variant: "nadam", "classical" or "hybrid": see the functions of these names.
-      dtype: storage of `mu`; `None` is the parameters' own.
+      dtype: dtype that stores `mu`; `None` is the dtype of the parameters.
 
     Raises:
       ValueError: an argument is out of its range.
@@ -105,7 +108,10 @@ class ScheduledNesterovState(NamedTuple):
 
 
 def scheduled_momentum(b: ArrayLike, t: jax.Array, dtype: DTypeLike) -> jax.Array:
-    r"""Return :math:`\mu_t = b\,(1 - \tfrac12\, 0.96^{0.004 t})`, from b/2 up to b (Dozat 2016)."""
+    r"""Return :math:`\mu_t = b\,(1 - \tfrac12\, 0.96^{0.004 t})` (Dozat 2016).
+
+    It rises from b/2 to b.
+    """
     return jnp.asarray(b, dtype) * (1 - 0.5 * 0.96 ** (0.004 * t.astype(dtype)))
 
 
@@ -117,12 +123,12 @@ def scheduled_nesterov_ema(
     .. math:: \hat m = \mu_{t+1}\, \frac{m}{1 - P_{t+1}} + (1 - \mu_t)\, \frac{g}{1 - P_t},
       \qquad P_t = \prod_{i \le t} \mu_i
 
-    with the :math:`\mu_t` of `scheduled_momentum`. As in PyTorch's NAdam the average itself keeps
-    the constant decay.
+    Here :math:`\mu_t` is that of `scheduled_momentum`. The average m itself has the constant decay,
+    as in PyTorch's NAdam.
 
     Args:
       decay: :math:`b`, in [0, 1).
-      dtype: storage of `mu`; `None` is the parameters' own.
+      dtype: dtype that stores `mu`; `None` is the dtype of the parameters.
 
     Raises:
       ValueError: an argument is out of its range.

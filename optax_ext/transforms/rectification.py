@@ -1,7 +1,7 @@
-r"""Rectification: how far the second moment can be trusted in the first steps.
+r"""Rectification: a smaller rate in the first steps, where the second moment is not reliable.
 
 RAdam (Liu et al., 1908.03265) treats the second moment as an average over :math:`\rho_t`
-independent squares and corrects the rate for its variance. All formulas of it stand here.
+independent squares and corrects the rate for its variance. This file has all of its formulas.
 """
 
 from typing import NamedTuple
@@ -16,11 +16,12 @@ from optax_ext._numerics import first_count, next_count, scalar_dtype, scale, tr
 
 
 class RectifyState(NamedTuple):
-    """State of `rectify`.
+    r"""State of `rectify`.
 
     Attributes:
       count: number of updates done.
-      rectification: :math:`r_t` of the last update; 1 before the first and while intractable.
+      rectification: :math:`r_t` of the last update; 1 before the first, and while
+        :math:`\rho_t < 5`.
     """
 
     count: jax.Array
@@ -28,20 +29,21 @@ class RectifyState(NamedTuple):
 
 
 def sma_length(b2: ArrayLike, count: jax.Array, dtype: DTypeLike) -> jax.Array:
-    r"""Return the length of the simple average that the second moment is worth after `count` steps.
+    r"""Return the length of the simple average that approximates the second moment at step `count`.
 
     .. math:: \rho_t = \rho_\infty - \frac{2 t b_2^t}{1 - b_2^t},
       \qquad \rho_\infty = \frac{2}{1 - b_2} - 1
 
     In the first steps this is a difference of two large numbers: float32 gets 6.00049 for
     :math:`\rho_6 = 5.99416`. With :math:`\lambda = -\log b_2` both are hyperbolic cotangents,
-    :math:`\rho_t = \coth(\lambda/2) - t\,(\coth(t\lambda/2) - 1)`, whose poles cancel, which
-    leaves :math:`t + L(\lambda/2) - t\, L(t\lambda/2)` with `langevin` L: nothing large in it.
+    :math:`\rho_t = \coth(\lambda/2) - t\,(\coth(t\lambda/2) - 1)`. Their poles cancel, and
+    :math:`t + L(\lambda/2) - t\, L(t\lambda/2)` remains, where L is `langevin`. This form has no
+    large terms.
     """
     t = count.astype(dtype)
     rate = -jnp.log1p(jnp.asarray(b2 - 1, dtype))
     early = t + langevin(rate / 2) - t * langevin(t * rate / 2)
-    # Not t / expm1(t λ), the same: that overflows, and its derivative is then NaN.
+    # t / expm1(t λ) would be the same number, but it overflows, and its derivative is then NaN.
     late = longest_sma(b2) - 2 * t * jnp.exp(-t * rate) / -jnp.expm1(-t * rate)
     return jnp.where(t * rate < 1, early, late)
 
@@ -68,7 +70,7 @@ def is_tractable(rho: jax.Array) -> jax.Array:
 
 
 def rectification_term(rho: jax.Array, b2: ArrayLike) -> jax.Array:
-    r"""Return the factor on the rate, 1 where :math:`\rho_t` is not tractable.
+    r"""Return the factor :math:`r_t` on the rate; it is 1 where :math:`\rho_t < 5`.
 
     .. math:: r_t = \sqrt{\frac{(\rho_t - 4)(\rho_t - 2)\rho_\infty}
       {(\rho_\infty - 4)(\rho_\infty - 2)\rho_t}}
@@ -82,11 +84,12 @@ def rectification_term(rho: jax.Array, b2: ArrayLike) -> jax.Array:
 def rectify(*, b2: ArrayLike) -> optax.GradientTransformationExtraArgs:
     r"""Scale the update by :math:`r_t`, and by 1 while :math:`\rho_t < 5`.
 
-    It follows whatever divides by the root of a second moment of decay b2. In the first steps RAdam
-    itself drops that denominator: `ratio_once_tractable` is the join that does.
+    Place it after a piece that divides by the root of a second moment with decay b2. RAdam itself
+    omits this denominator in the first steps: use the join `ratio_once_tractable` for that.
 
     Args:
-      b2: decay of the second moment, in (2/3, 1): below, rectification would never start.
+      b2: decay of the second moment, in (2/3, 1). Rectification would never start for a smaller
+        one.
 
     Raises:
       ValueError: `b2` is out of its range.

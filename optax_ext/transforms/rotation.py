@@ -1,9 +1,10 @@
-"""Chunks of a leaf that take turns, so that only one k-th of it is held at a time.
+"""Chunks of a leaf that take turns, so that only one k-th of the leaf is stored at a time.
 
-One axis of a leaf is cut into equal blocks, a block into groups of a few entries, and the groups of
-every block are dealt out to the k chunks in turn. So where a mesh of devices cuts the axis between
-blocks, each device finds its share of a chunk in its own shard; and where a group is as high as a
-tile of a TPU's memory, a chunk is picked and put back tile by tile, without a copy of the leaf.
+One axis of a leaf is cut into equal blocks, and each block into groups of a few entries. The groups
+of every block are distributed over the k chunks in turn. This has two advantages. If the shards of
+a mesh of devices begin and end between blocks, each device has its part of a chunk in its own
+shard. And if a group is as high as a tile of a TPU's memory, a chunk is read and written tile by
+tile, without a copy of the leaf.
 """
 
 from typing import Any, NamedTuple
@@ -12,22 +13,24 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-# Entries of a group; fewer in short axes, and one in vectors.
+# Entries of a group. Groups of short axes have fewer, groups of vectors have one.
 _TILE = 8
-# A block has at least as many times k groups: its last round of dealing may lack up to k - 1, which
-# is little in a matrix, and in a vector doesn't matter.
+# A block has at least this number times k groups. Its last round may lack up to k - 1 groups. In a
+# matrix this is a small share, and in a vector it doesn't matter.
 _ROUNDS, _ROUNDS_OF_VECTORS = 6, 3
 
 
 class _Cut(NamedTuple):
-    """The cut of a leaf.
+    """The way in which a leaf is cut.
 
     Attributes:
-      axis: the longest but the last one, along which memory runs; of all where others are short.
-      blocks: their number, a power of two, as that of devices along most axes of a mesh.
-      groups: in a block.
-      size: entries of a group.
-      rounds: groups of a block that a chunk holds; it may own one less.
+      axis: the longest axis except the last, which is contiguous in memory. If the others are
+        short, it is the longest of all.
+      blocks: number of blocks, a power of two, like the number of devices along most axes of a
+        mesh.
+      groups: number of groups in a block.
+      size: number of entries in a group.
+      rounds: number of groups of a block that a chunk stores; the last of them may be padding.
     """
 
     axis: int
@@ -49,9 +52,10 @@ def chunk(x: jax.Array, j: Any, k: int) -> jax.Array:
 
 
 def spread(held: jax.Array, like: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """Return a chunk's entries at every place they could come from, and the chunk that owns each.
+    """Return two arrays of the leaf's shape: a chunk's entries, and the index of the owning chunk.
 
-    This is elementwise. Putting the chunk into its place would copy the leaf.
+    Each entry of the chunk is repeated at the k places that it could come from. All of this
+    is elementwise. To write the chunk into its place would copy the leaf.
     """
     cut, whole = _cut(like.shape, k), jnp.atleast_1d(like)
     rounds = _split(_in_reach(held, cut), cut.axis, cut.blocks, cut.rounds, cut.size)
@@ -64,13 +68,13 @@ def spread(held: jax.Array, like: jax.Array, k: int) -> tuple[jax.Array, jax.Arr
 
 
 def placed_like(x: jax.Array, like: jax.Array) -> jax.Array:
-    """Return `x` with the sharding of `like`, which types have on explicit axes of a mesh only."""
+    """Return `x` with the sharding of `like`, as far as the axes of the mesh are explicit."""
     ours, theirs = jax.typeof(x).sharding, jax.typeof(like).sharding
     return x if ours.spec == theirs.spec else jax.sharding.reshard(x, theirs)
 
 
 def _cut(shape: tuple[int, ...], k: int) -> _Cut:
-    """Return the cut of a shape; a 0-d leaf is cut as a vector of one."""
+    """Return the cut of a shape; a 0-d leaf is cut like a vector with one entry."""
     shape, least, tile = shape or (1,), _ROUNDS * k, _TILE
     axis = max(range(len(shape) - 1), key=shape.__getitem__, default=0)
     if len(shape) == 1 or shape[axis] < least:
@@ -82,7 +86,7 @@ def _cut(shape: tuple[int, ...], k: int) -> _Cut:
 
 
 def _power_of_two(n: int, least: int, most: int) -> int:
-    """Return the largest power of two, at most `most`, that cuts `n` into at least `least`."""
+    """Return the largest power of two that divides `n` and is at most `most` and `n / least`."""
     power = 1
     while n % (2 * power) == 0 and n >= 2 * power * least and 2 * power <= most:
         power *= 2
@@ -100,7 +104,7 @@ def _merged(x: jax.Array, axis: int) -> jax.Array:
 
 
 def _in_reach(x: jax.Array, cut: _Cut) -> jax.Array:
-    """Gather `x` along its cut axis if its type says that a device holds parts of blocks."""
+    """Gather `x` along its cut axis if, by its type, a device has only a part of a block."""
     sharding, whole = jax.typeof(x).sharding, x.shape[cut.axis]
     devices = whole // max(sharding.shard_shape(x.shape)[cut.axis], 1)
     if cut.blocks % max(devices, 1) == 0:

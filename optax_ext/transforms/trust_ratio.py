@@ -1,4 +1,4 @@
-r"""The trust ratio: steps in proportion to the parameters that they move."""
+r"""The trust ratio: it makes the step of each tensor proportional to the tensor's parameters."""
 
 from typing import NamedTuple
 
@@ -15,20 +15,20 @@ class TrustRatioState(NamedTuple):
     """State of `scale_by_trust_ratio`.
 
     Attributes:
-      trust_ratio: factor on each tensor of the last update, a vector in the order of
-        `jax.tree.leaves(params)`; 1 before the first.
+      trust_ratio: factor on each tensor of the last update; 1 before the first. It is a vector in
+        the order of `jax.tree.leaves(params)`.
     """
 
     trust_ratio: jax.Array
 
 
 def scale_by_trust_ratio(*, max_ratio: ArrayLike) -> optax.GradientTransformationExtraArgs:
-    r"""Scale each tensor of the update to the norm of its parameters, within a bound.
+    r"""Scale each tensor of the update to the norm of its parameters, by at most `max_ratio`.
 
     .. math:: u \leftarrow \min(\lVert \theta \rVert / \lVert u \rVert, r_{max})\, u
 
-    The ratio is 1 where either norm is 0. Unlike `optax.scale_by_trust_ratio` it is bounded, and
-    readable from the state.
+    The ratio is 1 where one of the norms is 0. Unlike in `optax.scale_by_trust_ratio`, the ratio is
+    bounded, and it can be read from the state.
 
     Args:
       max_ratio: :math:`r_{max}`, in (0, inf).

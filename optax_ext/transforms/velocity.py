@@ -1,7 +1,7 @@
 r"""Velocity regularization: a rate that falls as the momentum grows.
 
-VRAdam (2505.13196) damps fast motion the way a relativistic kinetic energy would: the rate of a
-whole step is divided by one plus a penalty on its velocity.
+VRAdam (2505.13196) damps fast motion as a relativistic kinetic energy would: it divides the rate of
+the whole step by one plus a penalty on the velocity.
 """
 
 from typing import Any, NamedTuple
@@ -31,8 +31,8 @@ class VelocityRegularizedState(NamedTuple):
 
     Attributes:
       count: number of updates done.
-      gate: factor on the last update, in [1/(1 + lr_cutoff), 1]; 1 before the first. A scalar, or
-        for `norm_scope="tensor"` a vector in the order of `jax.tree.leaves(params)`.
+      gate: factor on the last update, in [1/(1 + lr_cutoff), 1]; 1 before the first. It is a
+        scalar, or for `norm_scope="tensor"` a vector in the order of `jax.tree.leaves(params)`.
       inner_state: state of the regularized transformation.
     """
 
@@ -52,33 +52,33 @@ def velocity_regularized(
     norm_reduction: str = "sum",
     b1: ArrayLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Scale the whole update of `inner`, decay included, by a gate that its velocity closes.
+    r"""Scale the whole update of `inner`, decay included, by a factor that falls with the velocity.
 
     .. math:: u \leftarrow \frac{u}{1 + \min(\beta_3 \sum_i |x_i|^p, c)}
 
-    The velocity is the first moment that `inner` keeps: the field `mu` of its state, as stored and
-    without bias correction. Any inner transformation with such a field will do, Optax's `adamw`
-    and `lion` too.
+    This factor is the gate. The velocity is the first moment in the state of `inner`: the field
+    `mu`, as stored and without bias correction. `inner` can be any transformation with such a
+    field, for example Optax's `adamw` or `lion`.
 
-    The sum runs over coordinates, so the right :math:`\beta_3` depends on the size of the model
-    and on the scale of the loss; the mean does not depend on the size. With gradients clipped to
-    a global norm of 1 and :math:`\beta_3 = 1` the gate never closes below 1/2. A tensor without a
-    gradient (`None`) is left out of the sum, as in the authors' code, though it keeps its velocity.
+    The penalty is a sum over coordinates, so the right :math:`\beta_3` depends on the size of the
+    model and on the scale of the loss. The mean does not depend on the size. With gradients clipped
+    to a global norm of 1 and :math:`\beta_3 = 1`, the gate is never below 1/2. A tensor without a
+    gradient (`None`) is left out of the sum, as in the authors' code, but keeps its velocity.
 
     Args:
       inner: transformation to regularize, with its learning rate.
-      beta3: :math:`\beta_3`, in [0, inf); 0 leaves `inner` as it is.
+      beta3: :math:`\beta_3`, in [0, inf); 0 does not change the updates of `inner`.
       lr_cutoff: :math:`c`, largest penalty, in [0, inf).
       power: :math:`p`, in (0, inf).
-      norm_of: what x is: "velocity", "corrected_velocity" (divided by :math:`1 - b_1^t`) or
+      norm_of: the quantity x: "velocity", "corrected_velocity" (divided by :math:`1 - b_1^t`) or
         "gradient".
-      norm_scope: "global" measures all tensors together, "tensor" gives each a gate of its own.
+      norm_scope: "global" has one gate for all tensors together, "tensor" one gate per tensor.
       norm_reduction: "sum" or "mean" over the coordinates in scope.
       b1: decay of the velocity; needed for "corrected_velocity" only.
 
     Raises:
-      ValueError: an argument is out of its range, `inner` is no transformation, or (at `init`)
-        `inner` keeps no velocity.
+      ValueError: an argument is out of its range, `inner` is not a transformation, or (at `init`)
+        the state of `inner` has no velocity.
 
     >>> import jax.numpy as jnp
     >>> tx = velocity_regularized(optax.adamw(0.1), beta3=1.0, lr_cutoff=10.0)
@@ -105,8 +105,8 @@ def velocity_regularized(
             trees = _velocities(inner_state)
             if norm_scope == "tensor" and [len(flatten(tree)[0]) for tree in trees] != [tensors]:
                 raise ValueError(
-                    "norm_scope must be 'global' where inner keeps the velocities of its"
-                    " parameters apart, or of some only, got 'tensor'"
+                    "norm_scope must be 'global' where inner keeps its velocities in several"
+                    " trees, or not for all parameters, got 'tensor'"
                 )
         gate = jnp.ones((tensors,) if norm_scope == "tensor" else (), scalar_dtype(params))
         return VelocityRegularizedState(first_count(), gate, inner_state)
@@ -119,7 +119,7 @@ def velocity_regularized(
         if norm_of != "gradient":
             moving = _without_absent(_velocities(inner_state), updates)
         sizes = penalty(moving, power, norm_scope, norm_reduction, dtype)
-        sizes = jnp.minimum(sizes, jnp.finfo(dtype).max)  # for beta3 = 0 has no use for inf
+        sizes = jnp.minimum(sizes, jnp.finfo(dtype).max)  # beta3 = 0 times inf would be NaN
         if norm_of == "corrected_velocity" and b1 is not None:
             sizes = sizes / total_weight(b1, count, dtype) ** power
         gate = (1 / (1 + jnp.minimum(beta3 * sizes, lr_cutoff))).astype(dtype)
@@ -133,7 +133,7 @@ def velocity_regularized(
 
 
 def penalty(tree: Any, power: ArrayLike, scope: str, reduction: str, dtype: DTypeLike) -> jax.Array:
-    r"""Return :math:`\sum_i |x_i|^p`, or its mean, over all tensors or over each (a vector)."""
+    r"""Return :math:`\sum_i |x_i|^p`, or its mean, over all tensors or for each (a vector)."""
 
     def powers(x):
         if isinstance(power, (int, float)) and power == 2:
@@ -155,7 +155,7 @@ def penalty(tree: Any, power: ArrayLike, scope: str, reduction: str, dtype: DTyp
 def _without_absent(velocities: list[Any], updates: optax.Updates) -> list[Any]:
     """Replace the velocities of leaves that are `None` in `updates` by `None`.
 
-    Leaves are matched by path, since a velocity may cover a part of the parameters only.
+    Leaves are matched by path, because `inner` may have velocities for some parameters only.
     """
     leaves = jax.tree.leaves_with_path(updates, is_leaf=lambda g: g is None)
     absent = {path for path, g in leaves if g is None}
@@ -168,7 +168,7 @@ def _without_absent(velocities: list[Any], updates: optax.Updates) -> list[Any]:
 
 
 def _velocities(inner_state: optax.OptState) -> list[Any]:
-    """Return the fields `mu` of named states, not parameters that are called so."""
+    """Return the fields `mu` of named tuples, but no parameters that are named "mu"."""
     found = optax.tree.get_all_with_path(
         inner_state, "mu", lambda path, _: isinstance(path[-1], optax.tree_utils.NamedTupleKey)
     )
