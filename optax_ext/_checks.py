@@ -5,6 +5,7 @@ construction time. Tracers have no value yet, so their values are not checked. A
 are checked like numbers.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -56,7 +57,8 @@ def period(**arguments: Any) -> None:
 
 def schedule_or(check: Callable[..., None], **arguments: Any) -> None:
     """Require schedules, or values that `check` accepts."""
-    check(**{name: value for name, value in arguments.items() if not callable(value)})
+    for name, value in arguments.items():
+        (schedule if callable(value) else check)(**{name: value})
 
 
 def schedule(**arguments: Any) -> None:
@@ -64,6 +66,8 @@ def schedule(**arguments: Any) -> None:
     for name, value in arguments.items():
         if not callable(value):
             raise ValueError(f"{name} must be a schedule, got {value!r}")
+        if not _takes_a_count(value):
+            raise ValueError(f"{name} must be a schedule, got {_uncalled(value)}")
 
 
 def of_adam(**arguments: Any) -> None:
@@ -99,11 +103,12 @@ def float_leaves(**trees: Any) -> None:
     """Require trees of real or complex floats, because nothing else has a gradient."""
     for name, tree in trees.items():
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-            dtype = jnp.result_type(leaf)
-            if not jnp.issubdtype(dtype, jnp.inexact):
+            is_array = hasattr(leaf, "dtype") or isinstance(leaf, (int, float, complex))
+            got = jnp.result_type(leaf) if is_array else repr(leaf)
+            if not (is_array and jnp.issubdtype(got, jnp.inexact)):
                 where = "/".join((name, *(jax.tree_util.keystr((k,), simple=True) for k in path)))
                 raise ValueError(
-                    f"{name} must be floats, but {where} is {dtype}: leave it out with"
+                    f"{name} must be floats, but {where} is {got}: leave it out with"
                     " optax.masked or optax.partition"
                 )
 
@@ -176,6 +181,17 @@ def _rounding(value: Any) -> str:
     if not isinstance(value, jax.Array) or value.dtype.itemsize > 2:
         return ""
     return f" in {value.dtype}; under optax.inject_hyperparams, set hyperparam_dtype=jnp.float32"
+
+
+def _takes_a_count(function: Callable[..., Any]) -> bool:
+    """Return whether a function can be called with one argument, as far as it tells."""
+    try:
+        inspect.signature(function).bind(0)
+    except TypeError:
+        return False
+    except ValueError:  # some callables have no signature
+        return True
+    return True
 
 
 def _uncalled(value: Any) -> str:

@@ -23,7 +23,9 @@ def _is_kernel(i: int, shapes: Sequence[Shape], ndims: Mapping[int, int]) -> boo
     shape, ndim = shapes[i], len(shapes[i])
     if long_axes(shape) > 1:
         neighbours = (*shapes[max(i - 1, 0) : i], *shapes[i + 1 : i + 2])
-        return not any(is_bias_of(shape, neighbour) for neighbour in neighbours)
+        return not any(
+            ndim < len(neighbour) and is_bias_of(shape, neighbour) for neighbour in neighbours
+        )
     if ndim < 2 or (ndim > 2 and math.prod(shape) in (shape[0], shape[-1])):
         return False
     return 1 in ndims or (ndim == max(ndims) and ndims[ndim] == 1)

@@ -13,11 +13,6 @@ from pallas_kernels.trace import is_array, paths
 
 # Compiled programs that one step keeps: enough for several groups of parameters, or options.
 _PROGRAMS = 32
-_NEEDS_A_VALUE = (
-    jax.errors.ConcretizationTypeError,
-    jax.errors.TracerArrayConversionError,
-    jax.errors.TracerIntegerConversionError,
-)
 
 
 class ClosesOverTracerError(Exception):
@@ -27,11 +22,11 @@ class ClosesOverTracerError(Exception):
 def compile_once(execute: Callable[..., Any]) -> Callable[..., Any]:
     """Make `execute(arguments, placed)` compile at the first of several equal calls.
 
-    As under `jit`, arrays and Python's numbers are inputs of the compiled program. There is one
-    program for each combination of the rest: structure, types, shardings, booleans and strings.
-    A step is not compiled here if an argument is a tracer (under `jit` and other transformations)
-    or another object, such as a function. It is not compiled either if it needs the value of a
-    number, or if it closes over a tracer.
+    Arrays are inputs of the compiled program. There is one program for each combination of the
+    rest: structure, types, shardings, booleans and strings. A step is not compiled here if an
+    argument is a tracer (under `jit` and other transformations), a Python number (its value may
+    decide what the chain does) or another object, such as a function. It is not compiled either if
+    it closes over a tracer.
 
     Args:
       execute: a function that runs a step. It takes a tree of arguments, and the shardings of some
@@ -41,40 +36,33 @@ def compile_once(execute: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.lru_cache(_PROGRAMS)
     def program(structure, options, shardings, placed) -> Callable[..., Any]:
-        def on_numbers(*numbers):
-            rest = iter(numbers)
+        def on_arrays(*arrays):
+            rest = iter(arrays)
             leaves = [next(rest) if option is None else option[1] for option in options]
             arguments = jax.tree.unflatten(structure, leaves)
             known = dict(zip(paths(arguments), shardings, strict=True)) | dict(placed)
             return execute(arguments, known, kept=True)
 
-        return jax.jit(on_numbers)
+        return jax.jit(on_arrays)
 
     def run(arguments: Any, placed: Mapping[str, NamedSharding]) -> Any:
         leaves, structure = jax.tree.flatten(arguments)
         if not (_is_hashable(structure) and all(map(_can_be_kept, leaves))):
             return execute(arguments, placed)
-        numbers = [x for x in leaves if _is_number(x)]
+        arrays = [x for x in leaves if is_array(x)]
         # Types are included, because values of different types can be equal.
-        options = tuple(None if _is_number(x) else (type(x), x) for x in leaves)
+        options = tuple(None if is_array(x) else (type(x), x) for x in leaves)
         shardings = tuple(map(_sharding, leaves))
         try:
-            return program(structure, options, shardings, frozenset(placed.items()))(*numbers)
-        except (ClosesOverTracerError, *_NEEDS_A_VALUE):
+            return program(structure, options, shardings, frozenset(placed.items()))(*arrays)
+        except ClosesOverTracerError:
             return execute(arguments, placed)
 
     return run
 
 
-def _is_number(x: Any) -> bool:
-    """Return whether the leaf is an input of the program; booleans are options instead."""
-    return is_array(x) or (isinstance(x, int | float | complex) and not isinstance(x, bool))
-
-
 def _can_be_kept(leaf: Any) -> bool:
-    if isinstance(leaf, Tracer):
-        return False
-    return _is_number(leaf) or isinstance(leaf, bool | str)
+    return isinstance(leaf, bool | str) or (is_array(leaf) and not isinstance(leaf, Tracer))
 
 
 def _is_hashable(structure: Any) -> bool:

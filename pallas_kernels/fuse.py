@@ -109,6 +109,8 @@ def fuse(
     tx = optax.with_extra_args_support(tx)
 
     def chain_update(state, updates, params, extra_args):
+        if updates is None:
+            raise ValueError("updates must be a tree of gradients, got None")
         updates, state = tx.update(updates, state, params, **extra_args)
         return state, updates
 

@@ -66,10 +66,11 @@ class Operations:
     ) -> jax.Array:
         """Compute the primitive inside of a kernel."""
         function = {**REWRITTEN, **self.rewritten}.get(primitive.name, primitive.bind)
-        narrow = next((x.dtype for x in operands if x.dtype.name in _WIDE), None)
-        if narrow is None or primitive.name in _MOVES:
+        if primitive.name in _MOVES or not any(x.dtype.name in _WIDE for x in operands):
             return function(*operands, **params)
         result = function(*(x.astype(_WIDE.get(x.dtype.name, x.dtype)) for x in operands), **params)
+        # A truth value may stand among the operands of a select, and an integer exponent in `pow`.
+        narrow = operands[1 if primitive.name == "select_n" else 0].dtype
         return result if result.dtype == bool else result.astype(narrow)
 
 

@@ -14,6 +14,7 @@ import pytest
 
 import optax_ext
 from cases import CASES
+from optax_ext.transforms import bias_correction
 from runs import CASE
 
 ALIVE = {
@@ -93,8 +94,14 @@ def test_by_all_hyperparameters_of_a_method(case, x64):
     )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["fame", "vradam", "invadam", "dualadam", "novak", "caadam"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vradam",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("fame", "invadam", "dualadam")),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("novak", "caadam")),
+    ],
+)
 def test_by_a_first_decay_of_zero(name, x64):
     """The end of its range, where the logarithm in the bias correction has no derivative."""
     case = CASE[f"{name}-default"]
@@ -139,13 +146,19 @@ def test_of_a_correction_is_that_of_the_plain_form(x64):
     decays = jnp.array([0.0, 0.3, 0.9, 0.999])
     for t in (1, 2, 1000):
         ours = jax.vmap(
-            jax.grad(
-                lambda b, t=t: optax_ext.transforms.bias_correction.total_weight(
-                    b, jnp.int32(t), float
-                )
-            )
+            jax.grad(lambda b, t=t: bias_correction.total_weight(b, jnp.int32(t), float))
         )(decays)
         np.testing.assert_allclose(ours, -t * decays ** (t - 1), rtol=1e-12)
+
+
+def test_second_derivative_of_a_correction(x64):
+    for t in (1, 2, 3, 1000):
+        for decay in (0.0, 0.5):
+            ours = jax.grad(
+                jax.grad(lambda b, t=t: bias_correction.total_weight(b, jnp.int32(t), float))
+            )(decay)
+            expected = -t * (t - 1) * decay ** (t - 2) if t > 1 else 0.0
+            np.testing.assert_allclose(ours, expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize("count", [1, 6, 10**5, 2**31 - 2])

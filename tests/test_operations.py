@@ -55,7 +55,12 @@ OPERATIONS: dict[str, list[Callable[[jax.Array], jax.Array]]] = {
     "log2": [jnp.log2],  # a primitive in newer versions of JAX
     "not": [lax.bitwise_not],
     "or": [of_two(lax.bitwise_or)],
-    "pow": [of_two(lax.pow), lambda x: lax.pow(x, as_index(x))],
+    "pow": [
+        of_two(lax.pow),
+        lambda x: lax.pow(x, as_index(x)),
+        lambda x: lax.pow(x, as_index(x).astype(jnp.int8)),
+        lambda x: lax.pow(x, as_index(x).astype(jnp.uint8)),
+    ],
     "reduce_precision": [lambda x: lax.reduce_precision(x, 5, 7)],
     "round": [lambda x, method=method: lax.round(x, method) for method in lax.RoundingMethod],
     "select_n": [

@@ -25,6 +25,7 @@ def after_spike(optimizer: Any, steps: int = 60) -> Iterator[tuple[int, Any, Any
         yield t, updates, state
 
 
+# The gate and the trust ratio keep nothing between steps; the average of `autoscale` must recover.
 GATES = {
     "gate": optax_ext.velocity_regularized(
         optax.sgd(0.1, momentum=0.9), beta3=1.0, lr_cutoff=10.0, norm_of="gradient"
@@ -58,6 +59,28 @@ def test_a_velocity_gate_recovers_with_its_velocity(scope):
     gates = [float(jnp.min(state.gate)) for _, _, state in after_spike(tx, steps=150)]
     assert gates[3] == pytest.approx(1 / 11)
     assert gates[-1] == pytest.approx(gates[2], rel=0.1)
+
+
+@pytest.mark.parametrize("norm_of", ["velocity", "corrected_velocity", "gradient"])
+@pytest.mark.parametrize("scope", ["global", "tensor"])
+def test_a_gate_without_penalty_is_open(norm_of, scope):
+    tx = optax_ext.vradam(0.1, beta3=0.0, norm_of=norm_of, norm_scope=scope)
+    updates, state = tx.update(SPIKE, tx.init(PARAMS), PARAMS)
+    assert np.all(np.asarray(optax.tree.get(state, "gate")) == 1)
+    assert all(np.all(np.isfinite(u)) for u in jax.tree.leaves(updates))
+
+
+@pytest.mark.parametrize("size", [1e-15, 1e-9, 1.0, 1e9, 1e18])
+def test_the_scale_free_inverse_is_scale_free(size):
+    """Also where the sum of squares of a large tensor overflows, or a small one underflows."""
+    params = {"kernel": jnp.ones((100, 100))}
+    gradient = {"kernel": size * jnp.linspace(0.5, 1.5, 10000).reshape(100, 100)}
+    tx = optax_ext.invadam(1.0, scale_free=True)
+    updates, _ = tx.update(gradient, tx.init(params), params)
+    once, _ = tx.update({"kernel": gradient["kernel"] / size}, tx.init(params), params)
+    np.testing.assert_allclose(
+        optax.tree.get(updates, "kernel") / size, optax.tree.get(once, "kernel"), rtol=1e-4
+    )
 
 
 FACTORS = {"invadam": optax_ext.invadam, "dualadam": optax_ext.dualadam}

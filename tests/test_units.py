@@ -397,3 +397,13 @@ def test_params_must_be_floats(leaf):
             read(params)
     part = optax.masked(tx, {"a": {"w": True, "ids": False}, "b": {"w": True}})
     part.init(params)
+
+
+def test_a_smaller_convolution_is_no_bias_of_its_neighbour():
+    """Whatever the leaves are called: as many axes as a kernel's are a kernel's."""
+    large, small = jnp.ones((3, 3, 64, 64)), jnp.ones((1, 1, 64, 64))
+    for names in (("a", "b"), ("b", "a")):
+        table = optax_ext.connection_table(
+            dict(zip(names, (large, small), strict=True)), scaling="additive"
+        )
+        assert {row.connections for row in table} == {36864, 4096}

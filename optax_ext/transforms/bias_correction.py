@@ -41,7 +41,9 @@ def _total_weight(x: jax.Array, t: jax.Array) -> jax.Array:
 def _derivative(primals, tangents):
     """Differentiate the plain form, because the logarithm's derivative is infinite at b = 0."""
     (x, t), (dx, _) = primals, tangents
-    return _total_weight(x, t), -t * (1 + x) ** (t - 1) * dx
+    first = t == 1  # 0^0, whose own derivative is NaN
+    power = jnp.where(first, 1, jnp.where(first, 1, 1 + x) ** (t - 1))
+    return _total_weight(x, t), -t * power * dx
 
 
 def debias(average: optax.Updates, decay: ArrayLike, count: jax.Array) -> optax.Updates:

@@ -257,9 +257,12 @@ def _inverse(eps: ArrayLike, scale_free: bool) -> Callable[[jax.Array], jax.Arra
     def relative(v: jax.Array) -> jax.Array:
         overflowed = v == jnp.inf
         squares = jnp.where(overflowed, 0, v)
-        mean = jnp.sum(squares) / max(v.size, 1)
-        scale = jnp.where(mean > 0, jax.lax.rsqrt(jnp.where(mean > 0, mean, 1)), 0)
-        return jnp.where(overflowed, 0, root(squares) * scale + cast_scalar_like(eps, v))
+        # Relative to the largest, since a sum of squares overflows long before a square does.
+        largest = jnp.max(squares, initial=0)
+        shares = squares / jnp.where(largest == 0, 1, largest)
+        mean = jnp.sum(shares) / max(v.size, 1)
+        scale = jnp.where(mean == 0, 0, jax.lax.rsqrt(jnp.where(mean == 0, 1, mean)))
+        return jnp.where(overflowed, 0, root(shares) * scale + cast_scalar_like(eps, v))
 
     return relative
 

@@ -107,7 +107,7 @@ def lookahead(
     inner, a = optax.with_extra_args_support(inner), slow_step_size
 
     def take_slow(p):
-        mine = jnp.asarray(p) if mode == "exact" else rotation.chunk(p, 0, k)
+        mine = jnp.asarray(p) if mode == "exact" else rotation.chunk(jnp.asarray(p), 0, k)
         dtype = mine.dtype if slow_dtype is None else slow_dtype
         taken = jnp.array(to_storage_dtype(mine, dtype), copy=True)
         return taken if offload is None else _host_memory.to_host(taken)

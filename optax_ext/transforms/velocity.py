@@ -119,9 +119,9 @@ def velocity_regularized(
         if norm_of != "gradient":
             moving = _without_absent(_velocities(inner_state), updates)
         sizes = penalty(moving, power, norm_scope, norm_reduction, dtype)
-        sizes = jnp.minimum(sizes, jnp.finfo(dtype).max)  # beta3 = 0 times inf would be NaN
         if norm_of == "corrected_velocity" and b1 is not None:
             sizes = sizes / total_weight(b1, count, dtype) ** power
+        sizes = jnp.minimum(sizes, jnp.finfo(dtype).max)  # beta3 = 0 times infinity is NaN
         gate = (1 / (1 + jnp.minimum(beta3 * sizes, lr_cutoff))).astype(dtype)
         if norm_scope == "tensor":
             gated = scale_each(gate, step)
