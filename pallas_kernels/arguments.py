@@ -20,12 +20,13 @@ def check_parameters(params: Any) -> None:
 
 
 def check_gradients(params: Any, grads: Any) -> None:
-    """Refuse gradients that differ from the parameters in structure or shape.
+    """Refuse gradients whose shapes differ from the parameters'.
 
-    Batches of gradients are allowed: they have extra leading axes.
+    Batches of gradients are allowed: they have extra leading axes. So is another structure, which
+    some chains take, such as `optax.lookahead`.
     """
-    _check_structure("grads", grads, "params", params)
-    _check_shapes("grads", grads, "like the parameter", params, batch=True)
+    if jax.tree.structure(grads) == jax.tree.structure(params):
+        _check_shapes("grads", grads, "like the parameter", params, batch=True)
 
 
 def check_updates(params: Any, updates: Any) -> None:
@@ -37,11 +38,12 @@ def check_updates(params: Any, updates: Any) -> None:
         _check_shapes("updates", updates, "like the parameter", params)
 
 
-def check_state(tx: optax.GradientTransformation, params: Any, state: Any) -> None:
-    """Refuse a state whose structure or shapes differ from `tx.init(params)`."""
+def check_structures(tx: optax.GradientTransformation, params: Any, state: Any, grads: Any) -> None:
+    """Refuse a state or gradients whose structure or shapes may be why a step has failed."""
     initial = jax.eval_shape(tx.init, params)
     _check_structure("state", state, "tx.init(params)", initial)
     _check_shapes("state", state, "as in tx.init(params)", initial)
+    _check_structure("grads", grads, "params", params)
 
 
 def leaves_without_gradients(params: Any) -> list[str]:

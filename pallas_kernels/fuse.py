@@ -17,7 +17,7 @@ from pallas_kernels import launch
 from pallas_kernels.arguments import (
     check_gradients,
     check_parameters,
-    check_state,
+    check_structures,
     check_updates,
     leaves_without_gradients,
 )
@@ -150,7 +150,7 @@ def whole_step(tx: optax.GradientTransformation) -> Callable[..., Any]:
             check_updates(params, updates)
             return optax.apply_updates(params, updates), new_state
         except Exception as error:
-            check_state(tx, params, state)
+            check_structures(tx, params, state, grads)
             for line in leaves_without_gradients(params):
                 error.add_note(line)
             raise

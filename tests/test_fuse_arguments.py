@@ -118,6 +118,23 @@ def test_a_state_that_is_none():
     assert_close(params, jax.tree.map(lambda p: 2 * p, PARAMS), 0)
 
 
+@every_backend
+def test_gradients_of_another_structure_that_the_chain_takes(backend):
+    """Optax's lookahead steps pairs of parameters by the gradients of one of them."""
+    tx = optax.lookahead(optax.sgd(0.1), 2, 0.5)
+    params = optax.LookaheadParams.init_synced(PARAMS)
+    ours = fuse(tx, backend=backend).step(params, tx.init(params), PARAMS)
+    assert_close(ours, chain_step(tx)(params, tx.init(params), PARAMS), 1e-6)
+
+
+@pytest.mark.parametrize("make", [fuse, partial(explain, params=PARAMS)], ids=["fuse", "explain"])
+def test_multi_steps(make):
+    """Optax's class has the functions of a transformation without being one."""
+    make(optax.MultiSteps(TX, 2))
+    with pytest.raises(ValueError, match="got the class MultiSteps: call it first"):
+        make(optax.MultiSteps)
+
+
 def test_gradients_of_a_batch():
     """One for each example, which the chain averages."""
     mean = optax.stateless(lambda updates, _: jax.tree.map(lambda g: g.mean(0), updates))
