@@ -129,7 +129,7 @@ def test_a_layout_covers_every_element_once(widths):
     programs = [
         SimpleNamespace(
             size=size,
-            form=lambda size=size: size % 2,
+            signature=lambda size=size: size % 2,
             scalars=(),
             stored=list,
             reduced=list,
