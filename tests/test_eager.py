@@ -47,11 +47,15 @@ def first_moment(result: Any) -> Any:
     return adam.mu
 
 
+@pytest.fixture(autouse=True, scope="module")
+def interpreter_has_run():
+    """Pallas adds settings to JAX when its interpreter first runs, and `jit` then traces anew."""
+    first = Counted()
+    first.run(fuse(first.tx, backend="interpret").step, grads=GRADS[:1])
+
+
 @pytest.mark.parametrize("backend", ["auto", "interpret"])
 def test_seven_steps_trace_once(backend):
-    # Pallas adds settings to JAX when its interpreter first runs, and `jit` then traces anew.
-    warm = Counted()
-    warm.run(fuse(warm.tx, backend=backend).step, grads=GRADS[:1])
     counted = Counted()
     ours = counted.run(fuse(counted.tx, backend=backend).step)
     assert counted.traces == 1
