@@ -5,7 +5,6 @@ common, and a root's infinite derivative at 0 times a zero is NaN.
 """
 
 import inspect
-from functools import partial
 
 import jax
 import jax.numpy as jnp
