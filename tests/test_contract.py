@@ -11,8 +11,9 @@ import pytest
 from absl.testing import parameterized
 
 import optax_ext
-from cases import CASES, METHODS, SQUARES_GRADIENTS
+from cases import METHODS, SQUARES_GRADIENTS
 from optax_ext.testing import check_transformation, random_like
+from runs import CASE
 
 PARAMS = {
     "in": {"kernel": jnp.linspace(-1, 1, 6).reshape(2, 3), "bias": jnp.linspace(0.1, 1, 3)},
@@ -50,11 +51,19 @@ def test_pieces(name):
     check_transformation(PIECES[name], PARAMS)
 
 
+# One row for every code path that treats tensors in a way of its own.
+PATHS = [
+    *METHODS,
+    *(CASE[name] for name in ("fame-tema_exact", "vradam-tensor", "dualadam-scale_free")),
+    *(CASE[name] for name in ("novak-full", "novak-momentum", "caadam-leaf", "caadam-amsgrad")),
+]
+
+
 @pytest.mark.parametrize(
     "case",
     [
         pytest.param(case, id=str(case), marks=[] if case in METHODS else [pytest.mark.slow])
-        for case in CASES
+        for case in PATHS
     ],
 )
 def test_methods(case):

@@ -13,7 +13,6 @@ import optax
 import pytest
 
 import optax_ext
-from cases import CASES
 from optax_ext.transforms import bias_correction
 from runs import CASE
 
@@ -72,20 +71,22 @@ def assert_dead_leaf_adds_nothing(factory, hyperparameters, *, exactly=True):
 
 
 # Every root, norm, gate and bias correction.
-FAST = {
+PATHS = [
     *("fame-tema_exact", "vradam-tensor_corrected", "dualadam-scale_free"),
     *("novak-full", "novak-nadam_scheduled", "caadam-default"),
-}
+]
+# The other code paths that treat hyperparameters in ways of their own.
+MORE_PATHS = [
+    *("fame-clamped", "vradam-power", "vradam-mean", "invadam-scale_free", "dualadam-crossing"),
+    *("novak-trust_effective", "novak-momentum_nadam", "caadam-leaf_depth"),
+]
 
 
 @pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(case, id=str(case), marks=[] if str(case) in FAST else [pytest.mark.slow])
-        for case in CASES
-    ],
+    "name", [*PATHS, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE_PATHS)]
 )
-def test_by_all_hyperparameters_of_a_method(case, x64):
+def test_by_all_hyperparameters_of_a_method(name, x64):
+    case = CASE[name]
     options = {name: value for name, value in case.kwargs.items() if not isinstance(value, float)}
     # A mean counts the coordinates of all leaves, and a depth by leaf counts leaves.
     exactly = not {"mean", "leaf"} & {x for x in options.values() if isinstance(x, str)}
