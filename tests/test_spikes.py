@@ -17,7 +17,7 @@ SPIKE = {"struck": jnp.array([0.1, 1e25, 0.3]), "spared": jnp.array([0.2, 0.4])}
 
 
 def after_spike(optimizer: Any, steps: int = 60) -> Iterator[tuple[int, Any, Any]]:
-    """Updates and states, the spike being the fourth gradient."""
+    """Yield updates and states; the fourth gradient is the spike."""
     state = optimizer.init(PARAMS)
     update = jax.jit(optimizer.update)
     for t in range(steps):
