@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.mark.parametrize("plugin", ["cacheprovider", "xdist"])
 def test_tests_are_collected_without_a_plugin(plugin):
     # That file has tests in an `xdist_group`.
-    collect = ["-p", f"no:{plugin}", "--collect-only", "-q", "tests/test_fuse.py"]
+    collect = ["-p", f"no:{plugin}", "--collect-only", "-q", "tests/pallas_kernels/test_fuse.py"]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *collect],

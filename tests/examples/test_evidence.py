@@ -1,0 +1,409 @@
+"""The evidence in small: each script runs, and finds what is known beforehand; README shows it.
+
+A new script is a row of `SMOKE`.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.flatten_util
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from scipy import integrate
+
+import optax_ext
+from benchmarks.summary import fill
+
+FOLDER = Path(__file__).parents[2] / "examples" / "evidence"
+
+
+def check_lag(tables: dict[str, Any]) -> None:
+    (rows,) = tables.values()
+    for name, cells in rows.items():
+        assert cells["lag"] == pytest.approx(cells["by formula"], abs=1e-3), name
+        assert cells["noise"][0] == pytest.approx(cells["noise, by formula"], rel=0.15), name
+    assert rows["EMA .9 (Adam)"]["by formula"] == pytest.approx(9)
+    # 9 - 2 · 3/7 + 7/3.
+    assert rows["TEMA .9 .3 .7 (published)"]["by formula"] == pytest.approx(10.476, abs=5e-3)
+    assert rows["TEMA .9 .9 .9 (equal)"]["noise, by formula"] == pytest.approx(0.199, abs=5e-4)
+
+
+def check_landscapes(tables: dict[str, Any]) -> None:
+    assert [title.partition(",")[0] for title in tables] == ["Rosenbrock", "Rastrigin", "valley"]
+    for rows in tables.values():
+        assert rows["adamw"]["less AdamW's"] == [0, 0, 0]
+        # All have found a rate that leads down; the starts' mean is about 100, 40, 300.
+        assert all(cells["log10 of the loss"][0] < 1.4 for cells in rows.values())
+        # On one tensor CaAdam is Adam, but for the place of its epsilon.
+        difference = rows["caadam"]["less AdamW's"]
+        assert difference == pytest.approx([0, 0, 0], abs=1e-2)
+
+
+def check_edge_of_stability(tables: dict[str, Any]) -> None:
+    curvature, loss, *searches = tables.values()
+    adamw, gated, strong, slower, replayed, cosine, quarter, eighth, _ = curvature.values()
+    rate, of_edge, of_own = "mean rate / α", "curvature / edge", "curvature / own edge"
+    assert adamw[rate] == [1, 1, 1]
+    assert 1 / 11 <= strong[rate][0] < gated[rate][0] < 1
+    # Two seeds follow each the other's gate.
+    assert slower[rate] == pytest.approx(strong[rate], rel=1e-3)
+    assert replayed[rate] == pytest.approx(strong[rate], rel=1e-3)
+    # A cosine over 100 steps that begins at 1 and would be 0 after them.
+    assert cosine[rate] == pytest.approx([0.505] * 3, rel=1e-3)
+    assert all(0 < cells[of_edge][0] <= cells["highest / edge"][0] for cells in curvature.values())
+    assert strong[of_own][0] < strong[of_edge][0]
+    assert adamw[of_own] == adamw[of_edge]
+    for cells, share in ((quarter, 1 / 4), (eighth, 1 / 8)):
+        assert cells[rate] == pytest.approx([share] * 3)
+        assert cells[of_own][0] == pytest.approx(share * cells[of_edge][0], rel=1e-3)
+    assert all(cells["peaks, decades"][0] >= 0 for cells in loss.values())
+    for rows in searches:
+        assert list(rows) == ["AdamW", "VRAdam"]
+        assert rows["AdamW"]["less AdamW's"] == [0, 0, 0]
+    assert [cells["rate"] for cells in searches[1].values()] == ["0.001", "0.001"]
+
+
+def check_connections(tables: dict[str, Any]) -> None:
+    tuned, untuned = tables.values()
+    # Weights of the kernels in order of depth, and biases: 1 for each of a layer's outputs.
+    sizes = {0: 72 + 8, 1: 576 + 8, 2: 576 + 8, 3: 1152 + 16 + 128 + 16, 4: 2304 + 16, 5: 160 + 10}
+    by_depth = sum(n * 2 ** ((5 - d) / 6) for d, n in sizes.items()) / sum(sizes.values())
+    assert tuned["depth, by computation"]["mean scale"] == pytest.approx(by_depth, abs=1e-3)
+    # Every kernel has the head's scale, every bias that of no connections.
+    side = np.array([576 - 160, 576]) / (576 - 72)
+    for name, scale in {"additive": 1 + 0.95 * side, "multiplicative": 5**side}.items():
+        as_it_ran = scale @ [4968 / 5050, 82 / 5050]
+        assert tuned[f"{name}, as it ran"]["mean scale"] == pytest.approx(as_it_ran, abs=1e-3)
+    for rows in (tuned, untuned):
+        assert rows["Adam"]["− Adam"] == rows["Adam"]["− control"] == [0, 0, 0]
+        # Almost one scale for all: little but a rate.
+        for name in ("additive", "multiplicative"):
+            assert abs(rows[f"{name}, as it ran"]["− control"][0]) < 0.02
+
+
+def check_escapes(tables: dict[str, Any]) -> None:
+    (rows,) = tables.values()
+    for name, cells in rows.items():
+        # By H^-p from 5.5 in the widest well, 2.5 times as wide; DualAdam's is between them.
+        p = cells["p, theory"]
+        theory = 5.5 * (2.5**-p if p != "-" else 2 / (2.5**1.5 + 2.5**0.5))
+        assert cells["sharpest, theory"] == pytest.approx(theory, rel=1e-3), name
+        assert cells["sharpest"][0] == pytest.approx(theory, rel=0.2), name
+
+
+def check_flat_minima(tables: dict[str, Any]) -> None:
+    (rows,) = tables.values()
+    for name, cells in rows.items():
+        if name.startswith("DualAdam"):
+            assert abs(cells["log10 sharpness, − control"][0]) < 0.01, name
+
+
+def check_plain_depth(tables: dict[str, Any]) -> None:
+    (rows,) = tables.values()
+    assert len(rows) == 12
+    assert rows["NOVAK"]["− NOVAK"] == [0, 0, 0]
+    # After one step nothing is learnt.
+    assert all(5 < cells["accuracy, %"][0] < 30 for cells in rows.values())
+    assert all(cells["trained"][0] == 0 for cells in rows.values())
+
+
+class Smoke(NamedTuple):
+    """A script in small.
+
+    Attributes:
+      options: that make it quick.
+      check: raises unless its tables are right.
+      slow: whether even so it takes more than a few seconds.
+    """
+
+    options: list[str]
+    check: Callable[[dict[str, Any]], None]
+    slow: bool = False
+
+
+SMOKE = {
+    # As many runs to search as to judge, so that each optimizer is compiled once.
+    "connections": Smoke(["--seeds=4", "--trials=1", "--steps=3"], check_connections, slow=True),
+    "edge_of_stability": Smoke(
+        ["--seeds=2", "--trials=1", "--steps=100", "--images=32", "--rates=2"],
+        check_edge_of_stability,
+        slow=True,
+    ),
+    "escapes": Smoke(
+        ["--groups=2", "--trajectories=100", "--patience=8000"], check_escapes, slow=True
+    ),
+    "flat_minima": Smoke(["--seeds=8", "--trials=1", "--steps=20"], check_flat_minima, slow=True),
+    "lag": Smoke(["--seeds=8", "--steps=1000"], check_lag),
+    "landscapes": Smoke(["--starts=8", "--steps=60", "--rates=12"], check_landscapes, slow=True),
+    "plain_depth": Smoke(["--depths=1", "--seeds=2", "--steps=1"], check_plain_depth, slow=True),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=[pytest.mark.slow] * SMOKE[x].slow) for x in SMOKE]
+)
+def test_script(load_module, tmp_path, capsys, name):
+    options, check, _ = SMOKE[name]
+    load_module(name).main([*options, f"--out={tmp_path}"])
+    found = json.loads((tmp_path / f"{name}.json").read_text(encoding="utf-8"))
+    check(found["tables"])
+    printed = " ".join(capsys.readouterr().out.split())
+    for finding in found["findings"]:
+        assert finding["claim"] in printed
+        assert f"{finding['verdict']}: {finding['shown']}" in printed
+    for figure in found["figures"]:
+        assert (tmp_path / figure).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_scripts_find_what_all_examples_share(tmp_path):
+    command = [sys.executable, FOLDER / "edge_of_stability.py", "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "initial weights (default: 10)" in done.stdout
+
+
+def test_every_script_is_tested_and_has_results(load_module):
+    scripts = {path.stem for path in FOLDER.glob("*.py") if not path.name.startswith("_")}
+    assert scripts - {"summary"} == SMOKE.keys() == set(load_module("summary").SCRIPTS)
+    assert {path.stem for path in (FOLDER / "results").glob("*.json")} == SMOKE.keys()
+
+
+@pytest.mark.parametrize("name", SMOKE)
+def test_results_are_of_a_whole_run(load_module, name):
+    found = json.loads((FOLDER / f"results/{name}.json").read_text(encoding="utf-8"))
+    assert all((FOLDER / "results" / figure).is_file() for figure in found["figures"])
+    evidence, script = load_module("_evidence"), load_module(name)
+    assert found["options"] == evidence.sizes(script.make_parser().parse_args([]))
+    constants = evidence.constants(script)
+    assert found["constants"].keys() == constants.keys()
+    for constant, value in constants.items():
+        np.testing.assert_allclose(found["constants"][constant], value, err_msg=constant)
+
+
+def test_intervals(load_module):
+    evidence = load_module("_evidence")
+    # Student's quantile for one degree of freedom is 12.706, the standard error here 1/2.
+    assert evidence.mean([0, 1]) == pytest.approx((0.5, 0.5 - 6.353, 0.5 + 6.353), abs=1e-3)
+    assert np.isnan(evidence.mean([3.0])[1:]).all()
+    # Wilson's: z² / (n + z²) is the upper end where none succeeds.
+    assert evidence.share([False] * 10) == pytest.approx((0, 0, 0.27753), abs=1e-4)
+
+
+@pytest.mark.parametrize("argument", ["--seeds=0", "--steps=1.5"])
+def test_bad_sizes(load_module, capsys, argument):
+    with pytest.raises(SystemExit):
+        load_module("lag").main([argument])
+    assert "must be a whole number above 0" in capsys.readouterr().err
+
+
+def test_minima_of_the_landscapes(load_module):
+    for name, landscape in load_module("landscapes").LANDSCAPES.items():
+        value, slope = jax.value_and_grad(landscape.loss)(jnp.array(landscape.minimum, float))
+        assert value == 0, name
+        np.testing.assert_allclose(slope, 0, atol=1e-4)
+    valley = jax.hessian(load_module("landscapes").valley)(jnp.zeros(2))
+    np.testing.assert_allclose(np.linalg.eigvalsh(valley), [1, 1000], rtol=1e-5)
+
+
+def test_rates_are_chosen_and_judged_by_other_starts(load_module):
+    landscapes = load_module("landscapes")
+
+    def run(trials, starts):
+        rates, cosine = trials
+        # The second rate with a cosine is best where rates are chosen, and worst elsewhere.
+        best = (rates == 2.0) & cosine
+        to_choose = jnp.arange(len(starts)) <= (len(starts) - 1) // 2
+        losses = jnp.where(best[:, None] == to_choose[None], 1e-3, 10.0)
+        return losses, starts[None, :1] * rates[:, None, None]
+
+    landscape = landscapes.LANDSCAPES["valley"]
+    found = landscapes.tune_and_run(run, landscape, jnp.array([1.0, 2.0, 3.0]), starts=5)
+    assert (found.rate, found.cosine, found.at_edge) == (2.0, True, False)
+    np.testing.assert_allclose(found.losses, 10.0)
+    np.testing.assert_allclose(found.path, [landscape.shown, 2 * np.array(landscape.shown)])
+
+
+@pytest.mark.slow
+def test_curvatures_are_those_of_the_whole_hessian(load_module):
+    curvature, smooth = load_module("_curvature"), load_module("_smooth")
+    params = smooth.initialize(jax.random.key(0), [3, 4, 2])
+    x, y = jax.random.normal(jax.random.key(1), (2, 5, 3)), jnp.ones((5, 2))
+
+    def loss(params):
+        return jnp.mean((smooth.apply(params, x[0]) - y) ** 2)
+
+    flat, unravel = jax.flatten_util.ravel_pytree(params)
+    whole = jax.jit(jax.hessian(lambda flat: loss(unravel(flat))))(flat)
+    whole = np.asarray(whole, np.float64)
+    found = jax.jit(partial(curvature.sharpness, loss))(params)
+    assert found == pytest.approx(np.linalg.eigvalsh(whole)[-1], rel=1e-4)
+
+    nu = jax.random.uniform(jax.random.key(2), flat.shape, minval=0.1)
+    scale = curvature.scale_of_adam(unravel(nu), 3, b1=0.9, b2=0.99, eps=1e-3)
+    p = (1 - 0.9**3) * (np.sqrt(np.asarray(nu, np.float64) / (1 - 0.99**3)) + 1e-3)
+    found = jax.jit(partial(curvature.sharpness, loss))(params, scale)
+    assert found == pytest.approx(np.linalg.eigvals(whole / p[:, None]).real.max(), rel=1e-4)
+
+
+@pytest.mark.parametrize(("times_edge", "stable"), [(0.99, True), (1.01, False)])
+def test_edge_of_adam(load_module, times_edge, stable):
+    # What Adam becomes where P has settled, on a parabola: momentum, and a rate.
+    rate = times_edge * load_module("edge_of_stability").OF_ADAM
+    tx = optax.chain(optax_ext.ema(decay=0.9, bias_correction="none"), optax.scale(-rate))
+
+    def step(run, _):
+        x, state = run
+        update, state = tx.update(x, state)
+        return (x + update, state), None
+
+    (x, _), _ = jax.lax.scan(step, (jnp.ones(()), tx.init(jnp.ones(()))), length=3000)
+    assert (abs(x) < 1e-2) == stable
+
+
+@pytest.mark.parametrize(
+    ("script", "option", "message"),
+    [
+        ("edge_of_stability", "--steps=70", "--steps must be a multiple of 50, got 70"),
+        ("plain_depth", "--seeds=1", "--seeds must be 2 or more, .*, got 1"),
+        ("escapes", "--patience=2", "--patience 2: of a group of 100, none left its well"),
+        ("lag", f"--out={__file__}", "test_evidence.py: File exists"),
+    ],
+)
+def test_sizes_that_cannot_be(load_module, capsys, script, option, message):
+    with pytest.raises(SystemExit) as exit_:
+        load_module(script).main([option])
+    assert re.search(message, f"{capsys.readouterr().err}{exit_.value}")
+
+
+def test_results_that_cannot_be_written(load_module, monkeypatch, tmp_path, capsys):
+    run = partial(load_module("lag").main, [*SMOKE["lag"].options, f"--out={tmp_path}"])
+    (tmp_path / "lag.json").mkdir()
+    with pytest.raises(SystemExit, match=rf"--out {tmp_path}: can't be written to \(.*directory"):
+        run()
+    assert "lags less than Adam's" in capsys.readouterr().out  # so nothing is lost
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
+    with pytest.raises(SystemExit):
+        run()
+    assert f"--out: {tmp_path}: Permission denied" in capsys.readouterr().err
+
+
+def test_batches_of_an_epoch_are_disjoint(load_module):
+    digits = load_module("_digits")
+    batches = digits.draw_batches(0, steps=5, images=130)
+    assert batches.shape == (5, digits.BATCH)
+    assert len(np.unique(batches[:2])) == len(np.unique(batches[2:4])) == 2 * digits.BATCH
+    assert (batches != digits.draw_batches(1, steps=5, images=130)).any()
+
+
+# Of peaks and of the loss's logarithm: AdamW's, the gate's, and a slow AdamW's.
+@pytest.mark.parametrize(
+    ("adamw", "gated", "slow", "verdict"),
+    [
+        ((0.8, -3.5), (0.1, -3.2), (0.3, -3.0), "HOLDS"),
+        ((0.8, -3.5), (0.1, -3.2), (0.3, -3.4), "ONLY_UNTUNED"),
+        ((0.8, -3.5), (0.1, -3.2), (0.0, -3.0), "ONLY_UNTUNED"),
+        ((0.1, -3.5), (0.1, -3.2), (0.3, -3.0), "NOT_SEEN"),
+    ],
+)
+def test_slow_controls_can_explain_steadiness_away(load_module, adamw, gated, slow, verdict):
+    script, evidence = load_module("edge_of_stability"), load_module("_evidence")
+
+    def cells(peaks, loss):
+        found = dict.fromkeys((*script.CURVATURES, "mean rate / α"), evidence.Estimate(1, 1, 1))
+        around = {script.PEAKS: peaks, script.LOSS: loss}
+        return found | {k: evidence.Estimate(x, x - 0.01, x + 0.01) for k, x in around.items()}
+
+    edge = {name: cells(*adamw) for name in script.STYLES}
+    edge |= {script.STRONGER: cells(*gated)} | {name: cells(0.3, -3.0) for name in script.SLOW}
+    edge[script.COSINE] = cells(*slow)
+    assert script.judge_steadiness(edge).verdict == evidence.Verdict[verdict]
+
+
+def test_what_diverges_is_not_best(load_module):
+    digits = load_module("_digits")
+    losses = np.array([[np.nan, 0.1], [1e9, 0.1], [5.0, 5.0], [6.0, 5.0]])
+    assert digits.best(digits.Runs(None, None, losses, None, None, None)) == 2
+
+
+def test_no_seed_chooses_its_own_rate(load_module):
+    digits = load_module("_digits")
+    # The second rate is so much better for the first seed that all others take it.
+    losses = np.array([[1.0, 0.1, 0.1], [0.0, 0.2, 0.2]])
+    runs = digits.Runs(None, None, losses, None, None, None)
+    assert digits.best_on_others(runs).tolist() == [0, 1, 1]
+
+
+def test_trainings_side_by_side_are_those_alone(load_module):
+    digits, plain_depth = load_module("_digits"), load_module("plain_depth")
+    network = plain_depth.make_network(2)
+    train = partial(digits.train, network, plain_depth.radam, steps=3, batch=8)
+    both = train([[1e-3], [1e-2]], [0, 1])
+    assert both.test.shape == both.accuracy.shape == (2, 2)
+    assert both.params["hidden"]["kernel"].shape == (2, 2, 1, 3, 3, 4, 4)
+    alone = train([1e-2], [1])
+    among = jax.tree.map(lambda x: x[1, [1]], both)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), alone, among)
+
+
+@pytest.mark.parametrize(
+    ("layer", "side", "strides", "padding", "kernel"),
+    [("convolve", 4, (1, 1), "SAME", (3, 3, 4, 4)), ("embed", 8, (2, 2), "VALID", (2, 2, 1, 4))],
+)
+def test_convolutions_as_products(load_module, layer, side, strides, padding, kernel):
+    convnet = load_module("_convnet")
+    random = np.random.default_rng(0)
+    params = {"kernel": random.normal(size=kernel), "bias": random.normal(size=4)}
+    x = random.normal(size=(2, side, side, kernel[2]))
+    named = "NHWC", "HWIO", "NHWC"
+    expected = jax.lax.conv_general_dilated(
+        x, params["kernel"], strides, padding, dimension_numbers=named
+    )
+    found = getattr(convnet, layer)(params, jnp.reshape(x, (2, -1, kernel[2])))
+    expected = np.asarray(expected).reshape(found.shape) + params["bias"]
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_radam_decays_like_novak(load_module):
+    plain_depth = load_module("plain_depth")
+    as_radam = plain_depth.novak_with(lookahead="none", rectify_fallback="momentum")
+
+    def descend(factory):
+        tx, x = factory(0.1), jnp.array([1.0, -2.0])
+        state = tx.init(x)
+        for _ in range(8):
+            updates, state = tx.update(2 * x, state, x)
+            x = x + updates
+        return x
+
+    # Optax has the rectification in float32, which is 4e-4 off where it begins.
+    np.testing.assert_allclose(descend(plain_depth.radam), descend(as_radam), rtol=1e-3)
+
+
+@pytest.mark.parametrize("barrier", [1.5, 5.5])
+def test_barriers_of_escape_times(load_module, barrier):
+    wells = load_module("escapes")
+
+    def density(z, y):
+        return np.exp((np.cos(z) - np.cos(y)) * barrier / 2) * barrier / 2
+
+    time = integrate.dblquad(density, 0, wells.PASSED, 0, lambda y: y)[0]
+    assert wells.barrier_of(time) == pytest.approx(barrier, rel=2e-3)
+
+
+def test_readme_and_page_show_the_results(load_module):
+    summary = load_module("summary")
+    documents = summary.load(FOLDER / "results")
+    text = summary.README.read_text(encoding="utf-8")
+    assert fill(text, "evidence-table", summary.table(documents)) == text
+    assert summary.PAGE.read_text(encoding="utf-8") == summary.page(documents)

@@ -1,0 +1,251 @@
+"""The main job, `examples/compare.py`, in small: its command line, its data, its bookkeeping."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+SMALL = ["--epochs=1", "--trials=2", "--seeds=2"]
+
+
+@pytest.fixture
+def compare(load_module) -> ModuleType:
+    return load_module("compare")
+
+
+def some_images(**changes):
+    """Arrays as a user's file would hold them: 3 classes of 10 coloured images each."""
+    rng = np.random.default_rng(0)
+    y = np.repeat([3, 5, 40], 10)
+    x = rng.integers(0, 256, (30, 6, 5, 3), dtype=np.uint8)
+    return {"x": x, "y": y} | changes
+
+
+def write(path: Path, **arrays) -> Path:
+    np.savez(path, **arrays)
+    return path
+
+
+@pytest.mark.slow
+def test_command_on_digits(tmp_path):
+    command = [sys.executable, EXAMPLES / "compare.py", "--methods=sgd,fame", *SMALL]
+    done = subprocess.run(
+        [*command, f"--out={tmp_path / 'new'}"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+    assert "1797 of 8 × 8 × 1 in 10 classes" in done.stdout
+    assert "SGD, momentum .9" in done.stdout
+    assert "FAME" in done.stdout
+    assert (tmp_path / "new/compare.png").read_bytes().startswith(b"\x89PNG")
+    results = json.loads((tmp_path / "new/compare.json").read_text())["results"]
+    assert list(results) == ["sgd", "fame"]
+    for result in results.values():
+        tried = result["validation_accuracy_by_learning_rate"]
+        assert len(tried) == 2
+        assert tried[f"{result['learning_rate']:.3g}"] == max(tried.values())
+        assert result["learning_rate_at_edge"]
+        assert len(result["test_accuracy"]) == len(result["steps_to_target"]) == 2
+        assert result["ms_per_step"] > 0
+
+
+@pytest.mark.slow
+def test_fused_on_cpu_runs_the_chains_and_says_so(compare, tmp_path, capsys):
+    data = write(tmp_path / "own.npz", **some_images())
+    arguments = [f"--data={data}", "--methods=vradam", *SMALL]
+    compare.main([*arguments, f"--out={tmp_path / 'chain.png'}"])
+    assert "Fused:" not in capsys.readouterr().out
+    compare.main([*arguments, f"--out={tmp_path / 'fused.png'}", "--fused"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "which on this cpu runs the chains themselves" in printed
+    chain, fused = (
+        json.loads((tmp_path / f"{name}.json").read_text())["results"]["vradam"]
+        for name in ("chain", "fused")
+    )
+    del chain["ms_per_step"], fused["ms_per_step"]
+    assert fused == chain
+
+
+@pytest.mark.slow
+def test_own_images_and_the_mean_scale_control(compare, load_module, tmp_path, capsys):
+    data = write(tmp_path / "own.npz", **some_images())
+    compare.main([f"--data={data}", "--methods=caadam", f"--out={tmp_path / 'own.png'}", *SMALL])
+    printed = capsys.readouterr().out
+    assert "own.npz, 30 of 6 × 5 × 3 in 3 classes" in printed
+    assert "(Adam, mean scale)" in printed
+    assert (tmp_path / "own.png").exists()
+
+    results = json.loads((tmp_path / "own.json").read_text())["results"]
+    _, shapes = load_module("_training").make_network(load_module("_data").load(data))
+    params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), shapes)
+    scales = optax.tree.get(compare.caadam(1.0).init(params), "connection_scale")
+    mean = np.average(scales, weights=[leaf.size for leaf in jax.tree.leaves(params)])
+    assert mean != pytest.approx(1, abs=0.05)
+    expected = mean * results["caadam"]["learning_rate"]
+    assert results["mean_scale"]["learning_rate"] == pytest.approx(expected, rel=1e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [["--methods=sgd", "--epochs=1", "--trials=1", "--seeds=1"], ["--methods=invadam", *SMALL]],
+    ids=["a baseline, once", "a method alone"],
+)
+def test_partial_tables_and_figures(compare, tmp_path, capsys, options):
+    data = write(tmp_path / "own.npz", **some_images())
+    compare.main([f"--data={data}", f"--out={tmp_path}", *options])
+    assert (tmp_path / "compare.png").exists()
+    assert "control" not in capsys.readouterr().out
+
+
+BAD_ARRAYS = {
+    "no y": ({"y": None}, "lacks y, has x"),
+    "flat images": ({"x": np.zeros((30, 64))}, r"x must have shape .* got \(30, 64\)"),
+    "one-hot labels": ({"y": np.eye(30, dtype=int)}, r"y must have shape \(N,\), got \(30, 30\)"),
+    "lengths": ({"y": np.arange(29)}, "x has 30 images, but y has 29 labels"),
+    "float labels": ({"y": np.ones(30)}, "y must hold integers, got float64"),
+    "text": ({"x": np.full((30, 2, 2), "a")}, "x must hold integers or floats, got <U1"),
+    "pickled": ({"x": np.full((30, 2, 2), None)}, "unreadable: .*allow_pickle"),
+    "one class": ({"y": np.zeros(30, int)}, "at least 2 classes, got 1"),
+    "no images": ({"x": np.zeros((0, 2, 2)), "y": np.zeros(0, int)}, "at least 2 classes, got 0"),
+    "rare class": ({"y": np.repeat([0, 7], [26, 4])}, "at least 5 images, class 7 has 4"),
+    "no pixels": ({"x": np.zeros((30, 0, 2))}, "no pixels"),
+    "NaN": ({"x": np.full((30, 2, 2), np.nan)}, "NaN or infinite"),
+    "blank": ({"x": np.ones((30, 2, 2))}, "all pixels of x are equal"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD_ARRAYS.values(), ids=list(BAD_ARRAYS))
+def test_bad_arrays(compare, tmp_path, capsys, changes, message):
+    arrays = {key: array for key, array in some_images(**changes).items() if array is not None}
+    path = write(tmp_path / "own.npz", **arrays)
+    expect_exit(compare, capsys, [f"--data={path}"], message)
+
+
+def test_bad_files(compare, tmp_path, capsys):
+    expect_exit(compare, capsys, [f"--data={tmp_path / 'none.npz'}"], "none.npz: no such file")
+    text = tmp_path / "text.npz"
+    text.write_text("x, y")
+    expect_exit(compare, capsys, [f"--data={text}"], "text.npz: not an .npz file")
+    np.save(tmp_path / "one.npy", np.ones((4, 2, 2)))
+    expect_exit(compare, capsys, [f"--data={tmp_path / 'one.npy'}"], "one.npy: not an .npz file")
+    whole = write(tmp_path / "whole.npz", **some_images()).read_bytes()
+    torn = tmp_path / "torn.npz"
+    torn.write_bytes(whole[:200].replace(b"\x93NUMPY", b"\x93NUMPU") + whole[200:])
+    expect_exit(compare, capsys, [f"--data={torn}"], "torn.npz: unreadable")
+    np.savez_compressed(torn, **some_images())
+    damaged = bytearray(torn.read_bytes())
+    damaged[100:110] = bytes(range(246, 256))
+    torn.write_bytes(damaged)
+    expect_exit(compare, capsys, [f"--data={torn}"], "torn.npz: unreadable: .*decompressing")
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--methods=fame,adamz", "unknown method 'adamz', choose from adamw, sgd, fame"),
+        ("--seeds=0", "must be a whole number above 0, got '0'"),
+        ("--epochs=2.5", "must be a whole number above 0, got '2.5'"),
+        (f"--out={__file__}", "exists"),
+    ],
+)
+def test_bad_options(compare, capsys, argument, message):
+    expect_exit(compare, capsys, [argument], message)
+
+
+def test_folder_without_permission(compare, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
+    expect_exit(compare, capsys, [f"--out={tmp_path}"], f"Permission denied: '{tmp_path}'")
+
+
+@pytest.mark.slow
+def test_results_that_cannot_be_written(compare, tmp_path, capsys):
+    data = write(tmp_path / "own.npz", **some_images())
+    (tmp_path / "compare.json").mkdir()
+    options = ["--methods=sgd", "--epochs=1", "--trials=1", "--seeds=1", f"--data={data}"]
+    with pytest.raises(SystemExit, match=rf"--out {tmp_path}: can't be written to \(.*directory"):
+        compare.main([*options, f"--out={tmp_path}"])
+    assert "test accuracy" in capsys.readouterr().out  # so nothing is lost
+
+
+def expect_exit(compare, capsys, argv, message):
+    """The program ends with argparse's code and one line that says why."""
+    with pytest.raises(SystemExit) as exit_:
+        compare.main(argv)
+    assert exit_.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(f": error: .*{message}", last), last
+
+
+def test_splits_are_disjoint_stratified_and_rescaled(load_module, tmp_path):
+    # Each image is known by its only bright pixel.
+    y = np.repeat([2, 9], [100, 20])
+    bright = 255 * np.eye(120, dtype=np.uint8).reshape(120, 10, 12)
+    load = load_module("_data").load
+    data = load(write(tmp_path / "own.npz", x=bright, y=y))
+    parts = data.train, data.validation, data.test
+    found = [part.images.reshape(-1, 120).argmax(axis=1) for part in parts]
+    np.testing.assert_array_equal(np.sort(np.concatenate(found)), np.arange(120))
+    for part, at in zip(parts, found, strict=True):
+        np.testing.assert_array_equal(part.labels, y[at] == 9)
+    assert [np.bincount(part.labels).tolist() for part in parts] == [[60, 12], [20, 4], [20, 4]]
+    assert [float(part.images.max()) for part in parts] == [1, 1, 1]
+
+    data = load(write(tmp_path / "own.npz", x=bright.astype(np.int64) - 1000, y=y))
+    assert data.train.images.mean() == pytest.approx(0, abs=1e-5)
+    assert data.train.images.std() == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("strides", [(1, 1), (2, 1)])
+def test_convolution_is_that_of_lax(load_module, strides):
+    images = jax.random.normal(jax.random.key(0), (2, 7, 6, 3))
+    kernel = jax.random.normal(jax.random.key(1), (3, 2, 3, 4))
+    padding = [(1, 1), (0, 1)]
+    expected = jax.lax.conv_general_dilated(
+        images, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    got = load_module("_training").convolve(images, kernel, strides, padding)
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+def test_warm_up_is_the_adam_share_of_dualadam(compare):
+    # DualAdam's share of the inverse step is 1 - t s, with s = .01 by default.
+    tx = compare.adam_with_warm_up(2.0)
+    params = jnp.zeros(())
+    state = tx.init(params)
+    for step in range(1, 121):
+        update, state = tx.update(jnp.ones(()), state, params)
+        assert -float(update) == pytest.approx(2.0 * min(1, 0.01 * step), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_runs_side_by_side_keep_to_themselves(load_module):
+    data = load_module("_data").load(None)
+    training = load_module("_training")
+    train = partial(training.train, optax.adam, data=data, epochs=1, on_progress=lambda share: None)
+    curves, swapped = train([1e-2, 1e-3], [4, 5]), train([1e-3, 1e-2], [5, 4])
+    assert curves.steps.tolist() == [5, 10, 15]
+    # One image may change sides with the order of a sum.
+    np.testing.assert_allclose(curves.validation, swapped.validation[::-1], atol=1.5 / 360)
+    np.testing.assert_allclose(curves.test, swapped.test[::-1], atol=1.5 / 360)
+    assert abs(curves.test[0] - curves.test[1]) > 5 / 360
+
+
+def test_an_epoch_shows_no_image_twice(load_module):
+    batches = load_module("_training").draw_batches(seed=0, images=200, epochs=5)
+    assert batches.shape == (3, 5, 64)
+    epochs = batches.reshape(5, 3 * 64)
+    assert all(len(set(epoch.tolist())) == 192 for epoch in epochs)
+    assert epochs.min() >= 0
+    assert epochs.max() < 200

@@ -1,0 +1,281 @@
+"""What holds for every method on every tree, whatever its equations say."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+import optax_ext
+from support.cases import CASES, COUPLES_LEAVES, METHODS, SCALE_INVARIANT, SQUARES_GRADIENTS, Case
+from support.runs import CASE, build, history, run, step
+from support.strategies import (
+    MENAGERIE,
+    NARROW,
+    SINGLE,
+    WIDE,
+    filled,
+    seeds,
+    shape,
+    trees,
+    with_some_missing,
+)
+
+# One row for every code path that treats tensors in a way of its own.
+PATHS = [
+    *METHODS,
+    CASE["fame-tema_exact"],
+    CASE["vradam-tensor"],
+    CASE["dualadam-scale_free"],
+    CASE["novak-full"],
+    CASE["caadam-leaf"],
+]
+every_case = pytest.mark.parametrize("case", CASES, ids=str)
+every_path = pytest.mark.parametrize("case", PATHS, ids=str)
+
+
+def mask_as_tree(case: Case, params: Any) -> dict[str, Any]:
+    """Optax calls a mask that is a function with the updates, which lack the missing gradients."""
+    return {"mask": case.options["mask"](params)} if "mask" in case.options else {}
+
+
+def problem(tree: Any, seed: int, steps: int) -> tuple[Any, list[Any]]:
+    """Parameters and as many gradients, some of their leaves missing throughout."""
+    params, *grads = [filled(tree, seed + t) for t in range(steps + 1)]
+    return params, [with_some_missing(gradient, seed) for gradient in grads]
+
+
+def assert_bitwise(ours, expected):
+    assert jax.tree.structure(ours) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, ours, expected)
+
+
+def assert_finite(tree):
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(tree))
+
+
+def assert_stable(case, tree, seed):
+    """Structure, shapes, dtypes and weak types: what decides whether `jit` compiles again."""
+    params, (grads,) = problem(tree, seed, steps=1)
+    optimizer = case.build(**mask_as_tree(case, params))
+    state = jax.eval_shape(optimizer.init, params)
+    updates, after = jax.eval_shape(optimizer.update, grads, state, params)
+    assert jax.tree.structure(updates) == jax.tree.structure(grads)
+    assert jax.tree.leaves(updates) == jax.tree.leaves(jax.eval_shape(lambda g: g, grads))
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    assert jax.tree.leaves(after) == jax.tree.leaves(state)
+
+
+@every_case
+@given(tree=trees(NARROW), seed=seeds)
+@example(tree=MENAGERIE, seed=0)
+@example(tree={}, seed=0)
+@settings(max_examples=2)
+def test_structure_is_stable(case, tree, seed):
+    assert_stable(case, tree, seed)
+
+
+@every_path
+@given(tree=trees(WIDE), seed=seeds)
+def test_structure_is_stable_in_x64(case, tree, seed):
+    with jax.enable_x64(True):
+        assert_stable(case, tree, seed)
+
+
+@pytest.mark.parametrize("case", METHODS, ids=str)
+def test_storage_dtypes_last(case):
+    narrow = {"mu_dtype": jnp.bfloat16, "nu_dtype": jnp.float16}
+    if case.method == "novak":
+        narrow["slow_dtype"] = jnp.float16
+    optimizer = case.build(**narrow)
+    params = filled(MENAGERIE, seed=0)
+    state = jax.eval_shape(optimizer.init, params)
+    _, state = jax.eval_shape(optimizer.update, params, state, params)
+    for name, dtype in narrow.items():
+        stored = optax.tree.get(state, name.removesuffix("_dtype"))
+        assert jax.tree.structure(stored) == jax.tree.structure(params)
+        assert {x.dtype for x in jax.tree.leaves(stored)} == {jnp.dtype(dtype)}
+
+
+@every_path
+@given(tree=trees(NARROW), seed=seeds)
+@example(tree=MENAGERIE, seed=0)
+@settings(max_examples=2)
+def test_compiled_scan_equals_eager_loop(case, tree, seed):
+    """State included, to a few roundings: the compiler contracts products with sums."""
+    params, grads = problem(tree, seed, steps=3)
+    optimizer = build(case, **mask_as_tree(case, params))
+
+    def scanned_step(carry, gradient):
+        params, state = carry
+        return step(optimizer, params, state, gradient), None
+
+    start = jax.tree.map(jnp.asarray, params), optimizer.init(params)
+    stacked = jax.tree.map(lambda *g: jnp.stack(g), *grads)
+    scanned, _ = jax.jit(partial(jax.lax.scan, scanned_step, length=3))(start, stacked)
+    *_, looped = history(optimizer, params, grads)
+
+    for ours, expected in zip(*map(jax.tree.leaves, (scanned, looped)), strict=True):
+        assert ours.dtype == expected.dtype
+        if jnp.issubdtype(ours.dtype, jnp.integer):
+            assert ours == expected
+        elif ours.size:
+            tolerance = 4 * jnp.finfo(ours.dtype).eps * np.max(np.abs(expected))
+            np.testing.assert_allclose(ours, expected, rtol=0, atol=float(tolerance))
+
+
+@every_case
+def test_zero_gradients_without_decay_move_nothing(case):
+    params, (grads,) = problem(MENAGERIE, seed=0, steps=1)
+    options = {"weight_decay": 0.0} | mask_as_tree(case, params)
+    zeros = jax.tree.map(jnp.zeros_like, grads)
+    assert_bitwise(run(build(case, **options), params, [zeros] * 3), params)
+
+
+@pytest.mark.parametrize("callable_mask", [False, True], ids=["tree", "callable"])
+@pytest.mark.parametrize("case", METHODS, ids=str)
+@given(tree=trees(SINGLE), seed=seeds)
+@example(tree=MENAGERIE, seed=0)
+@settings(max_examples=2)
+def test_masked_decay(case, callable_mask, tree, seed):
+    """Where the mask is true the steps with decay, elsewhere the steps without."""
+    params, *grads = [filled(tree, seed + t) for t in range(3)]
+    rng = np.random.default_rng(seed)
+    mask = jax.tree.map(lambda p: bool(rng.integers(2)), params)
+
+    decayed, plain, masked = (
+        run(case.build(**options), params, grads)
+        for options in (
+            {"weight_decay": 0.5},
+            {"weight_decay": 0.0},
+            {"weight_decay": 0.5, "mask": (lambda p: mask) if callable_mask else mask},
+        )
+    )
+    assert_bitwise(masked, jax.tree.map(lambda m, d, p: d if m else p, mask, decayed, plain))
+
+
+@pytest.mark.parametrize("wrapper", ["masked", "partition"])
+@every_path
+@given(tree=trees(SINGLE), seed=seeds)
+@example(tree=MENAGERIE, seed=0)
+@settings(max_examples=2)
+def test_method_on_a_part_of_the_tree(case, wrapper, tree, seed):
+    """It moves its part as if the rest did not exist."""
+    params, grads = filled(tree, seed), filled(tree, seed + 1)
+    part = with_some_missing(params, seed)
+    mine = jax.tree.map(lambda p, kept: kept is not None, params, part)
+    if wrapper == "masked":
+        rest = jax.tree.map(lambda m: not m, mine)
+        optimizer = optax.chain(
+            optax.masked(build(case), mine), optax.masked(optax.set_to_zero(), rest)
+        )
+    else:
+        labels = jax.tree.map(lambda m: "method" if m else "frozen", mine)
+        optimizer = optax.partition({"method": build(case), "frozen": optax.set_to_zero()}, labels)
+
+    ours = run(optimizer, params, [grads] * 2)
+    alone = run(build(case), part, [with_some_missing(grads, seed)] * 2)
+    assert_bitwise(ours, jax.tree.map(lambda p, m: p if m is None else m, params, alone))
+
+
+MODULES = [
+    {"kernel": shape(2, 3), "bias": shape(3)},
+    {"kernel": shape(4, 3), "bias": shape(3)},
+    {"kernel": shape(5, 3)},
+    {"scale": shape(3)},
+]
+NAMES = ["conv1", "conv2", "conv10", "norm"]
+
+
+@pytest.mark.parametrize(
+    "case",
+    # The depth of a module is its place among the names.
+    [case for case in CASES if case.options.get("scaling") != "depth"],
+    ids=str,
+)
+@given(names=st.permutations(NAMES), seed=seeds)
+@settings(max_examples=2)
+def test_renaming_modules_renames_results(case, names, seed):
+    def renamed(tree):
+        return dict(zip(names, [tree[name] for name in NAMES], strict=True))
+
+    tree = dict(zip(NAMES, MODULES, strict=True))
+    params, *grads = [filled(tree, seed + t) for t in range(3)]
+    expected = renamed(run(build(case), params, grads))
+    ours = run(build(case), renamed(params), map(renamed, grads))
+    if COUPLES_LEAVES in case.tags:  # by a norm, which adds up the leaves in their order
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), ours, expected)
+    else:
+        assert_bitwise(ours, expected)
+
+
+PAIR = {"kernel": shape(2, 3), "bias": shape(3)}
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if SCALE_INVARIANT in case.tags], ids=str)
+def test_gradient_scale_cancels(case):
+    """To the bit, for a power of two."""
+    params, *grads = [filled(PAIR, seed) for seed in range(5)]
+    optimizer = build(case, eps=0.0)
+    plain = run(optimizer, params, grads)
+    scaled = run(optimizer, params, jax.tree.map(lambda g: 1024 * g, grads))
+    assert_finite(plain)
+    assert_bitwise(scaled, plain)
+
+
+def powers_of_ten(smallest: int, largest: int):
+    """Gradients of `PAIR`, each of their values a power of ten or zero, of either sign."""
+    power = st.integers(smallest, largest).map(lambda n: 10.0**n) | st.just(0.0)
+    value = st.builds(lambda sign, x: sign * x, st.sampled_from([-1, 1]), power)
+
+    def array(x):
+        flat = st.lists(value, min_size=x.size, max_size=x.size)
+        return flat.map(lambda values: np.reshape(values, x.shape).astype(x.dtype))
+
+    return st.fixed_dictionaries({name: array(x) for name, x in PAIR.items()})
+
+
+def constant(value: float) -> Any:
+    return jax.tree.map(lambda x: np.full(x.shape, value, x.dtype), PAIR)
+
+
+def assert_stays_finite(optimizer, grads):
+    assert_finite(run(optimizer, filled(PAIR, seed=0), grads))
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if SQUARES_GRADIENTS not in case.tags], ids=str
+)
+@given(grads=st.lists(powers_of_ten(-30, 30), min_size=3, max_size=3))
+@example(grads=[constant(1e30)] * 3)
+@example(grads=[constant(1e-30)] * 3)
+@example(grads=[constant(1e30), constant(0), constant(1e-30)])
+@settings(max_examples=3)
+def test_extreme_gradients_make_finite_steps(case, grads):
+    assert_stays_finite(build(case), grads)
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if SQUARES_GRADIENTS in case.tags], ids=str
+)
+@given(grads=st.lists(powers_of_ten(-30, 18), min_size=3, max_size=3))
+@example(grads=[constant(1e18)] * 3)
+@settings(max_examples=3)
+def test_inverse_steps_are_finite_for_gradients_whose_squares_are(case, grads):
+    assert_stays_finite(case.build(), grads)
+
+
+def test_dualadam_is_finite_after_the_switch():
+    """Also where the product, of share 0 by then, overflows."""
+    optimizer = optax_ext.dualadam(0.01, switch_rate=0.5)
+    assert_stays_finite(optimizer, [constant(1.0), constant(1e30), constant(1e30)])
+
+
+def test_vradam_without_penalty_is_finite():
+    """AdamW is, at gradients whose norm overflows."""
+    assert_stays_finite(optax_ext.vradam(0.01, beta3=0.0), [constant(1e30)])

@@ -1,0 +1,284 @@
+"""A fused optimizer is its chain: the same parameters and state, in value and in type."""
+
+import functools
+import sys
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from pallas_kernels import explain, fuse
+from support.cases import CASES, METHODS
+from support.fused import RAGGED, SMALL, Race, assert_close, assert_trained
+from support.optax_battery import load
+from support.runs import CASE
+from support.strategies import shape
+
+# One row for every code path of a fused step: all methods, statistics of every kind and scope,
+# vectors of scalars, a select on another statistic, what is not elementwise.
+PATHS = [
+    *METHODS,
+    CASE["fame-amsgrad_exact"],
+    CASE["vradam-tensor"],
+    CASE["invadam-scale_free"],
+    CASE["dualadam-crossing"],
+    CASE["novak-nadam_scheduled"],
+    CASE["novak-trust_effective"],
+    CASE["novak-autoscale"],
+    CASE["novak-full"],
+    CASE["caadam-schedules"],
+]
+
+
+def slow_unless(fast, rows):
+    """Rows for tests of one race each: a worker runs all of its tests, and compiles it once."""
+    return [
+        pytest.param(
+            row,
+            id=str(row),
+            marks=[pytest.mark.xdist_group(str(row)), *([] if row in fast else [pytest.mark.slow])],
+        )
+        for row in rows
+    ]
+
+
+@functools.cache
+def race(name: str) -> Race:
+    return Race(CASE[name].build(), RAGGED)
+
+
+@pytest.mark.parametrize("case", slow_unless(PATHS, CASES))
+def test_trajectory(case):
+    run = race(str(case))
+    fused = run.run([run.fused], run.grads())
+    assert_close(fused, run.run([run.chain], run.grads()), run.tolerance)
+    assert_trained(run.params, fused[0])
+
+
+@pytest.mark.parametrize("case", slow_unless(PATHS, CASES))
+def test_run_changes_between_chain_and_fused(case):
+    run = race(str(case))
+    mixed = run.run([run.fused, run.chain, run.chain], run.grads())
+    assert_close(mixed, run.run([run.chain], run.grads()), run.tolerance)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("case", slow_unless(PATHS, CASES))
+def test_gradient_that_is_not_finite(case, value):
+    run = race(str(case))
+    grads = run.grads(8)
+    kernel = grads[3]["blocks"][0]["kernel"]
+    grads[3]["blocks"][0]["kernel"] = kernel.at[-1, -1].set(value)
+    expected = run.run([run.chain], grads)
+    assert not all(np.all(np.isfinite(x)) for x in jax.tree.leaves(expected))
+    assert_close(run.run([run.fused], grads), expected, run.tolerance)
+
+
+@pytest.mark.parametrize("case", METHODS, ids=str)
+def test_update(case):
+    """Optax's protocol, for loops that must have updates."""
+    tx = case.build()
+    run = Race(tx, SMALL)
+    ends = []
+    updates: list[Any] = [fuse(tx, backend="interpret").update, tx.update]
+    for update in updates:
+        params, state, step = run.params, tx.init(run.params), None
+        jitted = jax.jit(update)
+        for gradient in run.grads(5):
+            step, state = jitted(gradient, state, params)
+            params = optax.apply_updates(params, step)
+        ends.append((step, state))
+    fused, expected = ends
+    assert_close(fused, expected, run.tolerance)
+
+
+def optax_rows() -> dict[str, Mapping[str, Any]]:
+    """Every optimizer that Optax tests as one of its own, with the arguments of its tests."""
+    cases = [
+        *load("optax._src.alias_test", "AliasTest"),
+        *(
+            case
+            for case in load("optax.contrib._common_test", "ContribTest")
+            if case.test == "test_preserve_dtype"  # of those that visit the main rows only
+        ),
+    ]
+    rows = {}
+    for case in cases:
+        if "opt_kwargs" in case.arguments:
+            options = ",".join(f"{k}={v}" for k, v in case.arguments["opt_kwargs"].items())
+            wrapper = case.arguments.get("wrapper_name") or ""
+            rows.setdefault(f"{wrapper}({case.row}({options}))".replace("()", ""), case.arguments)
+    return rows
+
+
+OPTAX = optax_rows()
+# Rows that run what no row of `PATHS` does: signs, maxima, several statistics of all leaves,
+# keys, matrix products, statistics of rows, extra arguments.
+OPTAX_PATHS = {"rprop", "adamax", "prodigy", "noisy_sgd", "muon", "sm3", "momo_adam", "lars"}
+# What the optimizers that need more than gradients are given.
+EXTRA = {
+    "polyak_sgd": {"value": 2.0},
+    "momo": {"value": 2.0},
+    "momo_adam": {"value": 2.0},
+    "sophia": {"obj_fn": lambda params: optax.tree.norm(params, squared=True)},
+}
+# Large enough for Adafactor to factorize; SM3, GaLore and Muon fail where an axis or a leaf is
+# missing.
+DENSE = {"kernel": shape(129, 130), "bias": shape(7), "conv": shape(2, 3, 1, 2)}
+
+
+def optax_race(row: Mapping[str, Any]) -> Race:
+    name, wrapper = row["opt_name"], row.get("wrapper_name")
+    with warnings.catch_warnings(action="ignore"):  # some names are deprecated
+        factory = getattr(optax.contrib, name, None) or getattr(optax, name)
+        tx = factory(**row["opt_kwargs"])
+    if wrapper == "reduce_on_plateau":
+        tx = optax.chain(tx, optax.contrib.reduce_on_plateau())
+        return Race(tx, DENSE, {"value": 2.0})
+    if wrapper is not None:
+        tx = getattr(optax.contrib, wrapper)(tx, **row["wrapper_kwargs"])
+    return Race(tx, DENSE, EXTRA.get(name, {}))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        pytest.param(
+            row,
+            id=name,
+            marks=[] if row["opt_name"] in OPTAX_PATHS else [pytest.mark.slow],
+        )
+        for name, row in OPTAX.items()
+    ],
+)
+def test_optimizers_of_optax(row):
+    run = optax_race(row)
+    fused = run.run([run.fused], run.grads())
+    assert_close(fused, run.run([run.chain], run.grads()), run.tolerance)
+    assert_trained(run.params, fused[0])
+
+
+def test_optax_lists_its_optimizers():
+    """An empty list would test nothing."""
+    named = {row["opt_name"] for row in OPTAX.values()}
+    assert {"adabelief", "yogi", "acprop", "galore"} <= named
+    assert {row.get("wrapper_name") for row in OPTAX.values()} >= {"mechanize", "schedule_free"}
+
+
+@pytest.mark.parametrize(
+    "case", slow_unless(METHODS, [case for case in PATHS if case.method != "vradam"])
+)
+def test_bfloat16_is_exact(case):
+    """Where nothing is summed, kernel and chain round alike."""
+    tree = jax.tree.map(lambda x: shape(*x.shape, dtype=jnp.bfloat16), SMALL)
+    run = Race(case.build(), tree)
+    exact = all(phase.work == "update" for phase in explain(run.tx, run.params).phases)
+    fused, chain = (run.run([step], run.grads()) for step in (run.fused, run.chain))
+    assert_close(fused, chain, 0 if exact else 2**-7)
+    assert_trained(run.params, fused[0])
+
+
+MIXED = {
+    "kernel": shape(9, 65),
+    "bias": shape(70, dtype=jnp.bfloat16),
+    "half": shape(3, 30, dtype=jnp.float16),
+    "scale": shape(dtype=jnp.bfloat16),
+}
+# Blocks of a kernel hold 512 elements.
+SIZES = {f"of_{n}": shape(n) for n in (0, 1, 2, 7, 511, 512, 513, 1024, 4097)} | {"scalar": shape()}
+
+
+def clipped(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    return optax.chain(optax.clip_by_global_norm(0.5), tx)
+
+
+TREES = {
+    "sizes": (clipped(optax.adamw(0.01)), SIZES),
+    "mixed_dtypes": (clipped(optax.adamw(0.05)), MIXED),
+    "narrow_moments": (optax.adamw(0.01, mu_dtype=jnp.bfloat16), SMALL),
+    "per_leaf_norms": (optax.lamb(0.05), MIXED),
+    "one_leaf": (clipped(optax.adamw(0.01)), shape(9, 65)),
+    "one_number": (clipped(optax.adamw(0.01)), shape()),
+    "no_leaves": (clipped(optax.adamw(0.01)), {"none": None}),
+    "masked": (
+        optax.chain(
+            optax.masked(optax.adam(0.01), {"kernel": True, "bias": False, "temperature": True}),
+            optax.masked(optax.sgd(0.1), {"kernel": False, "bias": True, "temperature": False}),
+        ),
+        SMALL,
+    ),
+    "frozen": (
+        optax.partition(
+            {"moving": optax.adamw(0.01), "frozen": optax.set_to_zero()},
+            {"kernel": "moving", "bias": "frozen", "temperature": "moving"},
+        ),
+        SMALL,
+    ),
+    "apply_if_finite": (optax.apply_if_finite(clipped(optax.adamw(0.01)), 3), SMALL),
+    "accumulating": (optax.MultiSteps(optax.lamb(0.05), 3).gradient_transformation(), SMALL),
+}
+
+
+@pytest.mark.parametrize(("tx", "tree"), TREES.values(), ids=TREES)
+def test_leaves_of_every_kind(tx, tree):
+    run = Race(tx, tree)
+    fused = run.run([run.fused], run.grads())
+    expected = run.run([run.chain], run.grads())
+    assert_close(fused, expected, run.tolerance)
+    assert tree == {"none": None} or any(
+        np.any(x != y) for x, y in zip(*map(jax.tree.leaves, (run.params, fused[0])), strict=True)
+    )
+
+
+def damp_by_flips() -> optax.GradientTransformation:
+    """Integers and truth values in the state, one a coordinate, and statistics of them."""
+
+    def init(params):
+        flips = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.int32), params)
+        rising = jax.tree.map(lambda p: jnp.zeros(p.shape, bool), params)
+        return flips, rising
+
+    def damp(g, n):
+        return g / (1 + n + jnp.max(n, initial=0) + (n > 100).any())
+
+    def update(updates, state, params=None):
+        flips, rising = state
+        now = jax.tree.map(lambda g: g > 0, updates)
+        flips = jax.tree.map(lambda n, a, b: n + (a != b), flips, rising, now)
+        return jax.tree.map(damp, updates, flips), (flips, now)
+
+    return optax.GradientTransformation(init, update)
+
+
+def test_integers_in_the_state():
+    run = Race(optax.chain(damp_by_flips(), optax.sgd(0.1)), SMALL)
+    assert not explain(run.tx, run.params).fallback_reasons
+    fused = run.run([run.fused], run.grads())
+    assert_close(fused, run.run([run.chain], run.grads()), run.tolerance)
+    assert_trained(run.params, fused[0])
+
+
+def test_float64_goes_to_xla(x64):
+    tree = {"wide": shape(9, 65, dtype=jnp.float64), "narrow": shape(9, 65)}
+    run = Race(clipped(optax.adamw(0.01)), tree)
+    report = explain(run.tx, run.params)
+    assert any(line.endswith("no kernel for float64") for line in report.fallback_reasons)
+    fused = run.run([run.fused], run.grads())
+    expected = run.run([run.chain], run.grads())
+    assert_close(fused, expected, run.tolerance)
+    for ours, theirs in zip(fused, expected, strict=True):
+        wide = [x for x in jax.tree.leaves(ours) if x.dtype == jnp.float64 and x.ndim]
+        exact = [x for x in jax.tree.leaves(theirs) if x.dtype == jnp.float64 and x.ndim]
+        assert_close(wide, exact, 1e-7)
+
+
+def test_more_leaves_than_a_launch_holds(monkeypatch):
+    monkeypatch.setattr(sys.modules["pallas_kernels.grouping"], "LEAVES_PER_LAUNCH", 2)
+    run = Race(optax.lamb(0.05), {f"leaf{n}": shape(n) for n in range(2, 7)})
+    fused = run.run([run.fused], run.grads())
+    assert_close(fused, run.run([run.chain], run.grads()), run.tolerance)

@@ -1,0 +1,1 @@
+"""What tests share: cases, oracles, strategies and batteries."""
