@@ -1,7 +1,7 @@
-"""All that can be measured on one GPU in minutes: numerics first, then times, worth most first.
+"""Measurements on one GPU within minutes: numerics first, then times, in order of importance.
 
-The command keeps the files and the time; what touches the GPU runs in a process of its own, which
-may fail, hang or be cut off without taking the rest along.
+The command writes the files and watches the time. A separate process uses the GPU. If that process
+fails, hangs or is killed, the command continues.
 """
 
 from benchmarks.gpu.command import main

@@ -1,9 +1,9 @@
-"""All measurements of steps on an NVIDIA GPU in minutes, those first whose results matter most.
+"""Measurements of steps on an NVIDIA GPU within minutes, the most important ones first.
 
-Numerics of fused steps against their chains and float64, a copy's bandwidth, and the times of steps
-by XLA, Triton's kernels and Mosaic's, with CUDA graphs and without, beside PyTorch's AdamW where it
-is installed. Every result is written as soon as it is known. Exits with 1 if any number is wrong or
-any step fails.
+The command compares fused steps with their chains and with float64. Then it measures the bandwidth
+of a copy, and the times of steps with XLA, Triton and Mosaic, with and without CUDA graphs.
+PyTorch's AdamW is a further baseline if PyTorch is installed. Each result is written as soon as it
+is known. The exit status is 1 if any result is wrong or any step fails.
 """
 
 import argparse
@@ -28,16 +28,16 @@ from benchmarks.peers import PEERS
 
 BENCHMARK = "gpu"
 PACKAGES = ("jax", "optax", "torch")
-# Processes start and end within half a minute.
+# The remaining half minute is for processes that start and end.
 MINUTES = 8.5
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measures what the command line selects, as far as time allows; everything by default."""
+    """Measure the selected cases until the time is over; all cases by default."""
     deadline = time.monotonic()
     parser = make_parser()
     options = parser.parse_args(argv)
-    # JAX would take most of the GPU's memory, in every process, and leave PyTorch nothing.
+    # Otherwise JAX allocates most of the GPU's memory in every process, and PyTorch has none left.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     try:
         device = command_line.find_device("gpu")
@@ -49,8 +49,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     # The processes that measure need the GPU, and the CPU for float64.
     os.environ["JAX_PLATFORMS"] = "cuda,cpu"
 
-    there = [name for name in peers.installed() if PEERS[name].package == "torch"]
-    tasks = by_worth(options.sets, options.optimizers, there, list(WAYS))
+    baselines = [name for name in peers.installed() if PEERS[name].package == "torch"]
+    tasks = by_worth(options.sets, options.optimizers, baselines, list(WAYS))
     job = Job(tuple(tasks), {name: LEAF_SETS[name] for name in options.sets})
     deadline += 60 * options.minutes
     sys.exit(run(job, device, options.out, deadline=deadline, resume=options.resume))
@@ -66,16 +66,16 @@ def run(
     clock: Callable[[], float] = time.monotonic,
     **options: Any,
 ) -> int:
-    """Has a job done and its results written; 1 if any failed, otherwise 0.
+    """Run a job and write its results; return 1 if any case failed, otherwise 0.
 
     Args:
-      job: what to measure.
-      device: one of JAX's.
-      folder: for the results.
-      deadline: on the clock.
-      resume: whether to leave out what the folder has of the same code on the same device.
-      clock: seconds since some time.
-      **options: of `supervise`.
+      job: the job with all tasks.
+      device: the JAX device that is measured.
+      folder: the folder for results.
+      deadline: the time on the clock at which the run ends.
+      resume: whether to skip cases that the folder has from the same code on the same device.
+      clock: returns the time in seconds.
+      **options: options of `supervise`.
     """
     begin = clock()
     path = latest.path(folder, BENCHMARK, kind_of(device))
@@ -113,7 +113,7 @@ def run(
 
 
 def stands(row: Row | None, shared: history.Circumstances) -> bool:
-    """Whether there is a row of the same code, versions and device, and it is no failure."""
+    """Return whether a row passed with the same code, versions and device."""
     if row is None or not row["passed"]:
         return False
     expected = dataclasses.asdict(shared)
@@ -121,12 +121,12 @@ def stands(row: Row | None, shared: history.Circumstances) -> bool:
 
 
 def kind_of(device: Any) -> str:
-    """For the name of a file."""
+    """Return the kind of a device in the form of a file name."""
     return device.device_kind.removeprefix("NVIDIA ").lower().replace(" ", "-")
 
 
 def circumstances(device: Any) -> history.Circumstances:
-    """With the version of the driver."""
+    """Return the environment of this run, with the version of the driver."""
     found = history.circumstances(history.describe(device), PACKAGES)
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
@@ -138,23 +138,23 @@ def circumstances(device: Any) -> history.Circumstances:
 
 
 def in_words(row: Row) -> str:
-    """A row on a line of the log."""
+    """Format a row as a line of the log."""
     if "error" in row:
         return row["error"]
     shown = (
-        ("to_chain", "{:.1e} from the chain"),
-        ("to_float64", "{:.1e} from float64"),
+        ("to_chain", "differs from the chain by {:.1e}"),
+        ("to_float64", "differs from float64 by {:.1e}"),
         ("median_ms", "{:.3g} ms"),
         ("gb_per_s", "{:.0f} GB/s"),
         ("of_copy", "{:.0%} of copy"),
-        ("drift", "{:.0e} from the chain"),
+        ("drift", "drifts from the chain by {:.0e}"),
     )
     known = (text.format(row[key]) for key, text in shown if row.get(key) is not None)
     return ", ".join([*known, *([] if row["passed"] else ["WRONG"])])
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     parser = command_line.make_parser(BENCHMARK, __doc__)
     command_line.add_sets(parser)
     command_line.add_optimizers(parser)
@@ -162,11 +162,11 @@ def make_parser() -> argparse.ArgumentParser:
         "--minutes",
         type=float,
         default=MINUTES,
-        help=f"after which no more is measured (default: {MINUTES})",
+        help=f"time limit of the measurements (default: {MINUTES})",
     )
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="leave out what FOLDER has of the same code, versions and device",
+        help="skip cases that FOLDER already has from the same code, versions and device",
     )
     return parser

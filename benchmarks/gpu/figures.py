@@ -1,4 +1,4 @@
-"""What follows from the numbers of a case: bandwidth, its share of a copy's, the ratio to adamw."""
+"""Figures of a case: bandwidth, the share of a copy's bandwidth, the ratio to adamw."""
 
 import math
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ DIGITS = 5
 
 
 def figures(case: Case, found: Mapping[str, Any]) -> Row:
-    """A case's row for the file: the names of its parts, what was found, what follows."""
+    """Return a case's row for the file: the parts of its name, the results and the figures."""
     row = {
         "leaf_set": case.leaf_set,
         "optimizer": case.optimizer,
@@ -28,7 +28,7 @@ def figures(case: Case, found: Mapping[str, Any]) -> Row:
 
 
 def _timed(case: Case, found: Mapping[str, Any]) -> Row:
-    """Of a step that was timed."""
+    """Return the results and figures of a step that was timed."""
     times = timing.Times(tuple(found["seconds"]))
     bandwidth = found["copy_bytes_per_second"]
     if case.optimizer == COPY:
@@ -49,7 +49,10 @@ def _timed(case: Case, found: Mapping[str, Any]) -> Row:
 
 
 def bytes_moved(case: Case) -> float:
-    """For a parameter, on average over steps: only kernels leave out what does not change."""
+    """Return the bytes per parameter that a step moves, on average over steps.
+
+    Only fused steps skip bytes that do not change.
+    """
     if case.kernels == PYTORCH:
         return contenders.floor(PEERS[case.optimizer].near, case.leaf_set)
     moved = contenders.floor(case.optimizer, case.leaf_set)
@@ -59,7 +62,7 @@ def bytes_moved(case: Case) -> float:
 
 
 def _short(value: Any) -> Any:
-    """Of a number the digits that mean something; `None`, if it is none."""
+    """Round a float to its significant digits; return `None` if it is not finite."""
     if not isinstance(value, float):
         return value
     return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None

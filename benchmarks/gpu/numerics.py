@@ -1,4 +1,4 @@
-"""Whether kernels compute what the chain does on this device, and how far both are from float64."""
+"""Comparison of fused steps with their chain, and of both with float64, on this device."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,22 +14,23 @@ from benchmarks.gpu.tasks import Began, Case, Found, Job, Message, Task
 from benchmarks.leaf_sets import Leaves
 from pallas_kernels import fuse
 
-# Two rounds of lookahead.
+# The steps contain two rounds of lookahead.
 STEPS = 10
-# Of the parameters: what the steps move by, or an error in these would be lost in rounding.
+# The parameters are about as large as their updates. In larger parameters, an error of the updates
+# would be lost in rounding.
 SIZE = 0.01
 
-# Errors relative to the largest value of an array. From the chain, whose scalars are the same, but
-# not the order of its sums, nor how it rounds roots and quotients.
+# Limits of errors, relative to the largest value of an array. The chain has the same scalars as the
+# fused step, but it sums in another order and rounds roots and quotients differently.
 FROM_CHAIN = 1e-5
-# From float64, beyond twice the chain's.
+# The error to float64 may exceed twice the chain's error by this.
 FROM_FLOAT64 = 1e-6
 
 Program = Callable[..., tuple[Any, Any]]
 
 
 class Numerics:
-    """Runs every kernel's steps, the chain's, and the chain's in float64 on the CPU."""
+    """The steps of all kernels, of the chain, and of the chain in float64 on the CPU."""
 
     def __init__(self, job: Job, submit: Callable[[Callable[[], Program]], Future[Program]]):
         self.job, self.submit = job, submit
@@ -37,7 +38,7 @@ class Numerics:
         self.params, self.grads = arrays(job.ragged)
 
     def prepare(self, case: Case) -> Future[Program]:
-        """Begins to compile the case's step, and once for each optimizer what it is held to."""
+        """Begin to compile the case's step, and once per optimizer its references."""
         if case.optimizer not in self.references:
             with in_float64():
                 exact = self.submit(self.lower(case.optimizer, CHAIN).compile)
@@ -46,18 +47,18 @@ class Numerics:
         return self.submit(self.lower(case.optimizer, case.kernels).compile)
 
     def lower(self, optimizer: str, kernels: str) -> jax.stages.Lowered:
-        """A step, for the arrays that it will be given."""
+        """Lower a step for the arrays that it will receive."""
         step = fuse(CONTENDERS[optimizer].tx, backend=self.job.kernels[kernels]).step
         return jax.jit(step).lower(*self.start(optimizer), on_device(self.grads[0]))
 
     def start(self, optimizer: str) -> tuple[Any, Any]:
-        """Parameters and state before the first step."""
+        """Return parameters and state before the first step."""
         contender = CONTENDERS[optimizer]
         params = contender.hold(on_device(self.params))
         return params, contender.tx.init(params)
 
     def measure(self, task: Task, programs: Mapping[Case, Program]) -> Iterator[Message]:
-        """A row for each case."""
+        """Yield a row for each case."""
         yield Began(task.cases[0])
         chain, exact = (future.result() for future in self.references[task.optimizer])
         by_chain = self.run(task.optimizer, chain)
@@ -69,7 +70,7 @@ class Numerics:
             yield Found(case, compare(fused, by_chain, by_exact))
 
     def run(self, optimizer: str, program: Program) -> list[np.ndarray]:
-        """All arrays of parameters and state after the steps."""
+        """Return all arrays of parameters and state after the steps."""
         params, state = self.start(optimizer)
         for grads in self.grads:
             params, state = program(params, state, on_device(grads))
@@ -78,18 +79,18 @@ class Numerics:
 
 @contextlib.contextmanager
 def in_float64() -> Iterator[None]:
-    """What is made here, and runs here, does so in float64 on the CPU."""
+    """Create and run everything inside of this context in float64 on the CPU."""
     with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
         yield
 
 
 def on_device(tree: Any) -> Any:
-    """In the precision that is on."""
+    """Copy a tree to the device, in the default precision of floats."""
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(float)), tree)
 
 
 def arrays(leaves: Leaves) -> tuple[Any, list[Any]]:
-    """Parameters, and a gradient for each step, larger from step to step."""
+    """Return parameters and a gradient for each step; the gradients grow from step to step."""
     random = np.random.default_rng(0)
 
     def normal(size: float) -> Any:
@@ -104,7 +105,7 @@ def arrays(leaves: Leaves) -> tuple[Any, list[Any]]:
 def compare(
     fused: Sequence[np.ndarray], chain: Sequence[np.ndarray], exact: Sequence[np.ndarray]
 ) -> dict[str, Any]:
-    """How far these results of the same steps are from each other, and whether that will do."""
+    """Return the differences between these results of the same steps, and whether they pass."""
     to_chain, to_exact, chain_to_exact = (
         max(difference(x, y) for x, y in zip(ours, expected, strict=True))
         for ours, expected in ((fused, chain), (fused, exact), (chain, exact))
@@ -119,9 +120,9 @@ def compare(
 
 
 def difference(ours: np.ndarray, expected: np.ndarray) -> float:
-    """The largest, relative to the largest value that is expected; infinite for what is no number.
+    """Return the largest difference, relative to the largest expected value.
 
-    Integers, such as counts, are equal or infinitely far.
+    The difference is infinite if a value is not finite, and for integers that are not equal.
     """
     if not np.issubdtype(expected.dtype, np.floating):
         return 0.0 if np.array_equal(ours, expected) else np.inf

@@ -1,4 +1,4 @@
-"""The results for a reader: targets, numerics, times, and what failed or is missing."""
+"""The report in Markdown: targets, numerics, times, failed cases and missing cases."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
@@ -12,22 +12,22 @@ from benchmarks.leaf_sets import LEAF_SETS, in_words
 FUSED = tuple(name for name in WAYS if name != CHAIN)
 
 NOTES = """\
-- ms: median of a step, ± the interquartile range of its turns. Steps run in a loop inside of one
-  program, parameters and state donated, all kernels by turns in one process. A set's arrays are
-  larger than four of the GPU's last caches.
-- Three numbers in a cell: the chain by XLA → the fused step by Triton's kernels / by Mosaic's.
-- speed-up: the chain's time by that of the fused step.
-- of copy: bytes that the step must move, by its time, relative to a copy in place that took turns
-  with it. Slow weights count in every step for the chain, in every fifth for fused steps.
-- × adamw: time for a byte, relative to the chain of optax.adamw, with graphs, in the same turns.
-- Graphs are XLA's command buffers, which it makes of five launches or more.
-- PyTorch's steps are launched from Python, ten between drains."""
+- ms: the median time of a step, ± the interquartile range over its turns. Steps run in a loop
+  inside of one program, with donated parameters and state. All kernels take turns in one process.
+  The arrays of each set are larger than four last-level caches of the GPU.
+- A cell has up to three numbers: the chain by XLA → the fused step by Triton / by Mosaic.
+- speed-up: the chain's time divided by the time of the fused step.
+- of copy: the bytes that the step must move, divided by its time, relative to a copy in place in
+  the same turns. Slow weights count in every step of the chain, but in every fifth fused step only.
+- × adamw: the time per byte, relative to the chain of optax.adamw with graphs in the same turns.
+- Graphs are XLA's command buffers. XLA uses them for five launches or more.
+- PyTorch's steps are launched from Python. Ten steps run before the results are waited for."""
 
 
 def report(
     rows: Mapping[str, Row], circumstances: history.Circumstances, missing: Iterable[Case]
 ) -> str:
-    """All of it, in Markdown."""
+    """Return the whole report in Markdown."""
     versions = ", ".join(map(" ".join, circumstances.versions.items()))
     timed = (leaf_set for leaf_set in LEAF_SETS if any(_of(rows, leaf_set)))
     parts = [
@@ -41,7 +41,7 @@ def report(
 
 
 def summary(rows: Mapping[str, Row], missing: Iterable[Case]) -> str:
-    """What matters first: targets, numerics, the copy, failures, and what was not measured."""
+    """Return the first part of the report: targets, numerics, failed and missing cases."""
     parts = [
         _section("Targets", _targets(rows)),
         _section("Numerics: largest differences", _numerics(rows)),
@@ -52,7 +52,7 @@ def summary(rows: Mapping[str, Row], missing: Iterable[Case]) -> str:
 
 
 def failed(rows: Mapping[str, Row]) -> dict[str, str]:
-    """Cases whose numbers are wrong, or that gave none, with the reason."""
+    """Return the cases without correct numbers, with the reasons."""
     return {
         case: row.get("error") or "its numbers are too far from the chain's or from float64"
         for case, row in rows.items()
@@ -83,7 +83,7 @@ _DIFFERENCES = {"to_chain": "the chain", "to_float64": "float64"}
 
 
 def _failed(rows: Mapping[str, Row]) -> list[str]:
-    """A line for each reason."""
+    """Return a line for each reason of a failure."""
     by_reason: dict[str, list[str]] = {}
     for case, reason in failed(rows).items():
         by_reason.setdefault(reason, []).append(case)
@@ -91,7 +91,7 @@ def _failed(rows: Mapping[str, Row]) -> list[str]:
 
 
 def _missing(missing: Iterable[Case]) -> list[str]:
-    """A line for each set."""
+    """Return a line for each set with missing cases."""
     by_set: dict[str, list[str]] = {}
     for case in missing:
         graphs = "" if case.graphs else ", no graphs"
@@ -107,9 +107,9 @@ def _set(rows: Mapping[str, Row], leaf_set: str) -> str:
         titles = [f"with{'' if graphs else 'out'} graphs", *_COLUMNS]
         body = [_line(rows, leaf_set, name, graphs) for name in _optimizers(mine)]
         parts.append("\n".join(_table(titles, body)))
-    peers = [row for row in known if row["kernels"] == PYTORCH]
-    if peers:
-        body = [[row["optimizer"], _time(row), *_shares([row])] for row in peers]
+    baselines = [row for row in known if row["kernels"] == PYTORCH]
+    if baselines:
+        body = [[row["optimizer"], _time(row), *_shares([row])] for row in baselines]
         parts.append("\n".join(_table(["PyTorch", "ms", "of copy", "× adamw"], body)))
     return "\n\n".join(parts)
 
@@ -139,7 +139,10 @@ def _time(row: Row) -> str:
 
 
 def _number(row: Row, key: str, text: str) -> str:
-    """A dash for what was not measured; what was, and is no number, says so."""
+    """Format a number of a row.
+
+    Without a number, the text is "failed" or "not finite", or a dash if nothing was measured.
+    """
     if key in row:
         return "not finite" if row[key] is None else text.format(row[key])
     return "failed" if "error" in row else "–"
@@ -159,7 +162,7 @@ def _of(rows: Mapping[str, Row], leaf_set: str) -> Iterator[Row]:
 
 
 def _optimizers(rows: Iterable[Row]) -> list[str]:
-    """Each once, in the order of all tables."""
+    """Return the names of the optimizers, in the order of all tables."""
     found = {row["optimizer"] for row in rows}
     return [name for name in CONTENDERS if name in found]
 

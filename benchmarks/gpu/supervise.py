@@ -1,4 +1,7 @@
-"""Has a job done by processes that may fail, hang or end, within a time that is given."""
+"""The supervisor of a job.
+
+Worker processes, which may fail, hang or end, do the work until a deadline.
+"""
 
 import multiprocessing
 import time
@@ -11,9 +14,9 @@ from typing import Any, Protocol
 from benchmarks.gpu.tasks import Began, Case, Found, Job, Message, failure
 from benchmarks.gpu.worker import Send, work
 
-# Of kernels whose cases ended so many processes, no more are tried: each costs a start.
+# Kernels are skipped after this many crashes or hangs, because each restart takes time.
 STRIKES = 2
-# Nothing takes longer without a word, unless it hangs.
+# A worker that sends no message for this long is considered to hang.
 SILENCE_SECONDS = 60.0
 
 
@@ -21,20 +24,20 @@ class Worker(Protocol):
     """A process that does a job."""
 
     def receive(self, seconds: float) -> Message | None:
-        """What it says next, `None` if that takes longer; `EOFError` once it has ended."""
+        """Return the next message, or `None` after the time; raise `EOFError` after its end."""
         ...
 
     def end(self) -> str:
-        """Ends it, and says how it ended if it had."""
+        """End the process, and describe how it ended if it had ended already."""
         ...
 
 
 class Process:
-    """A worker in an interpreter of its own.
+    """A worker in a separate Python interpreter.
 
     Args:
-      job: what it does.
-      do: does a job, given what sends messages.
+      job: the job that it does.
+      do: the function that does the job; its second argument sends messages.
     """
 
     def __init__(self, job: Job, do: Callable[[Job, Send], object] = work):
@@ -42,14 +45,14 @@ class Process:
         self.connection, theirs = context.Pipe(duplex=False)
         self.process = context.Process(target=_do, args=(do, job, theirs), daemon=True)
         self.process.start()
-        theirs.close()  # else its end would not be seen
+        theirs.close()  # otherwise `receive` would not notice its end
 
     def receive(self, seconds: float) -> Message | None:
-        """What it says next, `None` if that takes longer; `EOFError` once it has ended."""
+        """Return the next message, or `None` after the time; raise `EOFError` after its end."""
         return self.connection.recv() if self.connection.poll(max(seconds, 0)) else None
 
     def end(self) -> str:
-        """Ends it, and says how it ended if it had."""
+        """End the process, and describe how it ended if it had ended already."""
         self.process.join(timeout=1)
         self.process.kill()
         self.process.join()
@@ -68,20 +71,20 @@ def supervise(
     start: Callable[[Job], Worker] = Process,
     clock: Callable[[], float] = time.monotonic,
 ) -> None:
-    """Has tasks done until all are, or the time is over.
+    """Run a job in worker processes until all tasks are done or the time is over.
 
-    Where a process ends or hangs, the case that it was at has that for a row, and the next process
-    does the rest.
+    If a process ends or hangs, its current case gets a row with that error. A new process does the
+    remaining tasks.
 
     Args:
-      job: all tasks.
-      record: takes a case and its row, as soon as it is known.
-      deadline: on the clock.
-      start: makes a worker.
-      clock: seconds since some time.
+      job: the job with all tasks.
+      record: receives each case and its row as soon as the row is known.
+      deadline: the time on the clock at which the work ends.
+      start: starts a worker.
+      clock: returns the time in seconds.
 
     Raises:
-      RuntimeError: no process can begin.
+      RuntimeError: a process ended before its first case.
     """
     missing = {case for task in job.tasks for case in task.cases}
     strikes: Counter[str] = Counter()
@@ -111,7 +114,7 @@ def _attend(
     deadline: float,
     clock: Callable[[], float],
 ) -> tuple[Case | None, str]:
-    """Listens until a worker has ended: at which case, and how."""
+    """Receive messages until a worker ends; return its current case and how it ended."""
     at = None
     try:
         while message := worker.receive(min(SILENCE_SECONDS, deadline - clock())):
@@ -122,4 +125,4 @@ def _attend(
     except (EOFError, OSError):
         return at, worker.end()
     worker.end()
-    return at, f"nothing was heard of it for {SILENCE_SECONDS:.0f} s"
+    return at, f"its process sent no message for {SILENCE_SECONDS:.0f} s"

@@ -1,4 +1,4 @@
-"""What is to be reached on an H200, beside what was."""
+"""The targets on an H200, and whether the results meet them."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,13 +16,13 @@ Rows = Mapping[str, Row]
 
 @dataclass(frozen=True)
 class Target:
-    """A number that every fused step has to reach.
+    """A number that every fused step should reach.
 
     Attributes:
-      text: what it is.
-      least: the number.
-      measured: of a fused step's row, among all rows; `None` where the target is not for it, or
-        what it needs is missing.
+      text: the description of the number.
+      least: the number to reach.
+      measured: returns the number of a fused step from its row and all rows. It returns `None` if
+        the target does not apply to the step, or if a row is missing.
     """
 
     text: str
@@ -31,7 +31,7 @@ class Target:
 
 
 def speed_up(row: Row, rows: Rows) -> float | None:
-    """The time of the chain by that of a fused step; `None` where one is missing."""
+    """Return the time of the chain divided by that of a fused step; `None` if one is missing."""
     chain = rows.get(str(Case(row["leaf_set"], row["optimizer"], CHAIN, row["graphs"])), {})
     known = "median_ms" in row and "median_ms" in chain
     return chain["median_ms"] / row["median_ms"] if known else None
@@ -56,13 +56,17 @@ def _of_many_leaves_with_graphs(row: Row, rows: Rows) -> float | None:
 TARGETS = (
     Target("share of a copy's bandwidth, on sets of over 1e8 parameters", 0.9, _on_large_sets),
     Target("speed relative to the chain's, everywhere", 0.97, speed_up),
-    Target(f"the same on {MANY_LEAVES}, without graphs", 2.0, _of_many_leaves),
-    Target(f"the same on {MANY_LEAVES}, with graphs (no target)", 0.0, _of_many_leaves_with_graphs),
+    Target(f"speed relative to the chain's on {MANY_LEAVES}, without graphs", 2.0, _of_many_leaves),
+    Target(
+        f"speed relative to the chain's on {MANY_LEAVES}, with graphs (no target)",
+        0.0,
+        _of_many_leaves_with_graphs,
+    ),
 )
 
 
 def verdict(target: Target, kernels: str, rows: Rows) -> str:
-    """Whether all steps by these kernels reach it, and which comes out worst."""
+    """Describe whether all steps by these kernels reach the target, and name the worst case."""
     found = sorted(_numbers(target, kernels, rows))
     if not found:
         return "not measured"

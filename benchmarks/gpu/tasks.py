@@ -1,4 +1,4 @@
-"""What is to be measured, in which order, and what the process that measures tells of it."""
+"""The cases to measure, their order, and the messages of the process that measures them."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -7,19 +7,20 @@ from typing import Any
 from benchmarks.contenders import CHAIN, REFERENCE, WAYS
 from benchmarks.leaf_sets import RAGGED, Leaves
 
-# What runs a peer's step.
+# The name, in place of kernels, of the baselines' steps.
 PYTORCH = "PyTorch"
 
 NUMERICS, COPY = "numerics", "copy"
 
-# XLA's errors may hold whole programs.
+# XLA's errors may contain whole programs.
 ERROR_CHARACTERS = 300
 
-# A network of many leaves that a target is set for, then what compiles in no time, then sizes.
+# First a network of many leaves, which has a target; then a set that compiles at once; then sets of
+# other sizes.
 SETS_BY_WORTH = ("ResNet-50", "one of 4096 × 4096", "GPT-2 124M", "1000 of 64 KB", "ViT-B/16")
-# On sets that take long to compile these come first: the fewest moments, and the most.
+# On sets that compile slowly, these are measured first: they have the fewest and the most moments.
 MAIN = (REFERENCE, "fame")
-# On this one, all others would take as long as everything else.
+# On this set, only these are measured. The others would take as long as all other sets together.
 ONLY_MAIN = frozenset(["1000 of 64 KB"])
 IN_FULL_FIRST = frozenset(SETS_BY_WORTH[:2])
 
@@ -29,10 +30,10 @@ class Case:
     """A row of the results.
 
     Attributes:
-      leaf_set: whose leaves are moved; `NUMERICS`, where nothing is timed, or `COPY`.
-      optimizer: a contender, a peer, or `COPY`.
-      kernels: what runs the step.
-      graphs: whether XLA may launch by CUDA graphs, its command buffers.
+      leaf_set: the set of leaves; `NUMERICS` for a comparison without times; or `COPY`.
+      optimizer: the name of a contender or of a baseline in PyTorch; or `COPY`.
+      kernels: the name of the kernels that run the step.
+      graphs: whether XLA may launch kernels by CUDA graphs, which it calls command buffers.
     """
 
     leaf_set: str
@@ -41,44 +42,44 @@ class Case:
     graphs: bool = True
 
     def __str__(self) -> str:
-        """The name of the row."""
+        """Return the name of the row."""
         graphs = "" if self.graphs else ", no graphs"
         return f"{self.leaf_set} / {self.optimizer} / {self.kernels}{graphs}"
 
 
 @dataclass(frozen=True)
 class Task:
-    """Cases that are measured together: one optimizer's, or all peers', on one set."""
+    """Cases that are measured together: one optimizer, or all baselines in PyTorch, on one set."""
 
     cases: tuple[Case, ...]
 
     @property
     def leaf_set(self) -> str:
-        """Of all cases."""
+        """The set of leaves of all cases."""
         return self.cases[0].leaf_set
 
     @property
     def optimizer(self) -> str:
-        """Of all cases, unless they are peers."""
+        """The optimizer of all cases, unless they are baselines in PyTorch."""
         return self.cases[0].optimizer
 
     def only(self, wanted: Collection[Case]) -> "Task":
-        """The task without its other cases."""
+        """Return the task with the wanted cases only."""
         return Task(tuple(case for case in self.cases if case in wanted))
 
 
 @dataclass(frozen=True)
 class Job:
-    """What one process is to do.
+    """The work of one process.
 
     Attributes:
-      tasks: in order.
+      tasks: the tasks in order.
       sets: the leaves of every set.
-      kernels: for every name of kernels that of `fuse`.
-      ragged: the leaves that numbers are compared on.
-      repeats: turns that count.
-      seconds_per_call: what a call of a step in a loop takes at least, at an H200's bandwidth.
-      copied: elements of the array whose copy is timed.
+      kernels: the backend of `fuse` for every name of kernels.
+      ragged: the leaves for the comparison of numerics.
+      repeats: the number of turns that count.
+      seconds_per_call: the least time of a call of a loop, at the bandwidth of an H200.
+      copied: the number of elements of the array whose copy is timed.
     """
 
     tasks: tuple[Task, ...]
@@ -92,19 +93,19 @@ class Job:
 
 @dataclass(frozen=True)
 class Began:
-    """The process is at work on this case: it is to blame if nothing more is heard."""
+    """The message that a case has begun; if no further message comes, this case has failed."""
 
     case: Case
 
 
 @dataclass(frozen=True)
 class Alive:
-    """The process is at work."""
+    """The message that the process is still at work."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """A case's numbers, or its error."""
+    """The message with a case's numbers, or its error."""
 
     case: Case
     row: Mapping[str, Any]
@@ -114,7 +115,7 @@ Message = Began | Alive | Found
 
 
 def failure(reason: object) -> dict[str, Any]:
-    """A row that says why there is no other."""
+    """Return a row with the reason why a case has no numbers."""
     kind = f"{type(reason).__name__}: " if isinstance(reason, Exception) else ""
     text = " ".join(f"{kind}{reason}".split())
     return {"passed": False, "error": text[:ERROR_CHARACTERS]}
@@ -123,7 +124,7 @@ def failure(reason: object) -> dict[str, Any]:
 def by_worth(
     sets: Sequence[str], optimizers: Sequence[str], peers: Sequence[str], kernels: Sequence[str]
 ) -> Iterator[Task]:
-    """All tasks, those first whose results are worth most for the time that they take."""
+    """Yield all tasks, ordered by the value of their results for the time that they take."""
     fused = [name for name in kernels if name != CHAIN]
     for optimizer in optimizers:
         yield Task(tuple(Case(NUMERICS, optimizer, name) for name in fused))

@@ -1,4 +1,4 @@
-"""What a step takes, by every way to run it: kernels with and without graphs, and PyTorch's."""
+"""Times of a step: with all kernels, with and without graphs, and in PyTorch."""
 
 import functools
 import math
@@ -18,21 +18,22 @@ from benchmarks.gpu.tasks import COPY, PYTORCH, Began, Case, Found, Job, Message
 from benchmarks.leaf_sets import count
 from pallas_kernels import fuse
 
-# Nothing may be launched by a CUDA graph. Else XLA makes one of five launches or more.
+# This forbids CUDA graphs. Otherwise XLA uses them for five launches or more.
 NO_GRAPHS = {"xla_gpu_enable_command_buffer": ""}
 
-# An H200's, about; and what an Adam moves. Only the length of a turn depends on them.
+# The approximate bandwidth of an H200, and the bytes of Adam. Only the length of a turn depends on
+# them.
 BYTES_PER_SECOND, BYTES_PER_PARAMETER = 4e12, 28
-# A call takes the CPU time for each leaf; its steps must take longer, or they'd wait for the CPU.
+# A call takes CPU time for each leaf. Its steps must take longer than this, or the GPU would wait.
 LEAVES_PER_CALL = 160
-# PyTorch launches each step from Python.
+# The number of PyTorch's steps in a turn, each launched from Python.
 PEERS_STEPS = 10
 
-# The first turn pays for memory that was never touched.
+# The first turn includes the first access to new memory.
 DROPPED_TURNS = 1
 
-# Of the parameters from the chain's, after the steps of one call, relative to the largest of a
-# leaf: an equal gradient each time, so that errors of all steps add up.
+# The limit of the difference between the parameters and the chain's after one call, relative to the
+# largest parameter of a leaf. All steps have the same gradient, so their errors add up.
 DRIFT = 1e-3
 
 Program = Callable[..., tuple[Any, Any]]
@@ -40,18 +41,20 @@ Program = Callable[..., tuple[Any, Any]]
 
 @dataclass(frozen=True)
 class Lowering:
-    """A traced program; tracing is most of the work that only one thread can do.
+    """A program that is traced and lowered once, and compiled with or without graphs.
+
+    Only one thread at a time can trace, so tracing is not repeated.
 
     Attributes:
-      lowered: JAX's.
-      lock: held while it compiles, for one program must not be read by two compilers at once.
+      lowered: the lowered program.
+      lock: a lock for compilation, because two compilers must not read one program at once.
     """
 
     lowered: jax.stages.Lowered
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def compile(self, *, graphs: bool, **options: str) -> Program:
-        """With graphs, as XLA does by default, or without; and with further options of XLA's."""
+        """Compile the program with or without graphs, and with further options of XLA."""
         chosen: dict[str, str | bool] = {**options, **({} if graphs else NO_GRAPHS)}
         with self.lock:
             return self.lowered.compile(compiler_options=chosen)
@@ -59,12 +62,12 @@ class Lowering:
 
 @dataclass(frozen=True)
 class Bench:
-    """What the tasks of one set of leaves have in common.
+    """The arrays and reference steps that all tasks of one set of leaves share.
 
     Attributes:
-      host: parameters and gradients, in the CPU's memory.
-      device: the same, on the device.
-      beside: what takes turns with every task, by the name of its optimizer.
+      host: parameters and gradients in host memory.
+      device: parameters and gradients in device memory.
+      beside: the references that take turns with every task, by the name of their optimizers.
     """
 
     host: tuple[dict[str, np.ndarray], dict[str, np.ndarray]]
@@ -73,7 +76,7 @@ class Bench:
 
 
 class Times:
-    """Times tasks; what a set of leaves needs stays as long as tasks are of that set."""
+    """The times of tasks; consecutive tasks of one set of leaves share its arrays."""
 
     def __init__(self, job: Job, submit: Callable[[Callable[[], Program]], Future[Program]]):
         self.job, self.submit = job, submit
@@ -82,7 +85,7 @@ class Times:
         self.bench = functools.lru_cache(maxsize=1)(self.set_up)
 
     def prepare(self, case: Case) -> Future[Program]:
-        """Begins to compile the case's program, and once those that take turns with it."""
+        """Begin to compile the case's program, and once per set the references."""
         for reference in references(case.leaf_set):
             if reference.leaf_set not in self.references:
                 self.references[reference.leaf_set] = self.compile(reference)
@@ -91,12 +94,12 @@ class Times:
         return self.compile(case)
 
     def compile(self, case: Case) -> Future[Program]:
-        """With graphs or without, from one lowering."""
+        """Begin to compile the case with or without graphs, from one lowering."""
         lowering = self.lowering(replace(case, graphs=True))
         return self.submit(functools.partial(lowering.compile, graphs=case.graphs))
 
     def lower(self, case: Case) -> Lowering:
-        """A loop of the case's steps, parameters and state donated."""
+        """Lower a loop of the case's steps, with donated parameters and state."""
         if case.optimizer == COPY:
             step, grads = timing.copy_step, ()
             params, state = jax.ShapeDtypeStruct((self.job.copied,), jnp.float32), ()
@@ -109,7 +112,7 @@ class Times:
         return Lowering(jax.jit(program, donate_argnums=(0, 1)).lower(params, state, grads))
 
     def steps(self, leaf_set: str) -> int:
-        """In one call: enough to take longer than to make the next."""
+        """Return the number of steps per call, so that a call takes longer than its launch."""
         if leaf_set == COPY:
             leaves, moved = 1, timing.BYTES_PER_COPIED * self.job.copied
         else:
@@ -119,7 +122,7 @@ class Times:
         return math.ceil(seconds * BYTES_PER_SECOND / moved)
 
     def set_up(self, leaf_set: str) -> Bench:
-        """Fills the leaves, and has adamw and the copy take turns with what will come."""
+        """Create the arrays of a set of leaves, and the turns of its references."""
         random, shapes = np.random.default_rng(0), self.job.sets.get(leaf_set, {})
 
         def normal() -> dict[str, np.ndarray]:
@@ -135,7 +138,7 @@ class Times:
         return bench
 
     def calls(self, case: Case, program: Program, bench: Bench) -> timing.InPlace:
-        """The program, with memory of its own."""
+        """Return a run of the program with its own copy of parameters and state."""
         if case.optimizer == COPY:
             return timing.InPlace(program, jnp.ones(self.job.copied), (), ())
         contender, (params, grads) = CONTENDERS[case.optimizer], bench.device
@@ -143,11 +146,11 @@ class Times:
         return timing.InPlace(program, params, contender.tx.init(params), grads)
 
     def turn(self, case: Case, calls: timing.InPlace) -> timing.Turn:
-        """One of a program's turns."""
+        """Return a turn of a program."""
         return timing.per_step(calls, self.steps(case.leaf_set))
 
     def measure(self, task: Task, programs: Mapping[Case, Program]) -> Iterator[Message]:
-        """A row for each case, after all have taken turns."""
+        """Yield a row for each case, after all cases have taken turns."""
         yield Began(task.cases[0])
         bench, turns, drifts, expected = self.bench(task.leaf_set), {}, {}, None
         for case in task.cases:
@@ -171,7 +174,7 @@ class Times:
     def row(
         self, times: Mapping[Any, timing.Times], case: Case, moved_apart: float | None
     ) -> dict[str, Any]:
-        """What was measured; what follows from it is calculated elsewhere."""
+        """Return the measured numbers of a case; `figures` derives the others."""
         reference = times.get(REFERENCE)
         return {
             "seconds": times[case].seconds,
@@ -183,13 +186,13 @@ class Times:
 
 
 def references(leaf_set: str) -> tuple[Case, ...]:
-    """What takes turns with all tasks of a set."""
+    """Return the cases that take turns with all tasks of a set: a copy, and adamw."""
     copy = Case(COPY, COPY, CHAIN)
     return (copy,) if leaf_set == COPY else (copy, Case(leaf_set, REFERENCE, CHAIN))
 
 
 def peer_turn(case: Case, bench: Bench) -> timing.Turn:
-    """One of a peer's turns, each of its steps launched by Python."""
+    """Return a turn of a baseline in PyTorch, whose steps are launched from Python."""
     device = "cuda" if jax.default_backend() == "gpu" else "cpu"
     params, grads = ([*leaves.values()] for leaves in bench.host)
     run = peers.running(case.optimizer, params, grads, device=device)
@@ -197,9 +200,12 @@ def peer_turn(case: Case, bench: Bench) -> timing.Turn:
 
 
 def drift(params: Any, expected: Any) -> float:
-    """The largest difference from the chain's parameters, relative to the largest of a leaf."""
+    """Return the largest relative difference from the expected parameters.
+
+    The differences in a leaf are relative to its largest expected value.
+    """
     differences = jax.tree.map(_difference, params, expected)
-    return float(np.max(jax.tree.leaves(differences)))  # what is no number is the largest
+    return float(np.max(jax.tree.leaves(differences)))  # the result is NaN if any difference is
 
 
 @jax.jit

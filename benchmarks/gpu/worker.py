@@ -1,4 +1,4 @@
-"""The process that touches the GPU: does the tasks of a job, and tells each row as it is known."""
+"""The process that uses the GPU: it does the tasks of a job and sends each row at once."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -12,8 +12,8 @@ from benchmarks.gpu.tasks import NUMERICS, Alive, Began, Case, Found, Job, Messa
 from benchmarks.gpu.times import Times
 from benchmarks.history import cores
 
-# Compiled together, on all cores, while nothing is timed: with more of them fewer cores would wait,
-# but the first results longer.
+# These tasks compile together on all cores while nothing is timed. A larger number keeps more cores
+# busy, but delays the first results.
 TASKS_AT_ONCE = 5
 SECONDS_BETWEEN_SIGNS = 10.0
 
@@ -21,7 +21,7 @@ Send = Callable[[Message], object]
 
 
 def work(job: Job, send: Send) -> None:
-    """Does all tasks, or as many as it can before the device stops working."""
+    """Do all tasks, or as many as possible before the device stops working."""
     with ThreadPoolExecutor(cores()) as pool:
         numerics, times = Numerics(job, pool.submit), Times(job, pool.submit)
         by_kind = itertools.groupby(job.tasks, lambda task: task.leaf_set == NUMERICS)
@@ -37,7 +37,7 @@ def work(job: Job, send: Send) -> None:
 
 
 def compile_all(tasks: Sequence[Task], bench: Numerics | Times, send: Send) -> dict[Case, Any]:
-    """The cases' programs; a case that can't be compiled has its error for a row."""
+    """Return the cases' programs; send an error as the row of a case that can't be compiled."""
     futures: dict[Case, Future[Any]] = {}
     for case in itertools.chain(*(task.cases for task in tasks)):
         send(Began(case))
@@ -57,7 +57,7 @@ def compile_all(tasks: Sequence[Task], bench: Numerics | Times, send: Send) -> d
 
 
 def measure(task: Task, programs: dict[Case, Any], bench: Numerics | Times, send: Send) -> None:
-    """Sends the rows of what was compiled; after an error those of the other cases."""
+    """Send the rows of the compiled cases; after an error, continue with the other cases."""
     while task.cases:
         at, found = task.cases[0], set()
         try:
@@ -74,7 +74,7 @@ def measure(task: Task, programs: dict[Case, Any], bench: Numerics | Times, send
 
 
 def device_works() -> bool:
-    """After some errors nothing that CUDA does in this process can be relied on."""
+    """Return whether the device still computes; some errors break CUDA for the whole process."""
     try:
         return float(jnp.ones(2).sum()) == 2
     except Exception:

@@ -182,7 +182,7 @@ def test_wrong_numbers_are_in_the_report_and_the_exit_status(case, job, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("outcome", "reason"), [(EOFError(), "it is gone"), (HANGS, "nothing was heard")]
+    ("outcome", "reason"), [(EOFError(), "it is gone"), (HANGS, "its process sent no message")]
 )
 def test_the_next_process_does_what_is_left(outcome, reason, job, tmp_path):
     lost = "tiny / adamw / mosaic"
