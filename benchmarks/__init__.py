@@ -1,4 +1,4 @@
-"""Measurements of the optimizers' programs; see README.md for the commands."""
+"""Benchmarks of the optimizers; README.md lists the commands."""
 
 from pathlib import Path
 

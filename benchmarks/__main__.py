@@ -1,4 +1,4 @@
-"""The one entry point: `python -m benchmarks NAME`, and `python -m benchmarks list`."""
+"""The entry point: `python -m benchmarks list` and `python -m benchmarks NAME`."""
 
 import argparse
 import importlib
@@ -10,8 +10,8 @@ class Benchmark(NamedTuple):
     """A module of this package with a `main` that reads the command line.
 
     Attributes:
-      measures: what it measures.
-      why: it is worth knowing.
+      measures: the quantities that it measures.
+      why: the reason to measure them.
     """
 
     measures: str
@@ -20,53 +20,61 @@ class Benchmark(NamedTuple):
 
 BENCHMARKS = {
     "plan": Benchmark(
-        "launches, bytes per parameter, temporary memory and compile time of steps compiled for an"
-        " H200, chain beside fused, or for a TPU v5e; of many, what each holds and is told; none is"
-        " needed",
-        "what can't be timed here can be counted: a copy, a pass over the parameters or a launch"
-        " per leaf too many shows in the compiled program, and fails",
+        "Counts launches, bytes per parameter and temporary memory of compiled steps, and measures"
+        " the time to compile them. Compares the chain with the fused steps on an H200, or compiles"
+        " the chain for a TPU v5e. For many devices, counts the memory and communication of each"
+        " device. Needs no GPU or TPU.",
+        "A step can be counted where it can't be timed. An unnecessary copy, a second pass over the"
+        " parameters or a launch for each leaf shows in the compiled program, and the command"
+        " fails.",
     ),
     "memory": Benchmark(
-        "what each optimizer holds for a parameter, with options that make it less, on the device"
-        " and in the host's memory, read off steps compiled for a TPU v5e; none is needed",
-        "memory decides which model can be trained: what an option saves should be known before",
+        "Counts the bytes per parameter of each optimizer's state and temporary arrays, in device"
+        " memory and in host memory, with and without the options that save memory. Reads them from"
+        " steps compiled for a TPU v5e. Needs no TPU.",
+        "Memory decides which model can be trained. A user wants to know in advance how much an"
+        " option saves.",
     ),
     "step": Benchmark(
-        "time of one step, update and application in place, on the parameters of known networks:"
-        " every method beside optax.adamw, a copy, and PyTorch where it is installed",
-        "a step moves bytes, so the time for a byte is what an implementation can lose: to adamw's,"
-        " and to what the memory can do",
+        "Times one step of every method, the update and its application in place, on the parameters"
+        " of known networks. The baselines are optax.adamw, a copy of an array, and PyTorch's"
+        " optimizers where they are installed.",
+        "The time of a step is the time to move its bytes. The time per byte, compared with adamw"
+        " and with a copy, shows how much an implementation loses.",
     ),
     "train": Benchmark(
-        "time of a whole training step of a convolutional network and of a transformer, with every"
-        " method, beside the gradient alone and the optimizer alone",
-        "an optimizer twice as slow is nothing where it takes a hundredth of the step: this says"
-        " what it takes",
+        "Times whole training steps of a convolutional network and of a transformer with every"
+        " method, and also the gradient alone and the optimizer alone.",
+        "A slow optimizer matters only if it takes a large share of the training step. This"
+        " measures the share.",
     ),
     "scaling": Benchmark(
-        "time of one step, and time to compile it, against the number of leaves and of parameters:"
-        " a few methods beside optax.adamw",
-        "launches and calls cost by the leaf and bytes by the parameter: where one gives way to the"
-        " other, and what a network of many leaves costs to compile",
+        "Times one step, and its compilation, for several numbers of leaves and of parameters."
+        " Compares a few methods with optax.adamw.",
+        "The cost of launches and calls grows with the number of leaves, the cost of memory traffic"
+        " with the number of parameters. This shows which of them dominates at which size, and how"
+        " long a network of many leaves takes to compile.",
     ),
     "gpu": Benchmark(
-        "on an NVIDIA GPU, within minutes: fused steps against their chains and float64, a copy's"
-        " bandwidth, times of all steps by XLA, Triton and Mosaic, with CUDA graphs and without",
-        "kernels are there to be faster, and right; a GPU may be at hand for minutes only, so one"
-        " command does all of it, what matters most first",
+        "Compares fused steps with their chains and with float64 on an NVIDIA GPU. Then measures"
+        " the bandwidth of a copy and the times of all steps with XLA, Triton and Mosaic, with and"
+        " without CUDA graphs. Takes a few minutes.",
+        "Kernels must be correct, and faster than XLA. A GPU may be available for minutes only, so"
+        " one command measures everything, the most important results first.",
     ),
     "summary": Benchmark(
-        "nothing: draws the figures and fills README's table from the results that there are",
-        "what is shown is what was measured",
+        "Measures nothing. Draws the figures and fills the tables of the main README from the"
+        " recorded results.",
+        "The figures and tables then always agree with the results.",
     ),
 }
 
 
 def main() -> None:
-    """Runs the benchmark that the command line names, with the options that follow the name."""
+    """Run the benchmark that the command line names, with the options that follow the name."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("name", choices=["list", *BENCHMARKS], help="list: what each is, and why")
-    parser.add_argument("options", nargs=argparse.REMAINDER, help="see NAME --help")
+    parser.add_argument("name", choices=["list", *BENCHMARKS], help="list: describe each of them")
+    parser.add_argument("options", nargs=argparse.REMAINDER, help="see `NAME --help`")
     chosen = parser.parse_args()
     if chosen.name == "list":
         print("\n\n".join(map(describe, BENCHMARKS)))
@@ -75,7 +83,7 @@ def main() -> None:
 
 
 def describe(name: str) -> str:
-    """A benchmark's name, what it measures, and why."""
+    """Return the name of a benchmark, what it measures, and why."""
     indented = textwrap.TextWrapper(80, initial_indent="  ", subsequent_indent="  ")
     return "\n".join([name, *map(indented.fill, BENCHMARKS[name])])
 

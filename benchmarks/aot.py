@@ -1,7 +1,7 @@
-"""Compiles a step for devices that are not there: an H200 or a chip of a TPU v5e, or many of them.
+"""Ahead-of-time compilation of a step for H200 GPUs or TPU v5e chips that this machine lacks.
 
-The compilers need no device, only its description: the H200's is `h200.txtpb`, the TPU's comes with
-libtpu. XLA's CUDA plugin, ptxas and libtpu are what the `aot` extra installs.
+The compilers need no device, only a description of it. `h200.txtpb` describes the H200; libtpu
+contains the description of the TPU. The extra `aot` installs XLA's CUDA plugin, ptxas and libtpu.
 """
 
 import contextlib
@@ -44,16 +44,16 @@ Step = Callable[[Any, Any, Any], tuple[Any, Any]]
 
 @dataclass(frozen=True)
 class Target:
-    """What is compiled for.
+    """The device, or devices, that a step is compiled for.
 
     Attributes:
-      one: in a sentence.
-      several: in a sentence, after their number.
-      platform: JAX's name for it.
-      kind: JAX's name for the device.
-      plugin: the package that compiles for it.
-      topology: the compiler's name for how many there are, and how they are connected.
-      find: the devices of a topology.
+      one: words for one device, for use in a sentence.
+      several: words for several devices, to follow their number in a sentence.
+      platform: JAX's name of the platform.
+      kind: JAX's name of the device.
+      plugin: the package that contains the compiler.
+      topology: the compiler's name for the number of devices and their connections.
+      find: returns the devices of a topology.
     """
 
     one: str
@@ -66,24 +66,24 @@ class Target:
 
     @property
     def name(self) -> str:
-        """In a sentence."""
+        """The words for the devices, for use in a sentence."""
         number = len(self.devices())
         return self.one if number == 1 else f"{number} {self.several}"
 
     def devices(self) -> Sequence[Any]:
-        """All of them; `RuntimeError` if the compiler knows no such topology."""
+        """Return all devices; raise `RuntimeError` if the compiler does not know the topology."""
         return self.find(self.topology)
 
     def missing(self) -> bool:
-        """Whether the compiler is not installed."""
+        """Return whether the compiler is not installed."""
         return importlib.util.find_spec(self.plugin) is None
 
     def on(self, topology: str) -> "Target":
-        """Another number of these devices."""
+        """Return the target with another topology of the same devices."""
         return dataclasses.replace(self, topology=topology)
 
     def sharding(self) -> NamedSharding:
-        """Everything on every device."""
+        """Return the sharding that replicates an array on every device."""
         return NamedSharding(Mesh(np.array(self.devices()), ("device",)), PartitionSpec())
 
 
@@ -95,14 +95,14 @@ def _h200(topology: str) -> Sequence[Any]:
     ).devices
 
 
-# Libtpu asks a machine in the cloud for these, and complains where there is none.
+# Libtpu would query a cloud server for these values, and warn if it finds none.
 _NO_TPU = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_WORKER_ID": "0",
     "TPU_LOG_DIR": "disabled",
-    # It takes a lock, as if it took the chips.
+    # Libtpu takes a lock on the chips, even if it only compiles.
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 
@@ -111,7 +111,7 @@ _NO_TPU = {
 def _v5e(topology: str) -> Sequence[Any]:
     for name, value in _NO_TPU.items():
         os.environ.setdefault(name, value)
-    # By default a host has 2 × 2 chips, and older versions insist on whole hosts.
+    # The default is 2 × 2 chips for each host, and older versions accept whole hosts only.
     return topologies.get_topology_desc(
         platform="tpu", topology_name=topology, chips_per_host_bounds=(1, 1, 1)
     ).devices
@@ -139,19 +139,19 @@ V5E = Target(
 
 @dataclass(frozen=True)
 class Program:
-    """A compiled step, of one device of several.
+    """A compiled step; all numbers are per device.
 
     Attributes:
-      kernels: in order of execution.
-      collectives: what the devices tell each other.
-      arguments: bytes of parameters, state and gradients, as the device lays them out.
-      temporary: bytes allocated beside arguments and results; a result that can't take the memory
-        of a donated argument is allocated too.
-      reserved: bytes that libtpu's allocator takes for all these in the large memory; `None` for
-        other devices and older versions of JAX.
+      kernels: the kernels in order of execution.
+      collectives: the communication between devices.
+      arguments: bytes of parameters, state and gradients, in the layouts of the device.
+      temporary: bytes allocated in addition to arguments and results. This includes results that
+        can't reuse the memory of a donated argument.
+      reserved: bytes that libtpu's allocator reserves for all of these in HBM; `None` for other
+        devices and for older versions of JAX.
       code: bytes of the program itself.
-      cpu_seconds: spent on tracing, lowering and compiling, by all threads and by ptxas.
-      seconds: the same by the clock, which whatever else runs on the machine slows down.
+      cpu_seconds: CPU time to trace, lower and compile, in all threads and in ptxas.
+      seconds: wall-clock time of the same work. Other load on the machine makes it longer.
     """
 
     kernels: tuple[Kernel, ...]
@@ -165,30 +165,30 @@ class Program:
 
     @property
     def launches(self) -> int:
-        """Number of kernels that are launched."""
+        """The number of kernel launches."""
         return sum(kernel.launched for kernel in self.kernels)
 
     @property
     def bytes(self) -> int:
-        """Bytes that the kernels read and write; what some steps skip is counted in full."""
+        """The bytes that the kernels read and write, including those that some steps skip."""
         return sum(kernel.bytes for kernel in self.kernels)
 
     def of_kind(self, kind: str) -> list[Kernel]:
-        """The kernels of one kind."""
+        """Return the kernels of one kind."""
         return [kernel for kernel in self.kernels if kernel.kind == kind]
 
 
 def compile_step(step: Step, params: Any, state: Any, target: Target = H200) -> Program:
-    """Compiles `step(params, state, grads) -> (params, state)`, params and state donated.
+    """Compile `step(params, state, grads) -> (params, state)` with donated params and state.
 
     Args:
       step: a function that JAX can trace.
-      params: shapes of the parameters, and of the gradients; what has no sharding is whole on every
-        device.
+      params: shapes of the parameters, and of the gradients. An array without a sharding is
+        replicated on every device.
       state: shapes of the optimizer's state.
       target: the device, or devices.
     """
-    jax.clear_caches()  # a step must pay for what an earlier one has traced
+    jax.clear_caches()  # else an earlier trace could make this one faster
     with compiled_anew():
         start, cpu_start = time.perf_counter(), _cpu_seconds()
         compiled = lower(step, params, state, target).compile()
@@ -197,14 +197,15 @@ def compile_step(step: Step, params: Any, state: Any, target: Target = H200) -> 
     assert text is not None
     assert memory is not None
     entry, tpu = read_entry(text), target.platform == "tpu"
-    # Libtpu reserves memory for what it then keeps on the chip, more or less with every version.
-    beside = live_bytes(entry) if tpu else memory.temp_size_in_bytes
-    moved_out = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    # Libtpu also reserves HBM for arrays that it then keeps on the chip. The amount depends on the
+    # version.
+    temporary = live_bytes(entry) if tpu else memory.temp_size_in_bytes
+    not_aliased = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return Program(
         kernels=tuple(read_kernels(entry, tpu=tpu)),
         collectives=tuple(read_collectives(text)),
         arguments=memory.argument_size_in_bytes,
-        temporary=beside + moved_out,
+        temporary=temporary + not_aliased,
         reserved=getattr(memory, "total_allocation_bytes", None) if tpu else None,
         code=memory.generated_code_size_in_bytes,
         cpu_seconds=cpu_seconds,
@@ -213,7 +214,7 @@ def compile_step(step: Step, params: Any, state: Any, target: Target = H200) -> 
 
 
 def ptx(step: Step, params: Any, state: Any) -> str:
-    """The H200's assembly of the step's kernels; arguments as those of `compile_step`."""
+    """Return the PTX of the step's kernels on an H200; see `compile_step` for the arguments."""
     with tempfile.TemporaryDirectory() as folder, compiled_anew():
         options: dict[str, str | bool] = {"xla_dump_to": folder, "xla_dump_emitter_re": "ptx"}
         lower(step, params, state, H200).compile(compiler_options=options)
@@ -222,10 +223,13 @@ def ptx(step: Step, params: Any, state: Any) -> str:
 
 @contextlib.contextmanager
 def compiled_anew() -> Iterator[None]:
-    """Without JAX's cache on disk, which would neither take time nor write assembly."""
+    """Disable JAX's persistent cache.
+
+    A program from the cache is not compiled: it takes no time and writes no PTX.
+    """
     enabled = jax.config.values["jax_enable_compilation_cache"]
     jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()  # else the first compilation of the process has decided
+    compilation_cache.reset_cache()  # else JAX keeps the setting of the first compilation
     try:
         yield
     finally:
@@ -234,19 +238,19 @@ def compiled_anew() -> Iterator[None]:
 
 
 def lower(step: Step, params: Any, state: Any, target: Target) -> jax.stages.Lowered:
-    """The step as its target's compiler gets it; arguments as those of `compile_step`."""
+    """Lower the step for its target; see `compile_step` for the arguments."""
     whole = target.sharding()
     arguments = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or whole),
         (params, state, params),
     )
-    # Since JAX 0.11, lowering for a GPU asks for its kind.
+    # Since JAX 0.11, lowering for a GPU needs the kind of the device.
     device = AbstractDevice(device_kind=target.kind, platform=target.platform, num_cores=None)
     with use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
         return jax.jit(step, donate_argnums=(0, 1)).lower(*arguments)
 
 
 def _cpu_seconds() -> float:
-    """User time of this process and of the finished processes that it started."""
+    """Return the user CPU time of this process and of its finished child processes."""
     times = os.times()
     return times.user + times.children_user

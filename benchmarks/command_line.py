@@ -1,4 +1,4 @@
-"""What the benchmarks' command lines have in common."""
+"""Options, tables and setup that the benchmarks' command lines share."""
 
 import argparse
 from collections.abc import Iterable
@@ -18,7 +18,7 @@ from benchmarks.timing import STEPS_PER_TURN
 
 
 def make_parser(benchmark: str, description: str | None) -> argparse.ArgumentParser:
-    """A command line that says where results go."""
+    """Return a parser with the option `--out`, the folder for results."""
     parser = argparse.ArgumentParser(
         prog=f"python -m benchmarks {benchmark}", description=description
     )
@@ -27,7 +27,7 @@ def make_parser(benchmark: str, description: str | None) -> argparse.ArgumentPar
         type=Path,
         default=RESULTS,
         metavar="FOLDER",
-        help="for the results (default: benchmarks/results)",
+        help="the folder for results (default: benchmarks/results)",
     )
     return parser
 
@@ -41,15 +41,15 @@ def add_choices(
     by_default: str | None = None,
     metavar: str = "NAME",
 ) -> None:
-    """An option that takes some of several names.
+    """Add an option that takes one or more names.
 
     Args:
-      parser: of the command.
-      option: its name.
-      choices: what it takes.
-      default: what it has if it is not given; `None` is all.
-      by_default: the default in words; `None` lists it.
-      metavar: stands for a name.
+      parser: the parser of the command.
+      option: the name of the option.
+      choices: the names that the option accepts.
+      default: the names that are used without the option; `None` means all choices.
+      by_default: words for the default in the help text; `None` lists the names.
+      metavar: the placeholder for a name in the help text.
     """
     names = list(choices)
     chosen = names if default is None else list(default)
@@ -60,55 +60,55 @@ def add_choices(
         choices=names,
         default=chosen,
         metavar=metavar,
-        help=f"of {quoted(names)} (default: {words})",
+        help=f"one or more of {quoted(names)} (default: {words})",
     )
 
 
 def add_sets(parser: argparse.ArgumentParser) -> None:
-    """Sets of leaves, all by default."""
+    """Add the option `--sets`, the sets of leaves; all by default."""
     add_choices(parser, "--sets", LEAF_SETS, metavar="SET")
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
-    """What the steps run on."""
+    """Add the option `--device`, the platform that runs the steps."""
     parser.add_argument("--device", choices=STEPS_PER_TURN, default="cpu", help="default: cpu")
 
 
 def add_optimizers(parser: argparse.ArgumentParser, default: Iterable[str] = CONTENDERS) -> None:
-    """Optimizers to measure."""
+    """Add the option `--optimizers`, the optimizers to measure."""
     add_choices(parser, "--optimizers", CONTENDERS, default)
 
 
 def add_repeats(parser: argparse.ArgumentParser, default: int = 10) -> None:
-    """Turns of what is timed."""
+    """Add the option `--repeats`, the number of turns that count."""
     parser.add_argument(
         "--repeats",
         type=_turns_that_count,
         default=default,
         metavar="N",
-        help=f"turns of each, after two that don't count (default: {default})",
+        help=f"turns of each program, after two warm-up turns (default: {default})",
     )
 
 
 def quoted(names: Iterable[str]) -> str:
-    """As a shell takes them."""
+    """Return the names, quoted for a shell where necessary, separated by commas."""
     return ", ".join(f"'{name}'" if " " in name or "(" in name else name for name in names)
 
 
 def _turns_that_count(text: str) -> int:
-    """A spread takes two."""
+    """Parse a number of turns; a spread needs at least two."""
     if not text.isdecimal() or int(text) < 2:
         raise argparse.ArgumentTypeError(f"must be a whole number above 1, got {text!r}")
     return int(text)
 
 
 class Session(NamedTuple):
-    """A run of a benchmark.
+    """The setup of one benchmark run.
 
     Attributes:
-      device: where it measures.
-      circumstances: of all that it measures.
-      console: where it shows its tables.
+      device: the device that is measured.
+      circumstances: the environment that all measurements of the run share.
+      console: the console that prints the tables.
     """
 
     device: Any
@@ -119,12 +119,12 @@ class Session(NamedTuple):
 def begin(
     parser: argparse.ArgumentParser, options: argparse.Namespace, packages: Iterable[str]
 ) -> Session:
-    """Finds the device, makes the folder for results, and says what will be measured with what.
+    """Find the device, create the folder for results, and print the device and the versions.
 
     Args:
-      parser: tells the user what can't be had.
-      options: with `device` and `out`.
-      packages: whose versions the results depend on.
+      parser: the parser, which reports errors to the user.
+      options: the parsed options, with `device` and `out`.
+      packages: the packages whose versions affect the results.
     """
     try:
         device = find_device(options.device)
@@ -139,14 +139,14 @@ def begin(
 
 
 def find_device(platform: str) -> Any:
-    """The first device of a platform; `RuntimeError` if there is none."""
-    if platform == "cpu":  # else JAX warns of GPUs that it can't use
+    """Return the first device of a platform; raise `RuntimeError` if there is none."""
+    if platform == "cpu":  # else JAX warns about GPUs that it can't use
         jax.config.update("jax_platforms", "cpu")
     return jax.devices(platform)[0]
 
 
 def progress_display(console: Any) -> Progress:
-    """What is being measured, and how long it has taken and will take."""
+    """Return a display of the current case, the elapsed time and the remaining time."""
     return Progress(
         TextColumn("{task.description:<46}"),
         BarColumn(),
@@ -158,7 +158,7 @@ def progress_display(console: Any) -> Progress:
 
 
 def make_table(title: str, names: Iterable[str], columns: Iterable[str]) -> Table:
-    """An empty table: names in the first columns, numbers in the others."""
+    """Return an empty table: names in the first columns, numbers in the others."""
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in names:
         table.add_column(column, no_wrap=True)
@@ -168,6 +168,6 @@ def make_table(title: str, names: Iterable[str], columns: Iterable[str]) -> Tabl
 
 
 def plus_minus(median: float, spread: float) -> str:
-    """Milliseconds and their spread, to the median's third digit or the microsecond."""
+    """Format milliseconds and their spread to three digits, but at most to the microsecond."""
     decimals = sum(median < bound for bound in (100, 10, 1))
     return f"{median:.{decimals}f} ± {spread:.{decimals}f}"

@@ -1,4 +1,4 @@
-"""The optimizers to time: our methods, and what Optax has beside them."""
+"""The optimizers to measure: the methods of `optax_ext` and their baselines in Optax."""
 
 import functools
 from collections.abc import Callable
@@ -13,39 +13,40 @@ import optax_ext
 from benchmarks.leaf_sets import LEAF_SETS
 from pallas_kernels import Report, explain
 
-# Of all; it changes nothing about the time of a step.
+# The learning rate of all optimizers. It does not affect the time of a step.
 RATE = 1e-3
 
-# What runs a step, and the fuser's name for it.
+# The ways to run a step, each with the backend of `fuse`.
 CHAIN = "chain"
 WAYS = {CHAIN: "xla", "triton": "triton", "mosaic": "mosaic"}
 
-# What every other one is compared with.
+# The baseline of all other optimizers.
 REFERENCE = "adamw"
 
-# Of all that have slow weights, Novak's default among them.
+# The period of all optimizers with slow weights; it is also the default of `novak`.
 SYNC_PERIOD = 5
 
 
 def _synced_pair(params: optax.Params) -> optax.LookaheadParams:
-    """For `optax.lookahead`: both donated, so the slow weights need memory of their own."""
+    """Return the parameters of `optax.lookahead`; as both are donated, the slow ones are a copy."""
     return optax.LookaheadParams(params, jax.tree.map(jnp.copy, params))
 
 
-def trained(held: Any) -> optax.Params:
-    """The parameters that gradients are taken at, of what `Contender.hold` makes."""
-    return held.fast if isinstance(held, optax.LookaheadParams) else held
+def trained(params: Any) -> optax.Params:
+    """Return the parameters that gradients are taken at, from the result of `Contender.hold`."""
+    return params.fast if isinstance(params, optax.LookaheadParams) else params
 
 
 @dataclass(frozen=True)
 class Contender:
-    """An optimizer.
+    """An optimizer to measure.
 
     Attributes:
-      tx: with the method's own defaults.
-      package: whose it is.
-      floor_of: the contender that must move as many bytes; `None`: itself.
-      hold: makes of the parameters what the optimizer's step takes in their place.
+      tx: the optimizer, with the defaults of its method.
+      package: the package that it comes from.
+      floor_of: the name of another contender whose step must move the same number of bytes; `None`
+        if the bytes can be counted for the optimizer itself.
+      hold: converts the parameters to the form that the optimizer's step takes.
     """
 
     tx: optax.GradientTransformation
@@ -63,7 +64,7 @@ CONTENDERS: dict[str, Contender] = {
     "lookahead(adamw)": Contender(
         optax_ext.lookahead(optax.adamw(RATE), sync_period=SYNC_PERIOD, slow_step_size=0.5)
     ),
-    # Its gradients have another structure than its parameters, which `explain` can't be told.
+    # Its gradients and its parameters differ in structure, which `explain` does not support.
     "optax.lookahead(adamw)": Contender(
         optax.lookahead(optax.adamw(RATE), sync_period=SYNC_PERIOD, slow_step_size=0.5),
         "optax",
@@ -85,27 +86,28 @@ _FUSED = ", fused"
 
 
 def backends(name: str, platform: str) -> dict[str, str]:
-    """The ways in which a contender's step runs on a platform, and the fuser's backend of each."""
+    """Return the ways to run a contender's step on a platform, each with the backend of `fuse`."""
     chain = {name: WAYS[CHAIN]}
     return chain | {f"{name}{_FUSED}": "auto"} if platform == "gpu" else chain
 
 
 def chain_of(way: str) -> str:
-    """The contender of a way to run its step."""
+    """Return the name of the contender from a way to run its step."""
     return way.removesuffix(_FUSED)
 
 
 def floor(name: str, leaf_set: str) -> float:
-    """Bytes per parameter that a contender's step must move at least.
+    """Return the least number of bytes per parameter that a contender's step must move.
 
-    Every array once, and again what has to wait for a norm, as the fused step does it.
+    A step moves every array once. It reads some arrays again after it has computed a norm, as the
+    fused step does.
     """
     report = _report(name, leaf_set)
     return max(report.floor_per_parameter, report.bytes_per_parameter)
 
 
 def skipped(name: str, leaf_set: str) -> float:
-    """Those of them that a fused step does without on average, between synchronizations."""
+    """Return the average bytes per parameter that a fused step skips between synchronizations."""
     if CONTENDERS[name].floor_of is not None:
         return 0.0
     report = _report(name, leaf_set)

@@ -1,7 +1,7 @@
 """The history of all measurements: a file of JSON lines that only grows.
 
-A row says what was measured, when, of which commit, with which versions, and on what kind of
-device, but nothing that tells one machine from another of its kind.
+A row contains the measurement, its date, the commit, the versions and the kind of device. It
+contains nothing that identifies a machine.
 """
 
 import datetime
@@ -17,13 +17,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Circumstances:
-    """What the measurements of one run have in common.
+    """The environment that all measurements of one run share.
 
     Attributes:
-      date: of the run, in UTC, as year-month-day.
-      commit: short hash of the code, with "-dirty" where files differ from it; "" outside of git.
-      device: its platform and kind, and the number of CPU cores that the run may use.
-      versions: of packages, by their names.
+      date: the date of the run in UTC, as year-month-day.
+      commit: the short hash of the commit, with "-dirty" if files differ; "" outside of git.
+      device: the platform and kind of the device, and the number of CPU cores that the run may use.
+      versions: the versions of packages, by name.
     """
 
     date: str
@@ -34,14 +34,14 @@ class Circumstances:
 
 @dataclass(frozen=True)
 class Measurement:
-    """One case of a benchmark.
+    """The result of one case of a benchmark.
 
     Attributes:
-      benchmark: its name on the command line.
-      case: what it was done with.
-      unit: of median and spread.
-      median: over the repeats.
-      spread: interquartile range over the repeats.
+      benchmark: the name of the benchmark on the command line.
+      case: the name of the case, such as an optimizer on a set of leaves.
+      unit: the unit of median and spread.
+      median: the median over the repeats.
+      spread: the interquartile range over the repeats.
     """
 
     benchmark: str
@@ -52,7 +52,7 @@ class Measurement:
 
 
 def circumstances(device: str, packages: Iterable[str]) -> Circumstances:
-    """Those of a run; packages that are not installed are left out."""
+    """Return the environment of this run, without packages that are not installed."""
     return Circumstances(
         date=datetime.datetime.now(datetime.UTC).date().isoformat(),
         commit=_commit(),
@@ -62,26 +62,26 @@ def circumstances(device: str, packages: Iterable[str]) -> Circumstances:
 
 
 def append(path: Path, rows: Iterable[Measurement], shared: Circumstances) -> None:
-    """Adds a line for each row to the end of the file, which need not exist."""
+    """Append a line for each row to the file; create the file if it does not exist."""
     with path.open("a", encoding="utf-8") as file:
         for row in rows:
             print(json.dumps(asdict(shared) | asdict(row), ensure_ascii=False), file=file)
 
 
 def cores() -> int:
-    """CPU cores that this process may use."""
+    """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def describe(device: Any) -> str:
-    """One of JAX's devices, and the CPU that drives it."""
+    """Describe a JAX device and the number of CPU cores."""
     kind = "" if device.device_kind == device.platform else f" {device.device_kind}"
     return f"{device.platform}{kind}, {cores()} CPU cores"
 
 
 def _commit() -> str:
     commit = _git("rev-parse", "--short", "HEAD")
-    # Results are what a run changes; they don't change what the next one measures.
+    # A run changes its results only, and these do not affect the next measurement.
     changed = _git("status", "--porcelain", "--", ":/", ":(exclude)results")
     return f"{commit}-dirty" if changed else commit
 

@@ -1,8 +1,8 @@
-"""Reads a compiled program: what it launches, moves, holds in memory, and tells other devices.
+"""A parser of compiled programs: their kernels, memory traffic, live memory and communication.
 
 XLA prints the instructions of a program's ENTRY in order of execution, each with the type of its
-result, and in a TPU's types the memory: `S(1)` is on the chip, nothing is the large one beside it.
-Only what is read from the large memory, or written to it, counts as moved. A GPU has no other.
+result. On a TPU, the type also names the memory: `S(1)` is memory on the chip, no mark is HBM. Only
+bytes that are read from HBM or written to HBM count as moved. On a GPU, all arrays are in HBM.
 """
 
 import collections
@@ -14,13 +14,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Kernel:
-    """A part of the program that executes as one.
+    """A part of the program that executes as a unit.
 
     Attributes:
-      kind: "pallas"; "scalar" for arithmetic that a TPU's scalar unit does; "transfer" for an array
-        that a TPU moves between its memories while it computes; else XLA's name for the operation
-        ("fusion", "copy", ...).
-      bytes: of its operands and results: what it moves if it reads and writes each of them once.
+      kind: "pallas" for a Pallas kernel; "scalar" for arithmetic on a TPU's scalar unit; "transfer"
+        for an array that a TPU moves between its memories during computation; otherwise XLA's name
+        of the operation ("fusion", "copy", ...).
+      bytes: the bytes of its operands and results. It moves them if it reads or writes each once.
     """
 
     kind: str
@@ -28,18 +28,18 @@ class Kernel:
 
     @property
     def launched(self) -> bool:
-        """On a GPU everything is; on a TPU what takes its turn on the vector unit."""
+        """Return whether this is a launch: always on a GPU, only on the vector unit of a TPU."""
         return self.kind not in ("scalar", "transfer")
 
 
 @dataclass(frozen=True)
 class Array:
-    """A result of an instruction, or one of several.
+    """A result of an instruction, or one of several results.
 
     Attributes:
-      elements: number of them.
-      bytes: without the padding of a TPU's layouts.
-      on_chip: in a TPU's own memory, next to its units.
+      elements: the number of elements.
+      bytes: the size without the padding of a TPU's layouts.
+      on_chip: whether the array is in a TPU's memory on the chip.
     """
 
     elements: int
@@ -49,11 +49,11 @@ class Array:
 
 @dataclass(frozen=True)
 class Collective:
-    """What all devices of a mesh do together.
+    """A collective operation, which all devices of a mesh execute together.
 
     Attributes:
-      kind: XLA's name for it, "all-reduce" for one.
-      arrays: of its result, on each device.
+      kind: XLA's name of the operation, such as "all-reduce".
+      arrays: the arrays of its result on each device.
     """
 
     kind: str
@@ -61,12 +61,12 @@ class Collective:
 
     @property
     def elements(self) -> int:
-        """Numbers that each device is told."""
+        """The number of elements that each device receives."""
         return sum(array.elements for array in self.arrays)
 
     @property
     def bytes(self) -> int:
-        """Bytes that each device is told."""
+        """The number of bytes that each device receives."""
         return sum(array.bytes for array in self.arrays)
 
 
@@ -75,10 +75,10 @@ class Instruction:
     """A line of the ENTRY.
 
     Attributes:
-      name: of its result.
-      operation: "fusion", "parameter", ...
-      results: several if it is a tuple.
-      operands: names of instructions before it.
+      name: the name of its result.
+      operation: XLA's name of the operation, such as "fusion" or "parameter".
+      results: its results; a tuple has several.
+      operands: the names of the instructions whose results it reads.
       text: the whole line.
     """
 
@@ -90,7 +90,7 @@ class Instruction:
 
     @property
     def moved(self) -> Array | None:
-        """The copy that a transfer between a TPU's memories makes, where this begins one."""
+        """The copy that this instruction starts between a TPU's memories, or `None`."""
         place = {"copy-start": 0, "slice-start": 1}.get(self.operation)
         return None if place is None else self.results[place]
 
@@ -102,7 +102,7 @@ _ARRAY = re.compile(r"\b(pred|bf16|[fsuc]\d+)\[([\d,]*)\](?:\{[^}]*?(S\(\d+\))?\
 _INDEX = re.compile(r"\bindex=(\d+)")
 
 _PALLAS = re.compile('custom_call_target="(__gpu\\$xla.gpu.triton|mosaic_gpu)')
-# Names arrays that lie side by side as one.
+# XLA's name for adjacent arrays that are read as one.
 _CONCATENATED = 'custom_call_target="ConcatBitcast"'
 
 _COLLECTIVES = re.compile(
@@ -110,25 +110,25 @@ _COLLECTIVES = re.compile(
     "|reduce-scatter)(-start)?"
 )
 
-# Operations that launch nothing.
+# Operations that launch no kernel.
 _BOOKKEEPING = frozenset(["bitcast", "constant", "get-tuple-element", "parameter", "tuple"])
-# Operations that hide kernels in a computation of their own, where they would not be counted.
+# Operations whose kernels are in another computation, where they would not be counted.
 _NESTED = frozenset(["call", "conditional", "while", "async-start"])
 
 
 def read_entry(program: str) -> list[Instruction]:
-    """The instructions of a compiled program's text."""
+    """Return the instructions of a compiled program, from its text."""
     return list(_read(program[program.index("\nENTRY") :]))
 
 
 def read_collectives(program: str) -> list[Collective]:
-    """What devices tell each other, wherever in the text: a computation may hold it, too."""
+    """Return all collectives in the text, also those outside of the ENTRY."""
     found = []
     for instruction in _read(program):
         if match := _COLLECTIVES.fullmatch(instruction.operation):
             results, operands = instruction.results, len(instruction.operands)
-            # One that only begins, but for all-reduce, has its operands among its results, before
-            # the true ones.
+            # An asynchronous start, except that of an all-reduce, returns its operands before its
+            # results.
             begun = match[2] and len(results) > operands
             arrays = results[operands : 2 * operands] if begun else results
             found.append(Collective(match[1], arrays))
@@ -147,7 +147,7 @@ def _read(text: str) -> Iterator[Instruction]:
 
 
 def read_kernels(entry: Sequence[Instruction], *, tpu: bool) -> Iterator[Kernel]:
-    """What executes, in order."""
+    """Yield the kernels of a program in order of execution."""
     arrays: dict[str, tuple[Array, ...]] = {}
     for instruction in entry:
         arrays[instruction.name] = instruction.results
@@ -161,7 +161,7 @@ def read_kernels(entry: Sequence[Instruction], *, tpu: bool) -> Iterator[Kernel]
         for operand in instruction.operands:
             touched.extend(arrays[operand])
         if tpu and instruction.moved:
-            # A slice's operand is all that it is taken from.
+            # The operand of a slice is the whole array, so the size of the slice counts.
             ends = (
                 array.on_chip for array in (*arrays[instruction.operands[0]], instruction.moved)
             )
@@ -174,7 +174,7 @@ def read_kernels(entry: Sequence[Instruction], *, tpu: bool) -> Iterator[Kernel]
 
 
 def live_bytes(entry: Sequence[Instruction]) -> int:
-    """The most that lives at any time in the large memory, beside arguments and results.
+    """Return the peak of live bytes in HBM, without arguments and results.
 
     An array lives from the instruction that writes it to the last one that reads it.
     """
@@ -191,7 +191,7 @@ def live_bytes(entry: Sequence[Instruction]) -> int:
 
 @dataclass
 class _Life:
-    """Of an array: from one instruction to another, by their places."""
+    """The lifetime of an array, from one instruction to another, by their indices."""
 
     bytes: int
     begin: int
@@ -199,11 +199,11 @@ class _Life:
 
 
 def _lives(entry: Sequence[Instruction]) -> Iterator[_Life]:
-    """Of all arrays but arguments and results."""
-    held: dict[str, list[_Life]] = {}  # what each instruction's result is made of
+    """Yield the lifetimes of all arrays except arguments and results."""
+    owned: dict[str, list[_Life]] = {}  # the arrays of each instruction's result
     lives: list[_Life] = []
     for time, instruction in enumerate(entry):
-        read = [life for operand in instruction.operands for life in held[operand]]
+        read = [life for operand in instruction.operands for life in owned[operand]]
         for life in read:
             life.end = time
         if instruction.operation in ("parameter", "constant"):
@@ -217,8 +217,8 @@ def _lives(entry: Sequence[Instruction]) -> Iterator[_Life]:
             arrays = (instruction.moved,) if instruction.moved else instruction.results
             written = [_Life(0 if x.on_chip else x.bytes, time, time) for x in arrays]
             lives += written
-        held[instruction.name] = written
-    (results,) = (held[x.name] for x in entry if x.text.startswith("ROOT"))
+        owned[instruction.name] = written
+    (results,) = (owned[x.name] for x in entry if x.text.startswith("ROOT"))
     return (life for life in lives if not any(life is result for result in results))
 
 

@@ -1,4 +1,7 @@
-"""The latest results of each benchmark: JSON by case, of which a run replaces its own rows only."""
+"""The latest results of each benchmark: a JSON file with a row for each case.
+
+A run replaces the rows that it measures and keeps the others.
+"""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -12,12 +15,12 @@ Row = dict[str, Any]
 
 
 def path(folder: Path, benchmark: str, platform: str) -> Path:
-    """The file with a benchmark's results on one kind of device."""
+    """Return the path of a benchmark's results on one kind of device."""
     return folder / f"{benchmark}-{platform}.json"
 
 
 def load(path: Path) -> dict[str, Row]:
-    """All rows that there are, by their cases."""
+    """Return all rows of the file by case; none if the file does not exist."""
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
@@ -27,28 +30,28 @@ def save(
     measurements: Iterable[history.Measurement],
     circumstances: history.Circumstances,
 ) -> None:
-    """Replaces these rows of the file, keeps the others, and adds to the history beside it.
+    """Replace these rows of the file, keep the others, and append to the history in its folder.
 
     Args:
-      path: of the file.
-      rows: new ones, by their cases.
-      measurements: of them, for the history.
-      circumstances: of all these.
+      path: the path of the file.
+      rows: the new rows by case.
+      measurements: the measurements to append to the history.
+      circumstances: the environment of all rows.
     """
     write(path, load(path) | {case: row | asdict(circumstances) for case, row in rows.items()})
     history.append(path.parent / "history.jsonl", measurements, circumstances)
 
 
 def write(path: Path, rows: Mapping[str, Row]) -> None:
-    """Makes these all rows of the file, each on a line."""
+    """Write a file that contains these rows only, each on a line."""
     text = ",\n".join(f"{_json(case)}: {_json(row)}" for case, row in rows.items())
-    unfinished = path.with_suffix(".tmp")  # a run may be ended at any time
+    unfinished = path.with_suffix(".tmp")  # a run may be killed at any time
     unfinished.write_text(f"{{\n{text}\n}}\n", encoding="utf-8")
     unfinished.replace(path)
 
 
 def step_times(benchmark: str, rows: Mapping[str, Row]) -> list[history.Measurement]:
-    """What the history says of those rows that hold the time of a step."""
+    """Return the measurements of the rows that contain the time of a step."""
     return [
         history.Measurement(benchmark, case, "ms", row["median_ms"], row["spread_ms"])
         for case, row in rows.items()

@@ -1,4 +1,4 @@
-"""Sets of leaves on meshes of devices that are not there: shapes, each with its sharding."""
+"""Sets of leaves on meshes of devices that this machine lacks: shapes with their shardings."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -17,18 +17,19 @@ from benchmarks.leaf_sets import Axes, Leaves, Shape, llama
 
 @dataclass(frozen=True)
 class ShardedSet:
-    """Leaves, and how devices share them.
+    """A set of leaves that is sharded across devices.
 
     Attributes:
-      leaves: shapes, each with the axes of the mesh that cut it.
-      along_model: of so many devices, how many the axis "model" has; "data" has the others.
+      leaves: shapes, each with the mesh axes that partition its dimensions.
+      along_model: returns the size of the mesh axis "model" for a number of devices. The axis
+        "data" has the other factor.
     """
 
     leaves: tuple[tuple[Shape, Axes], ...]
     along_model: Callable[[int], int]
 
     def on(self, devices: Sequence[Any]) -> Leaves:
-        """The leaves, with their shardings on a mesh of these devices."""
+        """Return the leaves with their shardings on a mesh of these devices."""
         mesh = Mesh(
             np.array(devices).reshape(-1, self.along_model(len(devices))), ("data", "model")
         )
@@ -41,24 +42,24 @@ class ShardedSet:
 
 
 def squarest(devices: int) -> int:
-    """The shorter side of the rectangle of so many devices that is nearest to a square."""
+    """Return the shorter side of the most square mesh of this number of devices."""
     return next(side for side in range(math.isqrt(devices), 0, -1) if devices % side == 0)
 
 
 def none_along_model(devices: int) -> int:
-    """All of them cut the same dimension."""
+    """Return 1, so that the axis "data" contains all devices."""
     del devices
     return 1
 
 
 def shardings(params: Leaves) -> dict[str, NamedSharding] | None:
-    """Those of the leaves, or `None` where they have none."""
+    """Return the shardings of the leaves, or `None` if they have none."""
     found = {name: x.sharding for name, x in params.items() if x.sharding is not None}
     return found or None
 
 
 def state_of(tx: optax.GradientTransformation, params: Any) -> Any:
-    """The optimizer's state in shapes, beside the parameters where these have shardings."""
+    """Return the shapes of the optimizer's state, sharded like the parameters if these are."""
     state = jax.eval_shape(tx.init, params)
     if shardings(params) is None:
         return state
@@ -71,7 +72,7 @@ def state_of(tx: optax.GradientTransformation, params: Any) -> Any:
 
 
 def shards(tree: Any) -> Any:
-    """The shapes of what each device holds."""
+    """Return the shapes of the per-device shards."""
 
     def shard(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
@@ -81,7 +82,7 @@ def shards(tree: Any) -> Any:
 
 
 def size(tree: Any) -> int:
-    """Bytes of a tree of shapes."""
+    """Return the number of bytes of a tree of shapes."""
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
@@ -91,7 +92,7 @@ _SMALL = tuple(llama(512, layers=2, mlp=1536, vocabulary=1024))
 SHARDED_SETS = {
     "LLaMA-7B": ShardedSet(_LLAMA_7B, squarest),
     "LLaMA-7B, fully sharded": ShardedSet(_LLAMA_7B, none_along_model),
-    # To be compiled in a second, for few devices; of shapes that a TPU need not pad, as the others.
+    # The small sets compile in a second, for a few devices. A TPU pads no shape of any sharded set.
     "small LLaMA": ShardedSet(_SMALL, squarest),
     "small LLaMA, fully sharded": ShardedSet(_SMALL, none_along_model),
 }

@@ -1,6 +1,6 @@
-"""Shapes of the parameters of known networks, read off their architectures.
+"""Shapes of the parameters of known networks, derived from their architectures.
 
-Leaves are numbered in the order of the layers, float32, in the layouts of Flax: kernels are
+Leaves are float32 and numbered in the order of the layers. Kernels have the layouts of Flax:
 (height, width, in, out) or (in, out).
 """
 
@@ -12,32 +12,35 @@ import jax
 import jax.numpy as jnp
 
 Shape = tuple[int, ...]
-# For each dimension, those of a mesh that cut it.
+# The mesh axes that partition each dimension.
 Axes = tuple[str | tuple[str, ...] | None, ...]
 Leaves = dict[str, jax.ShapeDtypeStruct]
 
 
 def leaves(shapes: Iterable[Shape]) -> Leaves:
-    """A tree of float32 leaves; the names keep their order."""
+    """Return a tree of float32 leaves, whose names sort in the order of the shapes."""
     return {
         f"leaf{i:04d}": jax.ShapeDtypeStruct(shape, jnp.float32) for i, shape in enumerate(shapes)
     }
 
 
 def count(params: Any) -> int:
-    """Number of parameters of a tree of leaves, or of their shapes."""
+    """Return the number of parameters in a tree of arrays or of shapes."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 
 def in_words(params: Any) -> str:
-    """How many leaves, and parameters."""
+    """Describe the number of leaves and of parameters."""
     leaves = len(jax.tree.leaves(params))
     many = "leaf" if leaves == 1 else "leaves"
     return f"{leaves} {many}, {count(params) / 1e6:.1f} million parameters"
 
 
 def resnet50() -> Iterator[Shape]:
-    """He et al. (2016) for ImageNet: 53 convolutions with batch norms, and a head."""
+    """Yield the shapes of ResNet-50 for ImageNet (He et al., 2016).
+
+    The network has 53 convolutions, each with a batch norm, and a head.
+    """
 
     def normalized(height: int, width: int, inputs: int, outputs: int) -> list[Shape]:
         return [(height, width, inputs, outputs), (outputs,), (outputs,)]
@@ -56,7 +59,7 @@ def resnet50() -> Iterator[Shape]:
 
 
 def vit_b16() -> Iterator[Shape]:
-    """Dosovitskiy et al. (2021), ViT-B/16 for ImageNet at 224 x 224."""
+    """Yield the shapes of ViT-B/16 for ImageNet at 224 x 224 (Dosovitskiy et al., 2021)."""
     width, patches = 768, 14 * 14
     yield from ((1, 1, width), (16, 16, 3, width), (width,))  # class token, patch embedding
     yield (1, patches + 1, width)
@@ -72,7 +75,10 @@ def vit_b16() -> Iterator[Shape]:
 
 
 def gpt2() -> Iterator[Shape]:
-    """Radford et al. (2019), the smallest: 124 million, the output tied to the embedding."""
+    """Yield the shapes of the smallest GPT-2, with 124 million parameters (Radford et al., 2019).
+
+    The output layer shares its weights with the embedding.
+    """
     width = 768
     yield from ((50257, width), (1024, width))
     for _ in range(12):
@@ -86,10 +92,11 @@ def gpt2() -> Iterator[Shape]:
 
 
 def llama(width: int, layers: int, mlp: int, vocabulary: int) -> Iterator[tuple[Shape, Axes]]:
-    """Touvron et al. (2023): no biases, a head of its own; the layouts are (in, out).
+    """Yield the shapes of LLaMA in the layout (in, out), with mesh axes (Touvron et al., 2023).
 
-    Each shape comes with the axes of a mesh that cut it: "data" cuts the width of the residual
-    stream, as fully sharded parameters are, "model" the other dimension, as Megatron's are.
+    The network has no biases, and its output layer has its own weights. The axis "data" partitions
+    the width of the residual stream, as in fully sharded training. The axis "model" partitions the
+    other dimension, as in Megatron.
     """
     into, out_of, vector = ("data", "model"), ("model", "data"), (("data", "model"),)
     yield (vocabulary, width), out_of
@@ -107,12 +114,12 @@ def llama(width: int, layers: int, mlp: int, vocabulary: int) -> Iterator[tuple[
 
 
 def dense(inputs: int, outputs: int) -> list[Shape]:
-    """Kernel and bias."""
+    """Return the shapes of a dense layer: kernel and bias."""
     return [(inputs, outputs), (outputs,)]
 
 
 def layer_norm(width: int) -> list[Shape]:
-    """Scale and bias."""
+    """Return the shapes of a layer norm: scale and bias."""
     return [(width,), (width,)]
 
 
@@ -124,7 +131,7 @@ LEAF_SETS: dict[str, Leaves] = {
     "1000 of 64 KB": leaves([(128, 128)] * 1000),
 }
 
-# Of every kind that kernels tell apart: whole blocks, odd ones, single elements.
+# Each kind of leaf that kernels treat differently: whole blocks, partial blocks, one element.
 RAGGED = leaves(
     [
         (512, 512),
@@ -140,5 +147,5 @@ RAGGED = leaves(
     ]
 )
 
-# The first one is to be compiled in a second. A time of it would say nothing.
+# The set "ragged" compiles in a second. It is too small for meaningful times of a step.
 COMPILED_SETS: dict[str, Leaves] = {"ragged": RAGGED} | LEAF_SETS

@@ -1,7 +1,7 @@
-"""What optimizers hold, with the options that make it less: bytes, read off compiled steps.
+"""Memory of optimizers, with and without the options that save it, from compiled steps.
 
-The steps are compiled for one chip of a TPU v5e, which need not be there: its compiler tells the
-device's memory from the host's.
+The steps are compiled for one chip of a TPU v5e; no TPU is needed. The TPU compiler reports device
+memory and host memory separately.
 """
 
 import argparse
@@ -30,7 +30,7 @@ PACKAGES = ("jax", "libtpu", "optax")
 MOMENTS = {"": {}, "mu_dtype=bfloat16": {"mu_dtype": jnp.bfloat16}}
 NARROW, AWAY = {"slow_dtype": jnp.bfloat16}, {"offload": "pinned_host"}
 ROTATING = {"lookahead": "rotating"}
-# Of each optimizer, by the words of the table.
+# The options of each optimizer, by the words in the table.
 OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "adamw": MOMENTS,
     "fame": MOMENTS,
@@ -50,19 +50,19 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 
-# What is measured, and how a table says it.
+# The keys of a row, each with its column in the table.
 COLUMNS = {"on_device": "on the device", "on_host": "in host memory", "beside": "temporary"}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Compiles the steps, prints what they hold, and writes it."""
+    """Compile the steps, print their memory, and write it to a file."""
     options = make_parser().parse_args(argv)
     if V5E.missing():
         raise SystemExit("memory needs the extra `aot`, which is not installed")
-    command_line.find_device("cpu")  # all that compiling needs
+    command_line.find_device("cpu")  # compilation needs no other device
     console, params = Console(), LEAF_SETS[LEAF_SET]
     shared = history.circumstances(f"compiled for {V5E.name}", PACKAGES)
-    title = f"{LEAF_SET}: {in_words(params)}, bytes for each"
+    title = f"{LEAF_SET}: {in_words(params)}, bytes per parameter"
     shown = command_line.make_table(title, ["state of"], COLUMNS.values())
     progress = command_line.progress_display(console)
     task = progress.add_task("", total=sum(map(len, OPTIONS.values())))
@@ -80,12 +80,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def make(name: str, arguments: Mapping[str, Any]) -> optax.GradientTransformation:
-    """An optimizer of this package, or of Optax."""
+    """Return an optimizer of `optax_ext` or of Optax."""
     return getattr(optax if name == "adamw" else optax_ext, name)(RATE, **arguments)
 
 
 def measure(tx: optax.GradientTransformation, params: Leaves) -> Row:
-    """Bytes for each parameter that a step holds beside parameters and gradients."""
+    """Measure the bytes per parameter of a step's memory, without parameters and gradients."""
     sharding = V5E.sharding()
     params = {
         name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
@@ -101,17 +101,17 @@ def measure(tx: optax.GradientTransformation, params: Leaves) -> Row:
     memory, text = compiled.memory_analysis(), compiled.as_text()
     assert memory is not None
     assert text is not None
-    moved_out = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    held = {
+    not_aliased = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    found = {
         "on_device": memory.argument_size_in_bytes - 2 * size(params),
         "on_host": memory.host_argument_size_in_bytes,
-        "beside": live_bytes(read_entry(text)) + moved_out,
+        "beside": live_bytes(read_entry(text)) + not_aliased,
     }
-    return {key: value / count(params) for key, value in held.items()}
+    return {key: value / count(params) for key, value in found.items()}
 
 
 def table(rows: Mapping[str, Row]) -> str:
-    """The README's, in Markdown."""
+    """Return the README's table in Markdown."""
     header = ["state of", *COLUMNS.values()]
     lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
     for case, row in rows.items():
@@ -123,5 +123,5 @@ def table(rows: Mapping[str, Row]) -> str:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     return command_line.make_parser("memory", __doc__)

@@ -1,4 +1,4 @@
-"""Two networks to train on random batches: what a step does beside the optimizer's work."""
+"""Two networks that `train` trains on random batches."""
 
 import functools
 from collections.abc import Callable
@@ -13,13 +13,13 @@ from flax import nnx
 
 
 class Network(NamedTuple):
-    """What a training step needs.
+    """The inputs of a training step.
 
     Attributes:
-      batch_size: what a batch holds, in words.
-      params: initial parameters.
-      loss: `loss(params, batch)`.
-      batch: a batch.
+      batch_size: words for the size of a batch.
+      params: the initial parameters.
+      loss: the loss function, `loss(params, batch)`.
+      batch: the batch of every step.
     """
 
     batch_size: str
@@ -29,11 +29,11 @@ class Network(NamedTuple):
 
 
 class ResidualBlock(nnx.Module):
-    """Two normalized convolutions beside the input; He et al. (2016)."""
+    """Two normalized convolutions with a shortcut; He et al. (2016)."""
 
     def __init__(self, inputs: int, outputs: int, *, stride: int, rngs: nnx.Rngs):
         conv = functools.partial(nnx.Conv, use_bias=False, rngs=rngs)
-        # Groups, for a batch norm has state beside the parameters.
+        # A group norm, because a batch norm would need state in addition to the parameters.
         norm = functools.partial(nnx.GroupNorm, outputs, num_groups=4, rngs=rngs)
         self.conv1, self.norm1 = conv(inputs, outputs, (3, 3), strides=stride), norm()
         self.conv2, self.norm2 = conv(outputs, outputs, (3, 3)), norm()
@@ -45,7 +45,7 @@ class ResidualBlock(nnx.Module):
 
 
 class ConvNet(nnx.Module):
-    """A residual network of stages of two blocks, each stage at half the resolution."""
+    """A residual network. Each stage has two blocks and halves the resolution, except the first."""
 
     def __init__(self, widths: tuple[int, ...], *, channels: int, classes: int, rngs: nnx.Rngs):
         self.stem = nnx.Conv(channels, widths[0], (3, 3), rngs=rngs)
@@ -65,7 +65,7 @@ class ConvNet(nnx.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Causal attention and a perceptron, each normalized first; Radford et al. (2019)."""
+    """Causal attention and a perceptron with pre-normalization; Radford et al. (2019)."""
 
     heads: int
 
@@ -79,7 +79,7 @@ class TransformerBlock(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A language model, its output tied to the embedding."""
+    """A language model whose output layer shares its weights with the embedding."""
 
     vocabulary: int
     width: int
@@ -100,7 +100,7 @@ class Transformer(nn.Module):
 def convnet(
     widths: tuple[int, ...] = (32, 64, 128), *, batch: int = 8, pixels: int = 32
 ) -> Network:
-    """By Flax nnx, on images of random pixels."""
+    """Return a residual network in Flax nnx, and a batch of images with random pixels."""
     channels, classes, random = 3, 10, np.random.default_rng(0)
 
     def initialize():
@@ -127,7 +127,7 @@ def convnet(
 def transformer(
     width: int = 192, *, layers: int = 4, vocabulary: int = 2048, batch: int = 8, length: int = 64
 ) -> Network:
-    """By Flax linen, on sequences of random tokens."""
+    """Return a transformer in Flax linen, and a batch of sequences of random tokens."""
     text = np.random.default_rng(0).integers(vocabulary, size=(batch, length + 1))
     inputs, targets = jnp.asarray(text[:, :-1]), jnp.asarray(text[:, 1:])
     model = Transformer(vocabulary, width, layers)

@@ -1,8 +1,9 @@
-"""PyTorch's optimizers, and those of `pytorch_optimizer`, beside ours on the same device.
+"""Baselines in PyTorch: its own optimizers and those of `pytorch_optimizer`.
 
-Both come with the extra `peers` and are imported only when they run. Where `pytorch_optimizer` has
-no method of ours, it is timed beside what comes nearest: an optimizer with as many moments, or with
-the same outer loop. Vradam, caadam and rotating lookahead have none.
+The extra `peers` installs both packages. They are imported only when they run. If
+`pytorch_optimizer` lacks one of our methods, the baseline is its nearest optimizer: one with as
+many moments, or with the same outer loop. VRAdam, CaAdam and rotating lookahead have no baseline
+there.
 """
 
 import importlib
@@ -18,18 +19,18 @@ from benchmarks.contenders import RATE
 from benchmarks.history import cores
 from benchmarks.timing import Run
 
-# Ranger leaves the parameters alone until then.
+# Ranger does not update the parameters before this step.
 STEPS_BEFORE_RECTIFICATION = 5
 
 
 @dataclass(frozen=True)
 class Peer:
-    """An optimizer of PyTorch's kind.
+    """A baseline optimizer in PyTorch.
 
     Attributes:
-      near: the contender that it is nearest to, whose bytes it would move at least.
-      package: where it comes from.
-      make: takes the package and the parameters.
+      near: the nearest contender. The baseline must move at least as many bytes.
+      package: the package that it comes from.
+      make: creates the optimizer from the package and the parameters.
     """
 
     near: str
@@ -64,15 +65,18 @@ PEERS: dict[str, Peer] = {
 
 
 def installed() -> list[str]:
-    """Names of the peers that can run here."""
-    there = {package for package in ("torch", _OTHERS) if importlib.util.find_spec(package)}
-    return [name for name, peer in PEERS.items() if {"torch", peer.package} <= there]
+    """Return the names of the baselines whose packages are installed."""
+    available = {package for package in ("torch", _OTHERS) if importlib.util.find_spec(package)}
+    return [name for name, peer in PEERS.items() if {"torch", peer.package} <= available]
 
 
 def running(
     name: str, params: Sequence[np.ndarray], grads: Sequence[np.ndarray], device: str = "cpu"
 ) -> Run:
-    """Runs a peer's steps: on a CPU on as many threads as JAX has, or on the GPU, "cuda"."""
+    """Return a function that runs a baseline's steps, on the GPU if the device is "cuda".
+
+    On a CPU, PyTorch uses as many threads as JAX.
+    """
     peer, torch = PEERS[name], _torch()
     leaves = [torch.nn.Parameter(torch.tensor(leaf, device=device)) for leaf in params]
     for leaf, grad in zip(leaves, grads, strict=True):
@@ -82,7 +86,7 @@ def running(
     def run(steps: int) -> None:
         for _ in range(steps):
             optimizer.step()
-        if device == "cuda":  # a CPU's are done when they return
+        if device == "cuda":  # on a CPU, a step is complete when it returns
             torch.cuda.synchronize()
 
     run(STEPS_BEFORE_RECTIFICATION)
@@ -90,8 +94,8 @@ def running(
 
 
 def _torch() -> Any:
-    # By default OpenMP's threads spin while they wait: on the cores that JAX needs next, and where
-    # anything else runs, on each other's, which makes a step a hundred times slower.
+    # By default, OpenMP's threads spin while they wait. They would block the cores that JAX needs
+    # next. If anything else runs, they also block each other: a step becomes 100 times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     torch = importlib.import_module("torch")
     torch.set_num_threads(cores())

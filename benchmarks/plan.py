@@ -1,11 +1,12 @@
-"""Compiles optimizers' steps for an H200 or a TPU, counts what they do, and guards the figures.
+"""Compiled steps of the optimizers, for an H200 or a TPU, compared with the recorded figures.
 
-No device is needed. A program that launches more kernels, moves more bytes or takes more memory
-than the recorded one is named, and the command fails. The recorded figures change with --record
-only: it replaces the rows that it measures and keeps the others, each with its date and versions.
+No GPU or TPU is needed. The command fails if a program launches more kernels, moves more bytes or
+needs more memory than the recorded figures say, and prints the name of that program. Only --record
+changes the recorded figures. It replaces the rows that it measures and keeps the others; each row
+has a date and versions.
 
-With --topology, leaves are shared by so many devices, and figures are one's: what it holds and what
-the devices tell each other are counted too.
+With --topology, the leaves are sharded across several devices, and all figures are per device. The
+figures then include the memory of each device and the communication between the devices.
 """
 
 import argparse
@@ -33,27 +34,28 @@ from benchmarks.plan_report import markdown, terminal
 from benchmarks.timing import Times
 from pallas_kernels import explain, fuse
 
-# The report of a step can't be told of parameters and gradients that differ in structure.
+# `explain` does not support optimizers whose parameters and gradients differ in structure.
 OPTIMIZERS = {name: x.tx for name, x in CONTENDERS.items() if x.floor_of is None}
 
-# A recorded time is the smaller one of these.
+# The recorded time is the shortest of these rounds.
 RECORDED_ROUNDS = 2
 
 NOTES = (
-    "kernels: that a step launches. bytes: that they move for a parameter. floor: that any step"
-    " must move. temporary: memory beside arguments and results, relative to the parameters."
-    " compile: CPU time, which nothing is compared with. held: by a device, beside the ideal. told:"
-    " collectives, and how many numbers."
+    "kernels: the launches of a step. bytes: the bytes that they move per parameter. floor: the"
+    " bytes that every step must move. temporary: the memory in addition to arguments and results,"
+    " relative to the parameters. compile: the CPU time; it is not compared with the recorded one."
+    " held: the memory per device, relative to the ideal. told: the communication: collectives and"
+    " the number of elements in their results."
 )
 
 
 class Device(NamedTuple):
-    """What the command line can name.
+    """A choice of the option `--device`.
 
     Attributes:
-      target: what is compiled for.
-      ways: to compile a step for it.
-      packages: whose versions say which compiler it was.
+      target: the device to compile for.
+      ways: the ways to compile a step for it: the chain, or the backends of the fused step.
+      packages: the packages whose versions identify the compiler.
     """
 
     target: Target
@@ -63,13 +65,13 @@ class Device(NamedTuple):
 
 DEVICES = {
     "h200-aot": Device(H200, tuple(WAYS), ("jax", "optax")),
-    # There the fused step is the chain.
+    # On a TPU, the fused step is the chain.
     "tpu-aot": Device(V5E, ("chain",), ("jax", "libtpu", "optax")),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Compares what the command line selects, all that is recorded by default, or records it."""
+    """Compare the selected cases with the recorded figures, or record them."""
     plan = Plan(read(argv))
     console, found = Console(), {}
     versions = map(" ".join, plan.shared.versions.items())
@@ -92,22 +94,22 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def conclude(found: Mapping[str, Change], options: argparse.Namespace) -> None:
-    """Says what differs from the recorded figures, and ends the program where that is a failure."""
+    """Print the differences from the recorded figures; exit with 1 if a figure is worse."""
     better = [text for text, change in found.items() if not change.worse]
     worse = [text for text, change in found.items() if change.worse]
     if better:
-        print("less than was recorded:", *better, sep="\n  ")
+        print("Figures below the recorded ones:", *better, sep="\n  ")
     if worse:
-        print("more than was recorded:", *worse, sep="\n  ")
+        print("Figures above the recorded ones:", *worse, sep="\n  ")
     if worse and not options.record:
         sys.exit(1)
     programs = sum(map(len, options.cases.values())) * len(options.ways)
-    outcome = "recorded" if options.record else "none is more than was recorded"
+    outcome = "recorded" if options.record else "no figure is above the recorded one"
     print(f"{options.device}: {programs} programs, {outcome}")
 
 
 class Plan:
-    """Steps compiled for one device, beside the recorded ones or in place of them."""
+    """A run that compiles steps for one target and compares or replaces the recorded rows."""
 
     def __init__(self, options: argparse.Namespace):
         self.options, self.target = options, options.target
@@ -117,11 +119,11 @@ class Plan:
         )
 
     def warm_up(self) -> None:
-        """The compiler's own start is nobody's cost."""
+        """Compile a small step, so that no case includes the start of the compiler."""
         measure(OPTIMIZERS["lamb"], leaves([(64, 64)]), self.target, self.options.ways)
 
     def measure(self, leaf_set: str, name: str) -> tuple[Row, list[Change]]:
-        """A row, and how it differs from the recorded one, which it may replace."""
+        """Measure a row and its changes from the recorded row; replace that row with `--record`."""
         case, params = f"{leaf_set} / {name}", leaves_of(leaf_set, self.target)
         rounds = RECORDED_ROUNDS if self.options.record and not self.options.topology else 1
         row = {"optimizer": name}
@@ -134,7 +136,7 @@ class Plan:
         return row, changed
 
     def save(self, case: str) -> None:
-        """Writes all rows, and adds the times of one to the history, if it has any."""
+        """Write all rows, and append the compile times of one case, if any, to the history."""
         path = recorded(self.options)
         path.parent.mkdir(parents=True, exist_ok=True)
         latest.write(path, self.rows)
@@ -142,7 +144,7 @@ class Plan:
         path.with_suffix(".md").write_text(text, encoding="utf-8")
         if self.options.topology:
             return
-        # What is counted doesn't spread: its history is the file's.
+        # Counts are exact, so only times go to the history.
         times = {way: Times(tuple(self.rows[case][way]["compile"])) for way in self.options.ways}
         history.append(
             path.with_name("history.jsonl"),
@@ -161,7 +163,7 @@ def measure(
     ways: Sequence[str],
     rounds: int = 1,
 ) -> Row:
-    """An optimizer's step on a set of leaves, compiled in several ways by turns."""
+    """Compile an optimizer's step on a set of leaves in several ways, by turns; return its row."""
     state, placed = state_of(tx, params), shardings(params)
     parameters, report = count(shards(params)), explain(tx, shards(params))
     row: Row = {"floor": report.floor_per_parameter}
@@ -187,7 +189,10 @@ def measure(
 
 
 def among_devices(program: Program) -> Row:
-    """What a device holds, and is told: of each kind of collective the number and the numbers."""
+    """Return the per-device memory and communication.
+
+    For each kind of collective, `kinds` has the number of collectives and of elements.
+    """
     kinds: dict[str, list[int]] = {}
     for collective in program.collectives:
         found = kinds.setdefault(collective.kind, [0, 0])
@@ -205,20 +210,20 @@ def among_devices(program: Program) -> Row:
 
 
 def leaves_of(leaf_set: str, target: Target) -> Leaves:
-    """A set of leaves by its name, on the target's devices if it is made to be shared."""
+    """Return a set of leaves by name, sharded on the target's devices if it is a sharded set."""
     if leaf_set in SHARDED_SETS:
         return SHARDED_SETS[leaf_set].on(target.devices())
     return COMPILED_SETS[leaf_set]
 
 
 def recorded(options: argparse.Namespace) -> Path:
-    """The file of the recorded figures."""
+    """Return the path of the recorded figures."""
     where = filter(None, [options.device, options.topology])
     return latest.path(options.out, "plan", "-".join(where).replace(":", "-"))
 
 
 def read(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line; one that can't be followed ends the program with a message."""
+    """Parse the command line; exit with a message if the options are invalid."""
     parser = make_parser()
     options = parser.parse_args(argv)
     device = DEVICES[options.device]
@@ -241,34 +246,34 @@ def read(argv: Sequence[str] | None) -> argparse.Namespace:
     if not options.record:
         unknown = list(unrecorded(options, rows))
         if unknown:
-            parser.error("\n".join(["not recorded so far, which these would do:", *unknown]))
+            parser.error("\n".join(["cases without recorded figures; to record them:", *unknown]))
     return options
 
 
 def contradiction(options: argparse.Namespace, device: Device, sets: Collection[str]) -> str | None:
-    """Why the options can't be followed, if they can't.
+    """Return the reason why the options are invalid, or `None` if they are valid.
 
     Args:
-      options: as given.
-      device: that they name.
-      sets: of leaves, that it can be given.
+      options: the parsed options.
+      device: the device that they name.
+      sets: the sets of leaves that are available for the device.
     """
-    if foreign := [way for way in options.ways if way not in device.ways]:
-        return f"{options.device} compiles {quoted(device.ways)} only, not {quoted(foreign)}"
+    if unknown := [way for way in options.ways if way not in device.ways]:
+        return f"{options.device} compiles {quoted(device.ways)} only, not {quoted(unknown)}"
     if options.record and options.ways and len({*options.ways}) < len(device.ways):
-        return "a row is recorded with all of its ways: leave out --ways"
-    if foreign := [name for name in options.sets if name not in sets]:
+        return "--record needs all ways of the device: leave out --ways"
+    if unknown := [name for name in options.sets if name not in sets]:
         kind = "a --topology" if options.topology else "one device"
-        return f"the sets for {kind} are {quoted(sets)}, not {quoted(foreign)}"
+        return f"the sets for {kind} are {quoted(sets)}, not {quoted(unknown)}"
     if options.record and options.topology and not options.sets:
-        return f"--record needs --sets with a --topology: of {quoted(sets)}"
+        return f"--record with a --topology needs --sets: one or more of {quoted(sets)}"
     if device.target.missing():
         return f"{options.device} needs the extra `aot`, which is not installed"
     return None
 
 
 def unrecorded(options: argparse.Namespace, rows: Mapping[str, Row]) -> Iterator[str]:
-    """Commands to record the selected cases that there are no figures of."""
+    """Yield commands that record the selected cases without recorded figures."""
     for leaf_set, selected in options.cases.items():
         names = [name for name in selected if f"{leaf_set} / {name}" not in rows]
         words = ["python", "-m", "benchmarks", "plan", "--record", "--device", options.device]
@@ -279,7 +284,7 @@ def unrecorded(options: argparse.Namespace, rows: Mapping[str, Row]) -> Iterator
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     parser = command_line.make_parser("plan", __doc__)
     parser.add_argument(
         "--device", choices=DEVICES, default="h200-aot", help="default: %(default)s"
@@ -287,17 +292,17 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--topology",
         metavar="SHAPE",
-        help="of several devices: v5e:16x16 of a TPU, 1x1x8 (partitions, hosts, GPUs) of an H200",
+        help="several devices: v5e:16x16 for TPU chips, 1x1x8 (partitions, hosts, GPUs) for H200",
     )
-    recorded = {"default": (), "by_default": "all that is recorded"}
+    recorded = {"default": (), "by_default": "all recorded cases"}
     command_line.add_choices(
         parser, "--sets", [*COMPILED_SETS, *SHARDED_SETS], **recorded, metavar="SET"
     )
     command_line.add_choices(parser, "--optimizers", OPTIMIZERS, **recorded)
     command_line.add_choices(
-        parser, "--ways", WAYS, (), by_default="all of the device", metavar="WAY"
+        parser, "--ways", WAYS, (), by_default="all ways of the device", metavar="WAY"
     )
     parser.add_argument(
-        "--record", action="store_true", help="make these the recorded figures, in --out"
+        "--record", action="store_true", help="replace the recorded figures in the folder --out"
     )
     return parser

@@ -1,8 +1,8 @@
-"""The figures of a compiled step that must not grow, and how they are compared with recorded ones.
+"""The figures of a compiled step that must not grow, and their comparison with recorded figures.
 
-A row holds an optimizer's figures on one set of leaves: for each way to compile it ("chain",
-"triton", "mosaic") three figures, for many devices three more, and the seconds that it took, which
-machines differ in. Of many devices they are one's.
+A row contains the figures of an optimizer on one set of leaves, for each way to compile the step:
+"chain", "triton" and "mosaic". Each way has three figures, and three more if several devices share
+the leaves; all are per device. Compile times are not compared, because they depend on the machine.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,13 +15,13 @@ from benchmarks.leaf_sets import Leaves, count
 
 @dataclass(frozen=True)
 class Figure:
-    """A number of a compiled step.
+    """A number that is counted in a compiled step.
 
     Attributes:
-      key: of it in a row.
-      meaning: what it counts.
-      digits: how it is printed, as a format.
-      slack: by how much XLA's versions may differ, on a set of leaves.
+      key: its key in a row.
+      meaning: its name in messages.
+      digits: its format in messages.
+      slack: returns the difference between versions of XLA that is allowed on a set of leaves.
     """
 
     key: str
@@ -30,8 +30,9 @@ class Figure:
     slack: Callable[[Leaves], float]
 
 
-# In scalars and partial results of norms, JAX 0.10.2 and 0.12.0 differ by up to 1 kernel, 8 bytes
-# and, for each leaf, 700 bytes of memory. A kernel for each leaf is more, and so is a leaf's copy.
+# JAX 0.10.2 and 0.12.0 differ in scalars and in partial results of norms. The difference is at most
+# 1 kernel and 8 bytes, and 700 bytes of memory for each leaf. An extra kernel for each leaf, or an
+# extra copy of a leaf, exceeds the slack.
 KERNELS = Figure("kernels", "kernels", "d", lambda leaves: 1)
 BYTES = Figure("bytes", "bytes/parameter", ".4f", lambda leaves: 64 * len(leaves) / count(leaves))
 TEMPORARY = Figure(
@@ -40,17 +41,17 @@ TEMPORARY = Figure(
     ".4%",
     lambda leaves: 1024 * len(leaves) / (4 * count(leaves)),
 )
-# Of many devices. Layouts that pad a leaf differently are no difference between versions.
-HELD = Figure("held", "bytes held", ",d", lambda leaves: 1024 * len(leaves))
+# Figures of sharded steps. The slack for memory allows versions to pad a leaf differently.
+HELD = Figure("held", "bytes of memory per device", ",d", lambda leaves: 1024 * len(leaves))
 COLLECTIVES = Figure("collectives", "collectives", "d", lambda leaves: 0)
-TOLD = Figure("told", "bytes told", ",d", lambda leaves: 0)
+TOLD = Figure("told", "bytes of communication per device", ",d", lambda leaves: 0)
 
 FIGURES = (KERNELS, BYTES, TEMPORARY, HELD, COLLECTIVES, TOLD)
 
 
 @dataclass(frozen=True)
 class Change:
-    """A figure that is not the recorded one."""
+    """A figure that differs from the recorded one."""
 
     way: str
     figure: Figure
@@ -59,7 +60,7 @@ class Change:
 
     @property
     def worse(self) -> bool:
-        """More of anything is."""
+        """Return whether the figure is above the recorded one."""
         return self.measured > self.recorded
 
     def __str__(self) -> str:
@@ -68,12 +69,12 @@ class Change:
 
 
 def changes(recorded: Row, measured: Row, leaves: Leaves) -> Iterator[Change]:
-    """What differs between two rows by more than versions of XLA do.
+    """Yield the figures that differ between two rows by more than the slack.
 
     Args:
-      recorded: a row; empty if there is none.
-      measured: another, of the same case.
-      leaves: what one device holds of the set of leaves.
+      recorded: the recorded row; empty if there is none.
+      measured: the measured row of the same case.
+      leaves: the per-device shapes of the set of leaves.
     """
     for way in (way for way in WAYS if way in recorded and way in measured):
         for figure in (x for x in FIGURES if x.key in recorded[way]):

@@ -1,4 +1,4 @@
-"""What the rows of compiled steps look like: on the terminal, in Markdown, and in the README."""
+"""Tables of compiled steps for the terminal, for Markdown files and for the README."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -65,7 +65,7 @@ the chain: XLA compiles it.
 
 
 def title(leaf_set: str) -> str:
-    """A set of leaves and its size."""
+    """Return the title of a set of leaves: its name and size."""
     if leaf_set in SHARDED_SETS:
         shapes = (shape for shape, _ in SHARDED_SETS[leaf_set].leaves)
         return f"{leaf_set}: {in_words(leaves(shapes))}"
@@ -73,20 +73,20 @@ def title(leaf_set: str) -> str:
 
 
 def in_order(rows: Mapping[str, Row], leaf_set: str) -> list[Row]:
-    """The rows of one set of leaves, as far as there are any."""
+    """Return the known rows of one set of leaves, in the order of the optimizers."""
     return [rows[key] for name in CONTENDERS if (key := f"{leaf_set} / {name}") in rows]
 
 
 def markdown(device: str, rows: Mapping[str, Row], topology: str | None = None) -> str:
-    """The file beside the rows: a table for each set of leaves.
+    """Return the report in Markdown, with a table for each set of leaves.
 
     Args:
-      device: that is compiled for, by its name on the command line.
-      rows: by their cases.
-      topology: of several such devices.
+      device: the device's name on the command line.
+      rows: the rows by case.
+      topology: the topology of several devices; `None` for one device.
     """
     header = HEADERS[device]
-    if topology:  # where nothing is timed
+    if topology:  # sharded steps are not timed
         header = header[: header.index("- compile:")] + shared_report.header(device, topology)
     parts = [header]
     for leaf_set in (*COMPILED_SETS, *SHARDED_SETS):
@@ -97,7 +97,7 @@ def markdown(device: str, rows: Mapping[str, Row], topology: str | None = None) 
 
 
 def summary(rows: Mapping[str, Row]) -> str:
-    """The table of the README: ResNet-50, the chain → Triton's kernels."""
+    """Return the README's table of ResNet-50: the chain → the fused step by Triton."""
     lines = []
     for row in in_order(rows, "ResNet-50"):
         chain, fused = row["chain"], row["triton"]
@@ -114,7 +114,7 @@ def summary(rows: Mapping[str, Row]) -> str:
 
 
 def pod_summary(rows: Mapping[str, Row]) -> str:
-    """The table of the README: what a chip of a pod holds and is told, in two layouts."""
+    """Return the README's table of a pod: memory and communication per chip in two layouts."""
     layouts = {"16 × 16": "LLaMA-7B", "256": "LLaMA-7B, fully sharded"}
     lines = []
     for name in CONTENDERS:
@@ -131,14 +131,14 @@ def pod_summary(rows: Mapping[str, Row]) -> str:
 
 
 def _table(lines: Sequence[Mapping[str, str]]) -> str:
-    """In Markdown, from cells by column."""
+    """Format a table in Markdown from lines, each a mapping from columns to cells."""
     rows = [list(lines[0]), *(line.values() for line in lines)]
     header, *body = (f"| {' | '.join(row)} |" for row in rows)
     return "\n".join([header, "|" + "---|" * len(lines[0]), *body])
 
 
 def _cells(row: Row) -> dict[str, str]:
-    """One optimizer's, by column: the chain, and beside it the fused steps where there are any."""
+    """Return the cells of one optimizer by column: the chain → the fused steps, if any."""
     chain, *fused = (row[way] for way in WAYS if way in row)
 
     def cell(before: str, after: str) -> str:
@@ -164,11 +164,11 @@ def _times(chain: Row, fused: Sequence[Row]) -> dict[str, str]:
 
 
 def terminal(leaf_set: str, measured: Iterable[tuple[Row, Sequence[Change]]]) -> Table:
-    """The rows of one set of leaves: a line for each way, and what differs from the recorded one.
+    """Return a table of one set of leaves, a line for each way, with colours for changes.
 
     Args:
-      leaf_set: its name.
-      measured: rows, each with its changes.
+      leaf_set: the name of the set.
+      measured: the rows, each with its changes from the recorded row.
     """
     shared = leaf_set in SHARDED_SETS
     columns = ("held", "told") if shared else ("floor", "temporary", "compile")

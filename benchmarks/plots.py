@@ -1,4 +1,4 @@
-"""Draws the results: the same results make the same file."""
+"""Figures of the results; the same results give the same file."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -17,21 +17,21 @@ from benchmarks.latest import Row
 from benchmarks.leaf_sets import LEAF_SETS, count
 from benchmarks.peers import PEERS
 
-# Inches; a README shows 96 pixels in each.
+# Inches; a README shows 96 pixels per inch.
 WIDTH = 8.4
 
-# Of Okabe and Ito's palette, which every kind of colour vision can tell apart.
+# Okabe and Ito's palette, whose colours are distinct for every kind of colour vision.
 GREY, ORANGE, BLUE = "0.4", "#D55E00", "#0072B2"
 COLOURS = (GREY, ORANGE, BLUE, "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 MARKERS = "os^Dv<>"
 
 
 class Package(NamedTuple):
-    """Of optimizers.
+    """The appearance of a package of optimizers.
 
     Attributes:
-      label: for the legend.
-      colour: of its dots.
+      label: its label in the legend.
+      colour: the colour of its dots.
     """
 
     label: str
@@ -46,12 +46,12 @@ PACKAGES = {
 
 
 def scaling(columns: Mapping[str, Sequence[Row]], labels: Sequence[str], path: Path) -> None:
-    """Step and compile time of each optimizer against one number, and against another.
+    """Draw the step time and compile time of each optimizer against one or more numbers.
 
     Args:
       columns: rows of the scaling benchmark, by the number that varies among them.
-      labels: of these numbers.
-      path: of the figure.
+      labels: the axis labels of these numbers.
+      path: the path of the figure.
     """
     figure = Figure(figsize=(WIDTH, 5.2), layout="constrained")
     panels = figure.subplots(2, len(columns), sharex="col", sharey="row", squeeze=False)
@@ -81,7 +81,7 @@ def scaling(columns: Mapping[str, Sequence[Row]], labels: Sequence[str], path: P
 
 
 def line_styles(ways: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """A colour and a marker for each optimizer; its fused step's are dashed and hollow."""
+    """Return a style for each way; fused steps have dashed lines and hollow markers."""
     looks = itertools.cycle(zip(COLOURS, MARKERS, strict=True))
     looks_of = dict(zip(dict.fromkeys(map(chain_of, ways)), looks, strict=False))
     styles = {}
@@ -102,7 +102,7 @@ def line_styles(ways: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 def draw_line(
     axes: Axes, x: Sequence[float], samples: Sequence[Sequence[float]], **style: Any
 ) -> None:
-    """Through the medians, in a band between the quartiles."""
+    """Draw a line through the medians and a band between the quartiles."""
     if samples:
         low, median, high = np.transpose([np.quantile(x, (0.25, 0.5, 0.75)) for x in samples])
         axes.plot(x, median, **style)
@@ -110,12 +110,12 @@ def draw_line(
 
 
 def steps(results: Mapping[str, Mapping[str, Row]], target: float, path: Path) -> None:
-    """Time per byte of each optimizer's step, relative to adamw's, a panel for each set of leaves.
+    """Draw the time per byte of each optimizer relative to adamw, a panel for each set of leaves.
 
     Args:
       results: rows of the step benchmark, by the set of leaves and by the way.
-      target: to stay below.
-      path: of the figure.
+      target: the ratio that no chain should exceed.
+      path: the path of the figure.
     """
     ways = list(dict.fromkeys(itertools.chain(*results.values())))
     figure = Figure(figsize=(WIDTH, 0.19 * len(ways) + 1.3), layout="constrained")
@@ -147,7 +147,7 @@ def steps(results: Mapping[str, Mapping[str, Row]], target: float, path: Path) -
 
 
 def name_rows(axes: Axes, ways: Sequence[str]) -> None:
-    """From top to bottom, in the colours of their packages."""
+    """Name the rows from top to bottom, in the colours of their packages."""
     axes.set_yticks(range(len(ways)), ways)
     for label, way in zip(axes.get_yticklabels(), ways, strict=True):
         label.set_color(PACKAGES[package(way)].colour)
@@ -155,7 +155,7 @@ def name_rows(axes: Axes, ways: Sequence[str]) -> None:
 
 
 def draw_ratio(axes: Axes, y: int, way: str, row: Row) -> None:
-    """A dot at the median, a line between the quartiles."""
+    """Draw a dot at the median and a line between the quartiles."""
     colour = PACKAGES[package(way)].colour
     relative = np.array(row["times_ms"]) / row["median_ms"] * row["to_adamw_per_byte"]
     axes.plot(np.quantile(relative, (0.25, 0.75)), [y, y], color=colour, linewidth=1.6, alpha=0.45)
@@ -163,25 +163,25 @@ def draw_ratio(axes: Axes, y: int, way: str, row: Row) -> None:
 
 
 def package(way: str) -> str:
-    """Whose optimizer it is."""
+    """Return the package of the optimizer."""
     return "torch" if way in PEERS else CONTENDERS[chain_of(way)].package
 
 
 def size(leaf_set: str) -> str:
-    """Leaves and parameters, in words."""
+    """Describe the number of leaves and of parameters."""
     shapes = LEAF_SETS[leaf_set]
     leaves = f"{len(shapes)} {'leaf' if len(shapes) == 1 else 'leaves'}"
     return f"{leaves}, {count(shapes) / 1e6:.3g} M"
 
 
 def add_legend(figure: Figure, styles: Mapping[str, Mapping[str, Any]]) -> None:
-    """Above all panels."""
+    """Add a legend above all panels."""
     handles = [Line2D([], [], label=label, **style) for label, style in styles.items()]
     figure.legend(handles=handles, loc="outside upper center", ncols=4, fontsize=9, frameon=False)
 
 
 def tidy(axes: Axes) -> None:
-    """Small ticks, a faint grid behind the data, no box."""
+    """Use small ticks, a faint grid behind the data, and no box."""
     axes.tick_params(labelsize=8)
     axes.grid(color="0.92", linewidth=0.6)
     axes.set_axisbelow(True)
@@ -189,6 +189,6 @@ def tidy(axes: Axes) -> None:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Writes an SVG that depends on nothing but what is drawn."""
+    """Write an SVG whose content depends only on the figure."""
     with mpl.rc_context({"svg.hashsalt": "optax_ext"}):
         figure.savefig(path, metadata={"Date": None, "Creator": None})

@@ -1,8 +1,8 @@
-"""Times and compiles one step against the number of leaves, and of parameters.
+"""Step time and compile time of optimizers for several numbers of leaves and of parameters.
 
-A step is update and application, parameters and state donated; leaves are vectors of one length.
-Each optimizer takes turns with `optax.adamw`, on a GPU its fused step too. Before that all of them
-are compiled by themselves, without any cache.
+A step computes the update and applies it; parameters and state are donated. All leaves are vectors
+of one length. Each optimizer takes turns with optax.adamw, and on a GPU also with its own fused
+step. Before that, each step is compiled alone, without a cache.
 """
 
 import argparse
@@ -31,73 +31,73 @@ OPTIMIZERS = (REFERENCE, "fame", "vradam", "novak")
 
 LEAVES = (1, 3, 10, 30, 100, 300, 1000)
 PARAMETERS = tuple(10**i for i in range(3, 9))
-# Of every step whose number of leaves varies, and the other way round.
+# One of these numbers is fixed while the other varies.
 FIXED_PARAMETERS = 10**6
 FIXED_LEAVES = 10
 
-# Lengths are multiples of it: for odd ones XLA's CPU program takes much longer, adamw's too.
+# Lengths are multiples of this. With odd lengths, XLA's CPU programs are much slower, adamw's too.
 LENGTHS = 4
 
-# A turn is long beside the clock, and beside what a single call may suffer.
+# A turn is long in comparison with the resolution of the clock and the jitter of a call.
 PARAMETERS_PER_TURN = 10**6
 MOST_STEPS_PER_TURN = 100
 
-# What compiles in no time does so more often.
+# A step that compiles quickly is compiled more often.
 LEAST_COMPILATIONS, MOST_COMPILATIONS = 2, 5
 SECONDS_OF_COMPILATION = 3.0
 
 NOTES = (
-    "ms: median of a step, ± the interquartile range over its turns. × adamw: relative to"
-    " optax.adamw, turn by turn. compile: seconds by the clock to trace, lower and compile the step"
-    " once more, with nothing kept; median."
+    "ms: the median time of a step, ± the interquartile range over its turns. × adamw: the time"
+    " relative to optax.adamw, turn by turn. compile: the median wall-clock time in seconds to"
+    " trace, lower and compile the step without a cache."
 )
 
 
 class Point(NamedTuple):
-    """What the optimizers step on.
+    """The numbers of leaves and of parameters of one measurement.
 
     Attributes:
-      leaves: number of them, all vectors of one length.
-      parameters: in all leaves, but for a remainder.
+      leaves: the number of leaves, which are vectors of one length.
+      parameters: the number of parameters in all leaves, except for a remainder.
     """
 
     leaves: int
     parameters: int
 
     def case(self, way: str) -> str:
-        """Of a way to step."""
+        """Return the name of the case: this point and a way to run the step."""
         leaves = "1 leaf" if self.leaves == 1 else f"{self.leaves} leaves"
         return f"{leaves}, {self.parameters} parameters / {way}"
 
     def shapes(self) -> Leaves:
-        """Of the leaves."""
+        """Return the shapes of the leaves."""
         length = self.parameters // self.leaves
         return leaves([(max(length - length % LENGTHS, 1),)] * self.leaves)
 
     def steps_per_turn(self, platform: str) -> int:
-        """Many small steps, or a single large one on a CPU."""
+        """Return the number of steps per turn; small steps need more."""
         steps = min(PARAMETERS_PER_TURN // self.parameters, MOST_STEPS_PER_TURN)
         return max(steps, timing.STEPS_PER_TURN[platform])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measures what the command line selects; everything by default."""
+    """Measure the cases that the command line selects; all by default."""
     parser = make_parser()
     options = parser.parse_args(argv)
     device, circumstances, console = command_line.begin(parser, options, PACKAGES)
     path = latest.path(options.out, "scaling", options.device)
     by_leaves = [Point(number, FIXED_PARAMETERS) for number in options.leaves]
     by_parameters = [Point(FIXED_LEAVES, number) for number in options.parameters]
-    points = list(dict.fromkeys(by_leaves + by_parameters))  # they may have one in common
+    points = list(dict.fromkeys(by_leaves + by_parameters))  # both lists may contain the same point
     measured: dict[str, Row] = {}
     progress = command_line.progress_display(console)
     task = progress.add_task("", total=2 * len(points) * len(options.optimizers))
     with jax.default_device(device), progress:
-        # The compiler's own start is nobody's cost.
+        # Start the compiler first, so that no case includes its start.
         compile_seconds(Point(1, 1), REFERENCE, options.device)
         for point in points:
             compiled: dict[str, list[float]] = {}
-            for name in options.optimizers:  # before the first is timed, for it clears caches
+            for name in options.optimizers:  # before any timing, because it clears caches
                 progress.update(task, description=f"compile {point.case(name)}")
                 compiled |= compile_seconds(point, name, options.device)
                 progress.advance(task)
@@ -114,13 +114,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         draw(path)
     else:
         console.print(
-            "No figure without matplotlib: `python -m benchmarks summary` draws it later."
+            "The figure needs matplotlib. `python -m benchmarks summary` can draw it later."
         )
 
 
 def draw(path: Path) -> None:
-    """Draws a file of results beside it."""
-    from benchmarks import plots  # a machine that only measures does without matplotlib
+    """Draw the results of a file into an SVG in the same folder."""
+    from benchmarks import plots  # measuring alone does not need matplotlib
 
     rows = latest.load(path).values()
     columns = {
@@ -135,7 +135,7 @@ def draw(path: Path) -> None:
 
 
 def compile_seconds(point: Point, name: str, platform: str) -> dict[str, list[float]]:
-    """Seconds by the clock to compile each way of an optimizer's step from nothing."""
+    """Measure the wall-clock seconds to compile each way of an optimizer's step without a cache."""
     contender = CONTENDERS[name]
     grads = point.shapes()
     params = jax.eval_shape(contender.hold, grads)
@@ -156,7 +156,7 @@ def compile_seconds(point: Point, name: str, platform: str) -> dict[str, list[fl
 
 
 class Turns:
-    """Times optimizers at one point, each beside adamw."""
+    """The steps at one point; each optimizer takes turns with adamw."""
 
     def __init__(self, point: Point, platform: str, repeats: int):
         self.point, self.platform, self.repeats = point, platform, repeats
@@ -164,7 +164,7 @@ class Turns:
         self.reference = self.run(REFERENCE, "xla")
 
     def measure(self, name: str, compiled: Mapping[str, list[float]]) -> dict[str, Row]:
-        """A row for each way in which the optimizer's step can run here, by "point / way"."""
+        """Measure a row for each way to run the optimizer's step, by "point / way"."""
         backends = contenders.backends(name, self.platform)
         ways = {way: self.run(name, backends[way]) for way in backends if way != REFERENCE}
         times = timing.interleave(
@@ -180,7 +180,7 @@ class Turns:
         }
 
     def run(self, name: str, backend: str) -> timing.Run:
-        """An optimizer's steps."""
+        """Return a function that runs an optimizer's steps."""
         contender = CONTENDERS[name]
         params = contender.hold(jax.tree.map(jnp.ones_like, self.grads))
         step = fuse(contender.tx, backend=backend).step
@@ -188,12 +188,12 @@ class Turns:
 
 
 def make_row(times: timing.Times, reference: timing.Times, compiled: Sequence[float]) -> Row:
-    """What the table and the file say of one step.
+    """Return the row of one step for the table and the file.
 
     Args:
-      times: of the step.
-      reference: of adamw's, in the same turns.
-      compiled: seconds, of each compilation.
+      times: the times of the step.
+      reference: the times of adamw's step in the same turns.
+      compiled: the seconds of each compilation.
     """
     ratios = [x / y for x, y in zip(times.seconds, reference.seconds, strict=True)]
     return {
@@ -208,7 +208,7 @@ def make_row(times: timing.Times, reference: timing.Times, compiled: Sequence[fl
 
 
 def table(rows: Mapping[str, Row]) -> Table:
-    """All rows, for the terminal."""
+    """Return a table of all rows for the terminal."""
     columns = ("ms", "× adamw", "compile")
     drawn = command_line.make_table("Vectors of one length", ["optimizer"], columns)
     heading = None
@@ -228,7 +228,7 @@ def table(rows: Mapping[str, Row]) -> Table:
 
 
 def measurements(rows: Mapping[str, Row]) -> Iterator[history.Measurement]:
-    """What the history says of the rows: steps, and compilations."""
+    """Yield the measurements of the rows for the history: steps and compilations."""
     yield from latest.step_times("scaling", rows)
     for case, row in rows.items():
         spread = timing.interquartile_range(row["compile_times_s"])
@@ -236,11 +236,11 @@ def measurements(rows: Mapping[str, Row]) -> Iterator[history.Measurement]:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     parser = command_line.make_parser("scaling", __doc__)
     command_line.add_device(parser)
     for name, default, least, most, what in (
-        ("--leaves", LEAVES, 1, FIXED_PARAMETERS, f"of {FIXED_PARAMETERS} parameters together"),
+        ("--leaves", LEAVES, 1, FIXED_PARAMETERS, f"with {FIXED_PARAMETERS} parameters in all"),
         ("--parameters", PARAMETERS, FIXED_LEAVES, sys.maxsize, f"in {FIXED_LEAVES} leaves"),
     ):
         parser.add_argument(
@@ -249,7 +249,7 @@ def make_parser() -> argparse.ArgumentParser:
             type=functools.partial(_whole_number, least=least, most=most),
             default=list(default),
             metavar="N",
-            help=f"numbers of them, {what} (default: {' '.join(map(str, default))})",
+            help=f"numbers to measure, {what} (default: {' '.join(map(str, default))})",
         )
     command_line.add_optimizers(parser, OPTIMIZERS)
     command_line.add_repeats(parser)

@@ -1,4 +1,4 @@
-"""What the rows of steps that many devices share say beside those of one device."""
+"""Text and columns that the reports of sharded steps add to those of one device."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -25,12 +25,12 @@ _RESERVED = """\
 
 
 def header(device: str, topology: str) -> str:
-    """The text above the tables."""
+    """Return the text above the tables."""
     return _HEADER.format(topology=topology) + (_RESERVED if device == "tpu-aot" else "")
 
 
 def cells(row: Row) -> dict[str, str]:
-    """What each device holds and is told, by column: the chain → the fused steps."""
+    """Return the per-device memory and communication by column: the chain → the fused steps."""
     chain, *fused = (row[way] for way in WAYS if way in row)
 
     def cell(of: Callable[[Row], str]) -> str:
@@ -47,14 +47,14 @@ def cells(row: Row) -> dict[str, str]:
 
 
 def told(kinds: Mapping[str, Sequence[int]]) -> str:
-    """How many collectives of each kind, and how many numbers."""
+    """Format the number of collectives of each kind, and of elements in their results."""
     return ", ".join(f"{n} {kind} ({total:,})" for kind, (n, total) in kinds.items()) or "nothing"
 
 
-def percent_more(row: Row, held: int) -> str:
-    """What a device holds, but for the gradients, relative to the ideal."""
-    return f"{(held - row['gradients']) / row['ideal'] - 1:+.2%}"
+def percent_more(row: Row, memory: int) -> str:
+    """Format the per-device memory without gradients, relative to the ideal."""
+    return f"{(memory - row['gradients']) / row['ideal'] - 1:+.2%}"
 
 
-def _millions(row: Row, held: int) -> str:
-    return f"{(held - row['gradients']) / 1e6:.2f} ({percent_more(row, held)})"
+def _millions(row: Row, memory: int) -> str:
+    return f"{(memory - row['gradients']) / 1e6:.2f} ({percent_more(row, memory)})"

@@ -1,9 +1,10 @@
-"""Times one step of each optimizer on the parameters of known networks.
+"""Times of one step of each optimizer on the parameters of known networks.
 
-A step is update and application, compiled, parameters and state donated. Each optimizer takes turns
-with `optax.adamw` and with a copy of a large array, and is told in ratios to both: how much longer
-than adamw for each byte, and what share of the bandwidth. On a GPU its fused step takes turns too;
-on a CPU those of PyTorch do, where the extra `peers` is installed.
+A compiled step computes the update and applies it; parameters and state are donated. Each optimizer
+takes turns with optax.adamw and with a copy of a large array. Its row has two ratios: the time per
+byte relative to adamw, and the bandwidth relative to the copy. On a GPU, the fused step of each
+optimizer takes turns too. On a CPU, PyTorch's optimizers are timed if the extra `peers` is
+installed.
 """
 
 import argparse
@@ -25,19 +26,19 @@ from pallas_kernels import fuse
 PACKAGES = ("jax", "jaxlib", "optax", "torch", "pytorch_optimizer")
 COPY = "copy"
 
-# Time for a byte, relative to adamw's, that no chain should take longer than.
+# The time per byte, relative to adamw's, that no chain should exceed.
 TARGET = 1.15
 
 NOTES = (
-    "ms: median of a step, ± the interquartile range over its turns. bytes: that a step must move"
-    " for a parameter, again where it waits for a norm. GB/s: these by the time. of copy: share of"
-    " the bandwidth of a copy in place, which took turns with it. × adamw: time for a byte,"
-    " relative to optax.adamw, which took turns with it."
+    "ms: the median time of a step, ± the interquartile range over its turns. bytes: the bytes per"
+    " parameter that a step must move; bytes that are read again after a norm count twice. GB/s:"
+    " these bytes, divided by the time. of copy: the bandwidth relative to that of a copy in place,"
+    " measured in turns. × adamw: the time per byte relative to optax.adamw, measured in turns."
 )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measures what the command line selects; everything by default."""
+    """Measure the cases that the command line selects; all by default."""
     parser = make_parser()
     options = parser.parse_args(argv)
     try:
@@ -63,9 +64,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 class Turns:
-    """Times optimizers on one set of leaves, each beside adamw and a copy, which stay throughout.
+    """The steps on one set of leaves; each optimizer takes turns with adamw and a copy.
 
-    One at a time: all of them would not fit into memory.
+    Only adamw and the copy stay in memory. The optimizers are measured one by one, because all of
+    them would not fit into memory.
     """
 
     def __init__(self, leaf_set: str, platform: str, repeats: int):
@@ -79,7 +81,7 @@ class Turns:
         self.beside = {REFERENCE: self.chain(REFERENCE), COPY: timing.copying()}
 
     def measure(self, name: str) -> dict[str, Row]:
-        """A row for each way in which the optimizer's step can run here, by "set / way"."""
+        """Measure a row for each way to run the optimizer's step, by "set / way"."""
         ways = self.ways(name)
         times = timing.interleave(
             self.beside | ways,
@@ -97,7 +99,7 @@ class Turns:
         }
 
     def ways(self, name: str) -> dict[str, timing.Run]:
-        """The chain, on a GPU also fused; or a peer."""
+        """Return the chain, on a GPU also the fused step; or a baseline in PyTorch."""
         if name in PEERS:
             return {name: peers.running(name, [*self.params.values()], [*self.grads.values()])}
         return {
@@ -106,14 +108,14 @@ class Turns:
         }
 
     def chain(self, name: str, backend: str = "xla") -> timing.Run:
-        """A contender's step by XLA alone, or by another of the fuser's backends."""
+        """Return a function that runs a contender's steps with a backend of `fuse`."""
         contender = CONTENDERS[name]
         params = contender.hold(jax.tree.map(jnp.array, self.params))
         step = fuse(contender.tx, backend=backend).step
         return timing.donated(step, params, contender.tx.init(params), self.device_grads)
 
     def moved(self, name: str) -> float:
-        """Bytes that a step must move at least."""
+        """Return the least number of bytes that a step must move."""
         near = PEERS[name].near if name in PEERS else name
         return contenders.floor(near, self.leaf_set) * count(LEAF_SETS[self.leaf_set])
 
@@ -121,14 +123,14 @@ class Turns:
 def make_row(
     times: timing.Times, moved: float, parameters: int, bandwidth: float, reference: float
 ) -> Row:
-    """What the table and the file say of one step.
+    """Return the row of one step for the table and the file.
 
     Args:
-      times: of the step.
-      moved: bytes of the step, at least.
-      parameters: number of them.
-      bandwidth: bytes per second of the copy.
-      reference: seconds per byte of the reference.
+      times: the times of the step.
+      moved: the least number of bytes that the step must move.
+      parameters: the number of parameters.
+      bandwidth: the bytes per second of the copy.
+      reference: the seconds per byte of the reference.
     """
     return {
         "median_ms": 1e3 * times.median,
@@ -142,7 +144,7 @@ def make_row(
 
 
 def table(leaf_set: str, rows: Mapping[str, Row]) -> Table:
-    """The rows of one set of leaves, for the terminal."""
+    """Return a table of the rows of one set of leaves for the terminal."""
     title = f"{leaf_set}: {in_words(LEAF_SETS[leaf_set])}"
     columns = ("ms", "bytes", "GB/s", "of copy", "× adamw")
     drawn = command_line.make_table(title, ["optimizer"], columns)
@@ -159,7 +161,7 @@ def table(leaf_set: str, rows: Mapping[str, Row]) -> Table:
 
 
 def by_set(rows: Mapping[str, Row]) -> dict[str, dict[str, Row]]:
-    """The rows of each set of leaves by their ways, in the order of the tables of both."""
+    """Return the rows by set of leaves and by way, in the order of `LEAF_SETS` and `CONTENDERS`."""
     optimizers = [way for name in CONTENDERS for way in contenders.backends(name, "gpu")]
     found = {
         leaf_set: {
@@ -173,20 +175,20 @@ def by_set(rows: Mapping[str, Row]) -> dict[str, dict[str, Row]]:
 
 
 def choose(selected: Sequence[str] | None, platform: str) -> list[str]:
-    """The optimizers to time: those selected, or all that can run here."""
-    there = peers.installed() if platform == "cpu" else []
+    """Return the optimizers to time: the selected ones, or all that can run here."""
+    installed = peers.installed() if platform == "cpu" else []
     if selected is None:
-        return [*CONTENDERS, *there]
+        return [*CONTENDERS, *installed]
     for name in selected:
         if name in PEERS and platform != "cpu":
             raise ValueError(f"{name!r} is timed on a CPU only")
-        if name in PEERS and name not in there:
+        if name in PEERS and name not in installed:
             raise ValueError(f"{name!r} needs the extra `peers`, which is not installed")
     return list(selected)
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     parser = command_line.make_parser("step", __doc__)
     command_line.add_device(parser)
     command_line.add_sets(parser)
@@ -195,7 +197,8 @@ def make_parser() -> argparse.ArgumentParser:
         nargs="+",
         choices=[*CONTENDERS, *PEERS],
         metavar="NAME",
-        help=f"of {quoted(CONTENDERS)}; with the extra `peers`, of {quoted(PEERS)} (default: all)",
+        help=f"one or more of {quoted(CONTENDERS)}; with the extra `peers` also {quoted(PEERS)}"
+        " (default: all)",
     )
     command_line.add_repeats(parser)
     return parser

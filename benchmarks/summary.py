@@ -1,4 +1,4 @@
-"""Draws the figures from the latest results and fills README's tables; measures nothing."""
+"""Figures and README tables from the latest results; nothing is measured."""
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +12,7 @@ README = Path(__file__).parents[1] / "README.md"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Draws and fills in all that there are results for."""
+    """Draw the figures and fill in the tables for which there are results."""
     options = make_parser().parse_args(argv)
     draw: dict[str, Callable[[Path], None]] = {"step": draw_steps, "scaling": scaling.draw}
     for benchmark, draw_results in draw.items():
@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """The README's tables that there are results for, by the names of their places in it."""
+    """Return the README's tables for which there are results, by the names of their marks."""
     tables = {
         "step-table": (latest.path(folder, "step", "cpu"), table),
         "plan-table": (latest.path(folder, "plan", "h200-aot"), plan_report.summary),
@@ -43,12 +43,12 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 def draw_steps(path: Path) -> None:
-    """Draws a file of step times beside it."""
+    """Draw a file of step times into an SVG in the same folder."""
     plots.steps(step.by_set(latest.load(path)), step.TARGET, path.with_suffix(".svg"))
 
 
 def table(rows: Mapping[str, Row]) -> str:
-    """The README's table, in Markdown: optimizers by sets of leaves, and where it was measured."""
+    """Return the README's step table in Markdown, and the environment of its results."""
     results = step.by_set(rows)
     ways = dict.fromkeys(way for found in results.values() for way in found)
     lines = [
@@ -64,7 +64,10 @@ def table(rows: Mapping[str, Row]) -> str:
 
 
 def cell(way: str, row: Row | None) -> str:
-    """Time per byte relative to adamw's, in bold where a chain misses the target; milliseconds."""
+    """Format the time per byte relative to adamw, and milliseconds.
+
+    The ratio is bold if a chain misses the target.
+    """
     if row is None:
         return "–"
     ratio = f"{row['to_adamw_per_byte']:.2f}"
@@ -74,15 +77,18 @@ def cell(way: str, row: Row | None) -> str:
 
 
 def measured(row: Row) -> str:
-    """On what, with what, and when."""
+    """Describe the environment of a row: cores, versions and date."""
     cores = row["device"].removeprefix("cpu, ")
     return f"{cores} with {', '.join(map(' '.join, row['versions'].items()))}, {row['date']}"
 
 
 def fill(text: str, name: str, content: str) -> str:
-    """The README's text, with this content between two marks; `ValueError` without them.
+    """Return the README's text with this content between two marks.
 
-    They are HTML comments, which its readers don't see.
+    The marks are HTML comments, which a page does not show.
+
+    Raises:
+      ValueError: the text lacks a mark.
     """
     begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->\n"
     before, found, rest = text.partition(begin)
@@ -93,9 +99,13 @@ def fill(text: str, name: str, content: str) -> str:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     parser = command_line.make_parser("summary", __doc__)
     parser.add_argument(
-        "--readme", type=Path, default=README, metavar="FILE", help="to fill (default: README.md)"
+        "--readme",
+        type=Path,
+        default=README,
+        metavar="FILE",
+        help="the file to fill (default: README.md)",
     )
     return parser

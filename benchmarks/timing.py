@@ -1,7 +1,8 @@
-"""Times steps that take turns in one process, each drained before the next begins.
+"""Measurement of steps that take turns in one process.
 
-A machine that is busy, or slows down as it warms, then does so to all of them alike: what is
-compared was measured at the same time, and what is quoted alone is the less certain number.
+Each turn waits for its results before the next turn begins. If the machine is busy, or slows down
+as it gets warm, this affects all steps equally. Ratios of times from the same turns are therefore
+more reliable than single times.
 """
 
 import statistics
@@ -15,42 +16,42 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-# Does so many steps, and returns when the last of them is done.
+# Runs a number of steps, and returns when the last one is complete.
 Run = Callable[[int], object]
-# Takes its turn, and tells what a step of it took.
+# Runs one turn, and returns the seconds per step.
 Turn = Callable[[], float]
 
 Name = TypeVar("Name")
 
-# Eight times the last cache of a common server, five times that of an H200.
+# This is 8 times the last-level cache of a common server, and 5 times that of an H200.
 COPIED_PARAMETERS = 2**26
 
-# A CPU's step is long beside the call of it. A training never waits for a GPU between steps.
+# On a CPU, a step takes much longer than its call. On a GPU, training does not wait between steps.
 STEPS_PER_TURN = {"cpu": 1, "gpu": 10}
 
-# Read and written, of float32.
+# The bytes that a copy reads and writes for each float32.
 BYTES_PER_COPIED = 2 * 4
 
-# The first pays for compiling, the second for memory that was never touched.
+# The first turn includes compilation, the second the first access to new memory.
 DROPPED_TURNS = 2
 
-# Threads that wait for more work may spin for some milliseconds, on cores that the next one needs.
+# Idle threads may spin for some milliseconds, on cores that the next turn needs.
 REST_SECONDS = 0.02
 
 
 @dataclass(frozen=True)
 class Times:
-    """What one step took.
+    """The times of one step.
 
     Attributes:
-      seconds: of a step, a number for each turn.
+      seconds: the seconds per step, for each turn.
     """
 
     seconds: tuple[float, ...]
 
     @property
     def median(self) -> float:
-        """Half of the turns took longer."""
+        """The median over the turns."""
         return statistics.median(self.seconds)
 
     @property
@@ -60,7 +61,7 @@ class Times:
 
 
 def interquartile_range(values: Sequence[float]) -> float:
-    """Half of the values lie within one of this width."""
+    """Return the width of the interval from the first to the third quartile."""
     first, _, third = statistics.quantiles(values, n=4, method="inclusive")
     return third - first
 
@@ -73,15 +74,15 @@ def interleave(
     clock: Callable[[], float] = time.perf_counter,
     rest: Callable[[float], object] = time.sleep,
 ) -> dict[str, Times]:
-    """Times of each run, in turns A B C A B C; the first turns are not counted.
+    """Time each run, in turns A B C A B C; the first turns don't count.
 
     Args:
-      runs: what to time, in the order of their turns.
-      repeats: turns that count, at least 2.
-      steps_per_turn: steps between drains. On a GPU several, which hides the latency of a launch
-        as a training does.
-      clock: seconds since some time.
-      rest: waits for so many seconds, before each turn.
+      runs: the runs to time, in the order of their turns.
+      repeats: the number of turns that count, at least 2.
+      steps_per_turn: the number of steps before the results are waited for. On a GPU, several steps
+        hide the latency of a launch, as in training.
+      clock: returns the time in seconds.
+      rest: waits for a number of seconds, before each turn.
     """
 
     def turn(run: Run) -> float:
@@ -93,7 +94,7 @@ def interleave(
 
 
 def by_turns(turns: Mapping[Name, Turn], *, repeats: int, dropped: int) -> dict[Name, Times]:
-    """Times of each, in turns A B C A B C; the first `dropped` are not counted."""
+    """Time each of them, in turns A B C A B C; the first `dropped` turns don't count."""
     seconds: dict[Name, list[float]] = {name: [] for name in turns}
     for _ in range(dropped + repeats):
         for name, turn in turns.items():
@@ -102,7 +103,7 @@ def by_turns(turns: Mapping[Name, Turn], *, repeats: int, dropped: int) -> dict[
 
 
 def stopwatch(run: Run, steps: int, clock: Callable[[], float] = time.perf_counter) -> float:
-    """The seconds of all these steps."""
+    """Measure the seconds of all these steps together."""
     begin = clock()
     run(steps)
     return clock() - begin
@@ -110,11 +111,13 @@ def stopwatch(run: Run, steps: int, clock: Callable[[], float] = time.perf_count
 
 @dataclass
 class InPlace:
-    """Runs a compiled `program(params, state, grads) -> (params, state)`, a call for each step.
+    """A run of a compiled `program(params, state, grads) -> (params, state)`, a call per step.
 
     Attributes:
-      program: takes the memory of its first two arguments for its results.
-      params: of the last call, as is the state.
+      program: the program, which donates its first two arguments.
+      params: the parameters after the last call.
+      state: the optimizer's state after the last call.
+      grads: the gradients of every call.
     """
 
     program: Callable[..., tuple[Any, Any]]
@@ -123,28 +126,29 @@ class InPlace:
     grads: Any
 
     def __call__(self, steps: int) -> None:
-        """Returns when the results are there."""
+        """Run a number of steps and wait for the results."""
         for _ in range(steps):
             self.params, self.state = self.program(self.params, self.state, self.grads)
         jax.block_until_ready((self.params, self.state))
 
 
 def donated(step: Callable[..., tuple[Any, Any]], params: Any, state: Any, grads: Any) -> InPlace:
-    """Runs `step(params, state, grads) -> (params, state)`, the first two in place."""
+    """Return a run of `step(params, state, grads)` with donated parameters and state."""
     return InPlace(jax.jit(step, donate_argnums=(0, 1)), params, state, grads)
 
 
 def in_loop(step: Callable[..., tuple[Any, Any]], steps: int) -> Callable[..., tuple[Any, Any]]:
-    """`step(params, state, grads)`, done so many times inside of one program.
+    """Return a program that runs `step(params, state, grads)` a number of times in a loop.
 
-    A call of a program takes time for each array that it is given, for a network's hundreds longer
-    than a GPU's step. A training pays that once, for gradients and step together.
+    A call of a program takes time for each of its arguments. For the hundreds of arrays of a
+    network, this is more than the step of a GPU takes. Training has this cost only once for
+    gradient and step together, so it is not counted as part of a step.
     """
 
     def program(params, state, grads):
         def body(_, carried):
             params, state = carried
-            # Else XLA computes once, before the loop, what depends on the gradients alone.
+            # Otherwise XLA moves computation that depends on the gradients only out of the loop.
             params, varying = lax.optimization_barrier((params, grads))
             return step(params, state, varying)
 
@@ -154,12 +158,14 @@ def in_loop(step: Callable[..., tuple[Any, Any]], steps: int) -> Callable[..., t
 
 
 def per_step(run: Run, steps_per_call: int, clock: Callable[[], float] = time.perf_counter) -> Turn:
-    """Times a program made by `in_loop` by two calls less one: what a call costs is no step's.
+    """Return a turn that times a program from `in_loop` without the overhead of its call.
+
+    The turn subtracts the time of one call from the time of two calls.
 
     Args:
-      run: does so many calls.
-      steps_per_call: the steps in each of them.
-      clock: seconds since some time.
+      run: runs a number of calls.
+      steps_per_call: the number of steps in each call.
+      clock: returns the time in seconds.
     """
 
     def turn() -> float:
@@ -170,19 +176,20 @@ def per_step(run: Run, steps_per_call: int, clock: Callable[[], float] = time.pe
 
 
 def copying() -> Run:
-    """Reads and writes one large array, in place as the parameters are: the machine's bandwidth.
+    """Return a run that reads and writes one large array, to measure the memory's bandwidth.
 
-    A copy to elsewhere would be slower on a CPU, which also loads what it will overwrite.
+    The array is written in place, like the parameters. A copy to another array would be slower on
+    a CPU, which also loads the memory that it overwrites.
     """
     return donated(copy_step, jnp.ones(COPIED_PARAMETERS), (), ())
 
 
 def copy_step(x: jax.Array, state: Any, grads: Any) -> tuple[jax.Array, Any]:
-    """The step of `copying`."""
+    """Negate an array; this is the step of `copying`."""
     del grads
     return -x, state
 
 
 def copied_bytes() -> int:
-    """Read and written by a step of `copying`."""
+    """Return the bytes that a step of `copying` reads and writes."""
     return BYTES_PER_COPIED * COPIED_PARAMETERS

@@ -1,8 +1,8 @@
-"""Times whole training steps of two small Flax networks: what share of them the optimizer takes.
+"""Times of whole training steps of two small Flax networks, and the optimizer's share of them.
 
-In turns: the gradient alone, the step with `optax.adamw`, the step with each optimizer, and that
-optimizer's own step on a gradient that is there. On a GPU each fused step takes turns too. The
-share is what the gradient alone does not take of the whole step, turn by turn.
+Four programs take turns: the gradient alone, the training step with optax.adamw, the training step
+with each optimizer, and the step of that optimizer alone, on a gradient in memory. On a GPU, each
+fused step takes turns too. The optimizer's share is (step - gradient) / step, turn by turn.
 """
 
 import argparse
@@ -25,22 +25,23 @@ from pallas_kernels import fuse
 PACKAGES = ("jax", "jaxlib", "flax", "optax")
 GRADIENT = "gradient"
 
-# More than other benchmarks, for a share is the small difference of two long times.
+# More than in other benchmarks, because a share is the small difference of two long times.
 REPEATS = 20
 
 NOTES = (
-    "ms: of the whole training step, median ± interquartile range over its turns; of the gradient"
-    " by itself, its outputs kept, over all of its turns. × adamw: relative to the step with"
-    " optax.adamw, turn by turn. share: (step - gradient) / step, turn by turn, in percent; where"
-    " its range is wider than the share, read no more than that it is small. alone: ms of the"
-    " optimizer's step by itself, in place, on a gradient in memory. The share need not be alone /"
-    " ms: in a whole step XLA may fuse the update into the gradient's last operations, run both"
-    " side by side, and find the gradient in a cache. It falls as a batch grows; these are small."
+    "ms: the time of the whole training step, median ± interquartile range over its turns. The"
+    " gradient alone writes all of its outputs; its row is over all of its turns. × adamw: the"
+    " time relative to the training step with optax.adamw, turn by turn. share: (step - gradient) /"
+    " step, turn by turn, in percent. If its range is wider than the share, conclude only that the"
+    " share is small. alone: the time in ms of the optimizer's step alone, in place, on a gradient"
+    " in memory. The share can differ from alone / ms: in a whole step, XLA may fuse the update"
+    " into the gradient's last operations, run both in parallel, and find the gradient in a cache."
+    " The share falls as the batch grows; these batches are small."
 )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measures what the command line selects; everything by default."""
+    """Measure the cases that the command line selects; all by default."""
     parser = make_parser()
     options = parser.parse_args(argv)
     device, circumstances, console = command_line.begin(parser, options, PACKAGES)
@@ -62,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 class Turns:
-    """Times the training of one network, by each optimizer beside adamw and the gradient alone."""
+    """The training steps of one network; each takes turns with adamw and the gradient alone."""
 
     def __init__(self, name: str, platform: str, repeats: int):
         self.name, self.platform, self.repeats = name, platform, repeats
@@ -72,7 +73,7 @@ class Turns:
         self.beside = {GRADIENT: self.gradient_alone(), REFERENCE: self.whole(REFERENCE)}
 
     def measure(self, name: str) -> dict[str, Row]:
-        """A row for each way in which the optimizer can run here, by "network / way"."""
+        """Measure a row for each way to run the optimizer's step, by "network / way"."""
         backends = contenders.backends(name, self.platform)
         whole = {
             way: self.beside[way] if way == REFERENCE else self.whole(name, backend)
@@ -93,14 +94,14 @@ class Turns:
         }
 
     def whole(self, name: str, backend: str = "xla") -> timing.Run:
-        """Training steps: the gradient and the update in one program."""
+        """Return a run of training steps: gradient and update in one program."""
         contender = CONTENDERS[name]
         params = contender.hold(jax.tree.map(jnp.copy, self.network.params))
         step = training_step(self.network.loss, contender, backend)
         return timing.donated(step, params, contender.tx.init(params), self.network.batch)
 
     def alone(self, name: str, backend: str) -> timing.Run:
-        """The optimizer's steps, always with the same gradient."""
+        """Return a run of the optimizer's steps, always with the same gradient."""
         contender = CONTENDERS[name]
         params = contender.hold(jax.tree.map(jnp.copy, self.network.params))
         grads = self.gradient(self.network.params, self.network.batch)
@@ -108,7 +109,10 @@ class Turns:
         return timing.donated(step, params, contender.tx.init(params), grads)
 
     def gradient_alone(self) -> timing.Run:
-        """Gradients at the initial parameters; as outputs, all of them must be computed."""
+        """Return a run that computes the gradient at the initial parameters.
+
+        The program returns all gradients, so XLA must compute all of them.
+        """
 
         def run(steps: int) -> None:
             grads = None
@@ -122,11 +126,14 @@ class Turns:
 def training_step(
     loss: Callable[[Any, Any], jax.Array], contender: Contender, backend: str = "xla"
 ) -> Callable[..., tuple[Any, Any]]:
-    """A function `(held params, state, batch) -> (held params, state)`."""
+    """Return a function `(params, state, batch) -> (params, state)`.
+
+    Its parameters have the form that `Contender.hold` returns.
+    """
     update = fuse(contender.tx, backend=backend).step
 
-    def step(held, state, batch):
-        return update(held, state, jax.grad(loss)(trained(held), batch))
+    def step(params, state, batch):
+        return update(params, state, jax.grad(loss)(trained(params), batch))
 
     return step
 
@@ -134,13 +141,13 @@ def training_step(
 def make_row(
     whole: timing.Times, gradient: timing.Times, alone: timing.Times, reference: timing.Times
 ) -> Row:
-    """What the table and the file say of one training step, from times of the same turns.
+    """Return the row of one training step for the table and the file, from the same turns.
 
     Args:
-      whole: of the training step.
-      gradient: of its gradient alone.
-      alone: of its optimizer alone.
-      reference: of the training step with adamw.
+      whole: the times of the training step.
+      gradient: the times of its gradient alone.
+      alone: the times of its optimizer alone.
+      reference: the times of the training step with adamw.
     """
     ratios = [x / y for x, y in zip(whole.seconds, reference.seconds, strict=True)]
     shares = [1 - x / y for x, y in zip(gradient.seconds, whole.seconds, strict=True)]
@@ -162,7 +169,7 @@ def make_row(
 
 
 def table(title: str, rows: Mapping[str, Row]) -> Table:
-    """The rows of one network, for the terminal, below its gradient's."""
+    """Return a table of one network for the terminal: the gradient alone, then the rows."""
     columns = ("ms", "× adamw", "share, %", "alone")
     drawn = command_line.make_table(title, ["optimizer"], columns)
     gradients = [ms for row in rows.values() for ms in row["gradient_times_ms"]]
@@ -180,7 +187,7 @@ def table(title: str, rows: Mapping[str, Row]) -> Table:
 
 
 def measurements(rows: Mapping[str, Row]) -> Iterator[history.Measurement]:
-    """What the history says of the rows: whole steps, and shares."""
+    """Yield the measurements of the rows for the history: whole steps and shares."""
     yield from latest.step_times("train", rows)
     for case, row in rows.items():
         share, spread = 100 * row["share"], 100 * row["share_spread"]
@@ -188,7 +195,7 @@ def measurements(rows: Mapping[str, Row]) -> Iterator[history.Measurement]:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     parser = command_line.make_parser("train", __doc__)
     command_line.add_device(parser)
     command_line.add_choices(parser, "--networks", NETWORKS)

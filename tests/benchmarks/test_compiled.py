@@ -166,7 +166,7 @@ def test_devices_that_share_leaves_run_what_is_recorded():
         (["--topology=many"], "--topology many: "),
         (["--topology=1x1x8", "--sets=ragged"], "the sets for a --topology are LLaMA-7B"),
         (["--sets=small LLaMA"], "the sets for one device are ragged"),
-        (["--topology=1x1x8", "--record"], "--record needs --sets"),
+        (["--topology=1x1x8", "--record"], "--record with a --topology needs --sets"),
         (["--topology=1x1x2"], "plan --record --device h200-aot --topology 1x1x2 --sets LLaMA-7B"),
     ],
 )
