@@ -1,11 +1,11 @@
 """Five recent optimizers for Optax, and the pieces that they are built from."""
 
+from optax_ext.architecture import Architecture, architecture
 from optax_ext.methods.caadam import caadam
 from optax_ext.methods.dualadam import dualadam, invadam
 from optax_ext.methods.fame import fame
 from optax_ext.methods.novak import novak
 from optax_ext.methods.vradam import vradam
-from optax_ext.network import Architecture, architecture
 from optax_ext.shardings import state_shardings
 from optax_ext.transforms.autoscaling import autoscale
 from optax_ext.transforms.bias_correction import correct_bias

@@ -6,8 +6,8 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from optax_ext import _checks
-from optax_ext._units import Overrides
-from optax_ext.network import Architecture
+from optax_ext._connection_units import Overrides
+from optax_ext.architecture import Architecture
 from optax_ext.transforms.bias_correction import correct_bias
 from optax_ext.transforms.connections import scale_by_connections
 from optax_ext.transforms.joins import ratio, scale_by_moments

@@ -19,9 +19,9 @@ from jax.typing import ArrayLike
 from numpy.typing import NDArray
 
 from optax_ext import _checks
+from optax_ext._connection_units import Connection, Overrides, find_units
 from optax_ext._numerics import scalar_dtype, scale_each
-from optax_ext._units import Connection, Overrides, find_units
-from optax_ext.network import Architecture
+from optax_ext.architecture import Architecture
 
 
 def additive(s: ArrayLike, x: NDArray[Any]) -> Any:

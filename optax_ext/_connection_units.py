@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import optax
 
-from optax_ext import _checks, _modules, _paths
-from optax_ext.network import Architecture
+from optax_ext import _checks, _module_tree
+from optax_ext.architecture import Architecture
 
 Overrides = Mapping[str, Mapping[str, float]]
 
@@ -53,7 +53,7 @@ def find_units(
         known = ", ".join(map(repr, members))
         raise ValueError(f"overrides names {sorted(unknown)}, which are not among {known}")
 
-    order = list(members) if units == "leaf" else sorted(members, key=_paths.natural)
+    order = list(members) if units == "leaf" else sorted(members, key=_module_tree.natural)
     found, index = [], 0
     for path in order:
         unit = _unit(path, members[path], units, index)
@@ -66,7 +66,7 @@ def find_units(
 class _Leaf(NamedTuple):
     """A leaf of a unit; its depth is `None` if only the unit's place in the tree is known."""
 
-    shape: _modules.Shape
+    shape: _module_tree.Shape
     connections: float | None
     depth: float | None
 
@@ -78,12 +78,12 @@ class _Leaf(NamedTuple):
 def _named_floats(params: optax.Params) -> list[tuple[str, Any]]:
     if params is None:
         raise ValueError("params must be a tree of arrays, got None")
-    named = _paths.named_arrays(params)
+    named = _module_tree.named_arrays(params)
     _checks.float_leaves(params=params)
     return named
 
 
-def _leaf(path: str, shape: _modules.Shape, architecture: Architecture) -> _Leaf:
+def _leaf(path: str, shape: _module_tree.Shape, architecture: Architecture) -> _Leaf:
     if path not in architecture:
         known = ", ".join(map(repr, list(architecture)[:4]))
         raise ValueError(
@@ -93,15 +93,15 @@ def _leaf(path: str, shape: _modules.Shape, architecture: Architecture) -> _Leaf
     return _Leaf(shape, placed.connections, placed.depth)
 
 
-def _leaves_by_shape(shapes: dict[str, _modules.Shape], units: str) -> dict[str, _Leaf]:
+def _leaves_by_shape(shapes: dict[str, _module_tree.Shape], units: str) -> dict[str, _Leaf]:
     """Return the leaves; a kernel has as many connections as elements."""
     if units == "leaf":  # the authors' rule
         kernels = {path for path, shape in shapes.items() if len(shape) > 1}
     else:
         kernels = {
             paths[i]
-            for paths in _paths.modules(shapes).values()
-            for i in _modules.kernels_by_shape([shapes[path] for path in paths])
+            for paths in _module_tree.modules(shapes).values()
+            for i in _module_tree.kernels_by_shape([shapes[path] for path in paths])
         }
     return {
         path: _Leaf(shape, math.prod(shape) if path in kernels else None, None)
@@ -112,11 +112,11 @@ def _leaves_by_shape(shapes: dict[str, _modules.Shape], units: str) -> dict[str,
 def _units_by_module(leaves: dict[str, _Leaf]) -> dict[str, str]:
     """Return the unit of every leaf: its module, or its kernel if the module has several."""
     unit_of: dict[str, str] = {}
-    for module, paths in _paths.modules(leaves).items():
+    for module, paths in _module_tree.modules(leaves).items():
         inside = [leaves[path] for path in paths]
         kernels = [i for i, leaf in enumerate(inside) if leaf.connections is not None]
         shapes, depths = [leaf.shape for leaf in inside], [leaf.depth or 0 for leaf in inside]
-        goes_with = _modules.kernels_of(paths, shapes, kernels, depths)
+        goes_with = _module_tree.kernels_of(paths, shapes, kernels, depths)
         for path, kernel in zip(paths, goes_with, strict=True):
             unit_of[path] = module if kernel is None or len(kernels) == 1 else paths[kernel]
     return unit_of
