@@ -5,7 +5,6 @@ which depend on the inputs. `Data` carry their level: the number of operations w
 longest path from the inputs. Nothing here knows modules or optimizers.
 """
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -14,10 +13,9 @@ import numpy as np
 from jax.extend.core import Jaxpr, Literal
 from numpy.typing import NDArray
 
-# Identifies weights: the index of a parameter, and for each stack that they are a layer of, the
-# token of the loop that takes the layers.
+# Identifies weights: the index of a parameter, then a token for each scan that takes a layer of it.
 Key = tuple[Any, ...]
-# The levels of all layers of a stack, or of the one that is no stack.
+# One level for each layer of a stack, or for a whole parameter.
 Levels = NDArray[np.int64]
 
 
@@ -27,13 +25,15 @@ class Part(NamedTuple):
     Attributes:
       key: which parameter and layer.
       long_axes: number of its axes that are longer than 1.
-      size: number of its elements; 0 if it was sliced or rearranged, so that the rows of an array
-        can't be recognized as its layers.
+      size: number of its elements; 0 if it was rearranged, so that the rows of an array can't be
+        recognized as its layers.
+      sliced: whether only a slice of it is left, it isn't known which.
     """
 
     key: Key
     long_axes: int
     size: int
+    sliced: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,26 +68,16 @@ class Use(NamedTuple):
       long_axes: number of its axes that are longer than 1.
       in_operation: whether an operation sums over it or looks it up. Otherwise it is used
         elementwise.
+      obstacle: what hides how it is used, such as "sliced" or "in pallas_call"; or empty.
     """
 
     key: Key
     long_axes: int
     in_operation: bool
+    obstacle: str
 
 
 Uses = dict[Use, Levels]
-
-
-class Found(NamedTuple):
-    """What a computation does with one parameter.
-
-    Attributes:
-      uses: the levels of the first use of each kind, one for each layer.
-      obstacles: what hides how it is used, in words: "sliced", "in pallas_call".
-    """
-
-    uses: Uses
-    obstacles: set[str]
 
 
 # The primitives that sum products of two operands or look up rows, and the operands that may be
@@ -116,26 +106,28 @@ _COMBINES = ("reduce", "scatter", "select_and")
 _NOISE = ("random_", "rng_", "threefry")
 
 
-def find_uses(jaxpr: Any, n_params: int) -> list[Found]:
-    """Return what a jaxpr does with each of its first `n_params` arguments; the others are data."""
+def find_uses(jaxpr: Any, n_params: int) -> list[Uses]:
+    """Return the levels at which a jaxpr first uses each of its first `n_params` arguments.
+
+    The other arguments are data.
+    """
     arguments: list[Value] = [Data()] * len(_open(jaxpr).invars)
     for i, var in enumerate(_open(jaxpr).invars[:n_params]):
         long_axes = sum(length != 1 for length in var.aval.shape)
         arguments[i] = Weights(frozenset([Part((i,), long_axes, var.aval.size)]))
     run = _Run()
     run.jaxpr(jaxpr, arguments)
-    found = [Found({}, run.obstacles[i]) for i in range(n_params)]
+    found: list[Uses] = [{} for _ in range(n_params)]
     for use, levels in run.uses.items():
-        found[use.key[0]].uses[use] = levels
+        found[use.key[0]][use] = levels
     return found
 
 
 @dataclass
 class _Run:
-    """What the run has seen so far."""
+    """The uses that the run has seen so far."""
 
     uses: Uses = field(default_factory=dict)
-    obstacles: defaultdict[int, set[str]] = field(default_factory=lambda: defaultdict(set))
 
     def jaxpr(self, jaxpr: Any, arguments: Sequence[Value]) -> list[Value]:
         """Return the results of a jaxpr, open or closed."""
@@ -186,13 +178,14 @@ class _Run:
                 continue
             of_value = _kernels(value.parts, opaque) if i in operands else set[Part]()
             for part in value.parts:
+                obstacle = "sliced" if part.sliced else ""
+                if opaque and part in of_value:
+                    obstacle = f"in {name}"
                 # What is added to a result belongs to the operation before.
                 depth = level if i in operands else max(level - 1, 0)
-                self.record(Use(part.key, part.long_axes, part in of_value), np.array([depth]))
+                use = Use(part.key, part.long_axes, part in of_value, obstacle)
+                self.record(use, np.array([depth]))
             kernels |= of_value
-        if opaque:
-            for part in kernels:
-                self.obstacles[part.key[0]].add(f"in {name}")
         is_new = not all(_has_passed(part.key, passed) for part in kernels)
         return Data(level + is_new, passed.union(part.key for part in kernels))
 
@@ -203,11 +196,9 @@ class _Run:
 
     def prepare(self, eqn: Any, values: Sequence[Value]) -> Weights:
         """Return what is made of parameters alone."""
-        parts = _parts(values)
-        name = eqn.primitive.name
+        parts, name = _parts(values), eqn.primitive.name
         if name in _SLICES:
-            for part in parts:
-                self.obstacles[part.key[0]].add("sliced")
+            parts = frozenset(part._replace(sliced=True) for part in parts)
         if name in _REARRANGES:
             parts = frozenset(part._replace(size=0) for part in parts)
         return Weights(parts)
@@ -249,7 +240,7 @@ class _Run:
             return [*carry, *[CONSTANT] * (len(eqn.outvars) - n_carry)]
         loop = _Loop(length, eqn.params["reverse"])
         stacked = list(zip(values, eqn.invars, strict=True))[n_consts + n_carry :]
-        layers = [self.layer(value, var.aval.size, loop) for value, var in stacked]
+        layers = [loop.layer(value, var.aval.size) for value, var in stacked]
         steps: list[_Step] = []
         outside = self.uses
         while len(steps) < length and _steady_growth(steps) is None:
@@ -268,18 +259,6 @@ class _Run:
         columns = zip(*(step.outputs for step in steps), last, strict=True)
         collected = [self.either(column) for column in list(columns)[n_carry:]]
         return loop.after_all([*last[:n_carry], *collected])
-
-    def layer(self, value: Value, array_size: int, loop: "_Loop") -> Value:
-        """Return the layer that a step of the loop takes of a stack."""
-        if isinstance(value, Data):
-            return value
-        parts = set[Part]()
-        for part in value.parts:
-            if part.size == 0:
-                self.obstacles[part.key[0]].add("sliced")
-            # A larger array repeats the whole part in each of its layers.
-            parts.add(loop.layer(part) if part.size == array_size else part)
-        return Weights(frozenset(parts))
 
 
 class _Step(NamedTuple):
@@ -321,10 +300,25 @@ class _Loop:
         self.reverse = reverse
         self.now, self.past = object(), object()
 
-    def layer(self, stack: Part) -> Part:
-        """Return the layer that the current step takes of a stack."""
-        long_axes = stack.long_axes - (self.length != 1)
-        return Part((*stack.key, self.now), long_axes, stack.size // self.length)
+    def layer(self, value: Value, array_size: int) -> Value:
+        """Return what a step takes of an array."""
+        if isinstance(value, Data):
+            return value
+
+        def layer(part: Part) -> Part:
+            if part.size == 0:
+                return part._replace(sliced=True)
+            if part.size != array_size:  # the array repeats the part
+                return part
+            long_axes = part.long_axes - (self.length != 1)
+            return Part((*part.key, self.now), long_axes, part.size // self.length)
+
+        return Weights(frozenset(map(layer, value.parts)))
+
+    def stack_key(self, key: Key) -> Key:
+        """Return the key of the stack that a layer is from, or the key itself."""
+        tokens = (i for i, token in enumerate(key) if token in (self.now, self.past))
+        return key[: next(tokens, len(key))]
 
     def after_step(self, values: Iterable[Value]) -> list[Value]:
         """Return the results of a step as they are to the next one."""
@@ -338,36 +332,33 @@ class _Loop:
         """Return the results of the loop, with whole stacks for their layers."""
 
         def stack(part: Part) -> Part:
-            if self.past not in part.key:
+            key = self.stack_key(part.key)
+            if key == part.key:
                 return part
             long_axes = part.long_axes + (self.length != 1)
-            return Part(_before(part.key, self.past), long_axes, part.size * self.length)
+            return Part(key, long_axes, part.size * self.length, part.sliced)
 
-        return [_mapped(x, lambda key: _before(key, self.past), stack) for x in values]
+        return [_mapped(value, self.stack_key, stack) for value in values]
 
     def uses(
         self, steps: Sequence[_Step], growth: dict[Any, Any], rest: int
     ) -> Iterator[tuple[Use, Levels]]:
         """Return the uses in all steps; `rest` more steps follow, in which the levels grow."""
         for use in dict.fromkeys(use for step in steps for use in step.uses):
-            levels = np.stack([step.uses[use] for step in steps if use in step.uses])
-            if self.now not in use.key:
+            first = next(step.uses[use] for step in steps if use in step.uses)
+            levels = np.stack([step.uses.get(use, first) for step in steps])
+            key = self.stack_key(use.key)
+            if key == use.key:
                 yield use, levels.min(axis=0)
                 continue
-            if use in growth:
-                more = np.arange(1, rest + 1)[:, None] * growth[use]
-                levels = np.concatenate([levels, levels[-1] + more])
-            ordered = levels[:: -1 if self.reverse else 1]
-            yield use._replace(key=_before(use.key, self.now)), ordered.reshape(-1)
+            more = np.arange(1, rest + 1)[:, None] * growth.get(use, 0)
+            levels = np.concatenate([levels, levels[-1] + more])
+            yield use._replace(key=key), levels[:: -1 if self.reverse else 1].reshape(-1)
 
 
 def earliest(a: Levels, b: Levels) -> Levels:
     """Return the smaller level of each layer; those of `a` if `b` has other layers."""
     return np.minimum(a, b) if 1 in (a.size, b.size) or a.size == b.size else a
-
-
-def _before(key: Key, token: object) -> Key:
-    return key[: key.index(token)] if token in key else key
 
 
 def _mapped(value: Value, on_key: Callable[[Key], Key], on_part: Callable[[Part], Part]) -> Value:

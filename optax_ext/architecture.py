@@ -1,6 +1,5 @@
 """The architecture of a network, read from its computation: depth and connections."""
 
-import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import numpy as np
 import optax
 
 from optax_ext import _module_tree
-from optax_ext._tracing import Found, earliest, find_uses
+from optax_ext._tracing import Uses, earliest, find_uses
 
 
 class Placed(NamedTuple):
@@ -69,7 +68,9 @@ class Architecture(Mapping[str, Placed]):
         lines = [f"{'path':<{width}}  connections  depth  note"]
         for path, count, depth, note in self.parameters:
             connections = "-" if count is None else f"{count:.10g}"
-            lines.append(f"{path:<{width}}  {connections:>11}  {depth:>5.4g}  {note}".rstrip())
+            lines.append(
+                f"{path:<{width}}  {connections:>11}  {round(depth, 3):>5}  {note}".rstrip()
+            )
         return "\n".join(lines)
 
 
@@ -82,36 +83,33 @@ def architecture(
     names and shapes. The computation is traced, not run. `jax.jit`, `jax.checkpoint`, loops,
     branches and custom derivatives are looked into.
 
-    An *operation* sums products of data and weights (a dense layer, a convolution, attention's
-    projections, `einsum`) or looks up rows of weights (an embedding). The inputs have the level
-    :math:`\ell = 0`, and every other value has the maximum over its operands, where operations
-    add 1:
+    *Depth.* An operation o sums products of data and weights (a dense layer, a convolution,
+    attention's projections, `einsum`) or looks up rows of weights (an embedding). It is one level
+    deeper than its deepest operand x if its weights w are new on the way to it; all other results
+    are as deep as their deepest operand. The inputs have level 0.
 
-    .. math:: d(w) = \min_{o \ni w} \max_{x \in o} \ell(x), \qquad
-      \ell(o) = \max_{x \in o} \ell(x) + \begin{cases} 1 & w \text{ is new on the way to } o \\
-      0 & \text{else} \end{cases}
+    .. math:: \ell(o) = \max_{x \in o} \ell(x) + [w \text{ is new}], \qquad
+      d(w) = \min_{o \ni w} \max_{x \in o} \ell(x)
 
-    So the depth d is the longest path from the inputs to the first use of w. Weights count once on
-    a path: a recurrent network is as deep after a thousand steps as after one. What is not used by
-    an operation but added to its result or multiplied with it, as a bias, a normalization or a
-    table of positions, has the depth of this operation.
+    So the depth d is the longest path from the inputs to the first use of w, and a recurrent
+    network is as deep after a thousand steps as after one. What is added to the result of an
+    operation or multiplied with it, as a bias or a normalization, has the depth of the operation.
 
-    *Connections.* A kernel has as many connections c as elements: in × out for a dense layer,
+    *Connections.* A kernel has as many connections as elements: in × out for a dense layer,
     window × in/groups × out for a convolution, vocabulary × features for an embedding.
 
-    *Stacked layers.* If `lax.scan` takes the layers of a stack one after the other, c is that of
-    one layer and d is the mean of their depths. At the mean, the scale by depth is the geometric
-    mean of the scales that the layers would have alone. The time does not depend on the length of
-    the scan: its body is read until all depths in it grow by the same number from step to step,
-    twice in a row, and they are assumed to go on like that. A stack that is sliced in another way,
-    as `stack[i]`, or flipped or joined with others before the scan, is read by its shape alone: all
-    its layers count as one, and the `note` says "sliced".
+    *Stacked layers.* If `lax.scan` takes the layers of a stack one after the other, the connections
+    are those of one layer, and the depth is the mean over the layers. The body is read only until
+    all levels in it grow by the same numbers in two steps; they are assumed to go on like that, so
+    the time does not depend on the length. A stack that is sliced in another way, as `stack[i]`, or
+    is flipped or joined with others before, is read by its shape: all layers count as one, at the
+    depth of the first use, and its `note` says "sliced".
 
     *Prepared weights.* Weights may be cast, masked, normalized or multiplied with each other on the
-    way to an operation. Its kernels are the leaves with the most axes longer than 1. Others, such
-    as the norms of weight normalization, have its depth. Weights that data choose or modulate, as
-    `where(mask, w1, w2)`, `lax.cond(mask, w1, w2)` or `w * f(x)` with data `mask` and `x`, are used
-    elementwise there. The result is data, so a product with it is no operation.
+    way to an operation. Its kernels are the leaves with the most axes longer than 1; the others,
+    such as the norms of weight normalization, have its depth. Weights that data choose or modulate,
+    as `where(mask, w1, w2)` or `w * f(x)` with data `mask` and `x`, are used elementwise there. The
+    result is data, so a product with it is no operation.
 
     *Notes.* What the computation doesn't tell is read from shapes and the module tree. A leaf that
     is used only elementwise counts its elements if more than one of its axes is longer than 1,
@@ -158,8 +156,8 @@ def architecture(
     arrays = _arrays(params)
     jaxpr = _trace(apply_fn, params, example_inputs)
     leaves = {
-        path: _Leaf(path, jnp.shape(array), found)
-        for (path, array), found in zip(arrays, find_uses(jaxpr, len(arrays)), strict=True)
+        path: _Leaf(path, jnp.shape(array), uses)
+        for (path, array), uses in zip(arrays, find_uses(jaxpr, len(arrays)), strict=True)
     }
     if not any(leaf.levels for leaf in leaves.values()):
         raise ValueError(
@@ -186,34 +184,35 @@ class _Leaf:
 
     path: str
     shape: tuple[int, ...]
-    found: Found
+    all_uses: Uses
 
     @cached_property
     def is_in_operation(self) -> bool:
         """Whether an operation sums over it or looks it up."""
-        return any(use.in_operation for use in self.found.uses)
+        return any(use.in_operation for use in self.all_uses)
+
+    @cached_property
+    def uses(self) -> Uses:
+        """Its uses in operations, or all uses if there are none."""
+        kind = self.is_in_operation
+        return {use: levels for use, levels in self.all_uses.items() if use.in_operation == kind}
 
     @cached_property
     def levels(self) -> list[int]:
         """The levels of the first uses of its layers, each level once; empty if it isn't used."""
-        first = [
-            levels
-            for use, levels in self.found.uses.items()
-            if use.in_operation == self.is_in_operation
-        ]
-        return np.unique(reduce(earliest, first)).tolist() if first else []
+        return np.unique(reduce(earliest, self.uses.values())).tolist() if self.uses else []
 
     def placed(self, module: list["_Leaf"], module_depth: int) -> Placed:
         """Return its place, by its shape and its module where the computation doesn't tell."""
-        if not self.levels:
-            connections = math.prod(self.shape) if self.is_kernel_by_shape(module) else None
-            return Placed(self.path, connections, module_depth, "by shape and path: not used")
-        connections, reasons = None, sorted(self.found.obstacles)
-        if self.is_in_operation or self.is_kernel_by_shape(module):
-            connections = _shorter(math.prod(self.shape) / len(self.levels))
-            reasons += [] if self.is_in_operation else ["used elementwise"]
-        depth = _shorter(sum(self.levels) / len(self.levels))
-        note = f"by shape: {', '.join(reasons)}" if reasons else ""
+        is_kernel = self.is_in_operation or self.is_kernel_by_shape(module)
+        connections, depth = math.prod(self.shape) if is_kernel else None, module_depth
+        note = "by shape and path: not used"
+        if self.levels:
+            depth = _shorter(sum(self.levels) / len(self.levels))
+            connections = connections and _shorter(connections / len(self.levels))
+            reasons = sorted({use.obstacle for use in self.uses if use.obstacle})
+            reasons += ["used elementwise"] if is_kernel and not self.is_in_operation else []
+            note = f"by shape: {', '.join(reasons)}" if reasons else ""
         return Placed(self.path, connections, depth, note)
 
     def is_kernel_by_shape(self, module: list["_Leaf"]) -> bool:
@@ -221,7 +220,7 @@ class _Leaf:
         kernels = [leaf.shape for leaf in module if leaf.is_in_operation]
         if self.levels:
             is_bias = any(_module_tree.is_bias_of(self.shape, kernel) for kernel in kernels)
-            return not is_bias and all(use.long_axes > 1 for use in self.found.uses)
+            return not is_bias and all(use.long_axes > 1 for use in self.uses)
         by_shape = _module_tree.kernels_by_shape([leaf.shape for leaf in module])
         return not kernels and module.index(self) in by_shape
 
@@ -256,27 +255,12 @@ def _trace(apply_fn: Callable[..., Any], params: Any, inputs: tuple[Any, ...]) -
             if _module_tree.is_array(leaf)
         ]
 
-    _check_number(apply_fn, inputs)
     try:
         return jax.make_jaxpr(apply)(*(leaves[i] for i in traced))
     except Exception as error:
         raise ValueError(
             f"apply_fn must take params and example_inputs, got {_described(inputs)}, for which it"
             f" raises {type(error).__name__}: {error}"
-        ) from error
-
-
-def _check_number(apply_fn: Callable[..., Any], inputs: tuple[Any, ...]) -> None:
-    try:
-        signature = inspect.signature(apply_fn)
-    except (TypeError, ValueError):  # some callables have none; the trace will tell
-        return
-    try:
-        signature.bind(None, *inputs)
-    except TypeError as error:
-        raise ValueError(
-            f"example_inputs must be what apply_fn takes after params, got {len(inputs)}: {error}"
-            " (keywords are given by functools.partial(apply_fn, ...))"
         ) from error
 
 
