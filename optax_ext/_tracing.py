@@ -245,9 +245,9 @@ class _Run:
         outside = self.uses
         while len(steps) < length and _steady_growth(steps) is None:
             self.uses = {}
-            outputs = loop.after_step(self.jaxpr(body, [*consts, *carry, *layers]))
-            steps.append(_Step(outputs, self.uses))
-            carry = outputs[:n_carry]
+            outputs = self.jaxpr(body, [*consts, *carry, *layers])
+            carry = loop.carried(outputs[:n_carry])
+            steps.append(_Step([*carry, *outputs[n_carry:]], self.uses))
         self.uses = outside
         growth, rest = _steady_growth(steps) or {}, length - len(steps)
         for use, levels in loop.uses(steps, growth, rest):
@@ -320,25 +320,29 @@ class _Loop:
         tokens = (i for i, token in enumerate(key) if token in (self.now, self.past))
         return key[: next(tokens, len(key))]
 
-    def after_step(self, values: Iterable[Value]) -> list[Value]:
-        """Return the results of a step as they are to the next one."""
+    def stack(self, part: Part) -> Part:
+        """Return the stack that a layer is from, or the part itself."""
+        key = self.stack_key(part.key)
+        if key == part.key:
+            return part
+        long_axes = part.long_axes + (self.length != 1)
+        return Part(key, long_axes, part.size * self.length, part.sliced)
+
+    def carried(self, values: Iterable[Value]) -> list[Value]:
+        """Return results of a step as they are to the next one; its layer is past."""
 
         def aged(key: Key) -> Key:
             return tuple(self.past if token is self.now else token for token in key)
 
-        return [_mapped(x, aged, lambda part: part._replace(key=aged(part.key))) for x in values]
+        def lost(part: Part) -> Part:
+            stack = self.stack(part)
+            return part if stack == part else stack._replace(size=0, sliced=True)
+
+        return [_mapped(value, aged, lost) for value in values]
 
     def after_all(self, values: Iterable[Value]) -> list[Value]:
         """Return the results of the loop, with whole stacks for their layers."""
-
-        def stack(part: Part) -> Part:
-            key = self.stack_key(part.key)
-            if key == part.key:
-                return part
-            long_axes = part.long_axes + (self.length != 1)
-            return Part(key, long_axes, part.size * self.length, part.sliced)
-
-        return [_mapped(value, self.stack_key, stack) for value in values]
+        return [_mapped(value, self.stack_key, self.stack) for value in values]
 
     def uses(
         self, steps: Sequence[_Step], growth: dict[Any, Any], rest: int

@@ -205,15 +205,16 @@ class _Leaf:
     def placed(self, module: list["_Leaf"], module_depth: int) -> Placed:
         """Return its place, by its shape and its module where the computation doesn't tell."""
         is_kernel = self.is_in_operation or self.is_kernel_by_shape(module)
-        connections, depth = math.prod(self.shape) if is_kernel else None, module_depth
-        note = "by shape and path: not used"
-        if self.levels:
-            depth = _shorter(sum(self.levels) / len(self.levels))
-            connections = connections and _shorter(connections / len(self.levels))
-            reasons = sorted({use.obstacle for use in self.uses if use.obstacle})
-            reasons += ["used elementwise"] if is_kernel and not self.is_in_operation else []
-            note = f"by shape: {', '.join(reasons)}" if reasons else ""
-        return Placed(self.path, connections, depth, note)
+        elements = math.prod(self.shape) if is_kernel else None
+        if not self.levels:
+            return Placed(self.path, elements, module_depth, "by shape and path: not used")
+        depth = _shorter(sum(self.levels) / len(self.levels))
+        if elements is None:
+            return Placed(self.path, None, depth, "")
+        reasons = sorted({use.obstacle for use in self.uses if use.obstacle})
+        reasons += [] if self.is_in_operation else ["used elementwise"]
+        note = f"by shape: {', '.join(reasons)}" if reasons else ""
+        return Placed(self.path, _shorter(elements / len(self.levels)), depth, note)
 
     def is_kernel_by_shape(self, module: list["_Leaf"]) -> bool:
         """Return whether it counts though no operation sums over it or looks it up."""

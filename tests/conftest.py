@@ -33,7 +33,7 @@ def pytest_configure(config: pytest.Config) -> None:
         jax.config.update("jax_compilation_cache_dir", str(cache.mkdir("compiled")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    # Most trees of the tests are no networks; `test_units.py` tests the warning.
+    # Most trees of the tests are no networks; `test_connection_units.py` tests the warning.
     config.addinivalue_line("filterwarnings", "ignore:.*nothing will be scaled:UserWarning")
 
 

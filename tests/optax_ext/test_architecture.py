@@ -1,6 +1,7 @@
-"""Depth and connections of known networks, derived by hand, from their traced computations."""
+"""Depth and connections of networks with known answers, read from their traced computations."""
 
 from functools import partial
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -9,119 +10,15 @@ from flax import linen, nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
-from jax.custom_batching import custom_vmap
-from jax.custom_derivatives import linear_call
 from jax.experimental import pallas as pl
-from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AxisType, PartitionSpec
 
 import optax_ext
-from support.networks import KEY, depths, linen_parts, nnx_parts, places, read, shape, shapes
+from optax_ext import _tracing
+from support.networks import KEY, depths, linen_parts, nnx_parts, notes, places, read, shape, shapes
 
-
-class Plain(linen.Module):
-    """A convolutional network, one layer after the other."""
-
-    @linen.compact
-    def __call__(self, x):
-        for features in (4, 6, 8):
-            x = linen.Conv(features, (3, 3))(x)
-            x = linen.relu(linen.BatchNorm(use_running_average=True)(x))
-        x = linen.avg_pool(x, (2, 2), (2, 2)).reshape(x.shape[0], -1)
-        x = linen.LayerNorm()(linen.Dense(5)(x))
-        return linen.Dense(3)(x)
-
-
-class PlainNnx(nnx.Module):
-    def __init__(self, rngs):
-        self.a_conv = nnx.Conv(3, 4, (3, 3), rngs=rngs)
-        self.b_conv = nnx.Conv(4, 6, (3, 3), rngs=rngs)
-        self.b_norm = nnx.BatchNorm(6, use_running_average=True, rngs=rngs)
-        self.c_out = nnx.Linear(6, 2, rngs=rngs)
-
-    def __call__(self, x):
-        x = nnx.relu(self.b_norm(self.b_conv(nnx.relu(self.a_conv(x)))))
-        return self.c_out(x.mean((1, 2)))
-
-
-class Mlp(linen.Module):
-    @linen.compact
-    def __call__(self, x):
-        for features in (8, 6, 4):
-            x = linen.gelu(linen.Dense(features)(x))
-        return linen.Dense(2)(x)
-
-
-IMAGES = shape(2, 8, 8, 3)
-
-
-@pytest.mark.parametrize(
-    ("apply", "params", "inputs"),
-    [
-        pytest.param(*linen_parts(Mlp(), shape(2, 3)), shape(2, 3), id="linen-mlp"),
-        pytest.param(*linen_parts(Plain(), IMAGES), IMAGES, id="linen-convnet"),
-        pytest.param(*nnx_parts(PlainNnx), IMAGES, id="nnx-convnet"),
-    ],
-)
-@pytest.mark.parametrize("scaling", ["additive", "multiplicative", "signed", "depth"])
-def test_plain_networks_are_what_names_and_shapes_tell(apply, params, inputs, scaling):
-    architecture = optax_ext.architecture(apply, params, inputs)
-    table = optax_ext.connection_table(params, scaling=scaling, architecture=architecture)
-    assert table == optax_ext.connection_table(params, scaling=scaling)
-    assert not any(placed.note for placed in architecture.parameters)
-
-
-class Residual(linen.Module):
-    """Two convolutions, or three with a bottleneck, beside a projection where sizes change."""
-
-    features: int
-    bottleneck: bool = False
-
-    @linen.compact
-    def __call__(self, x):
-        windows = [(1, 1), (3, 3), (1, 1)] if self.bottleneck else [(3, 3), (3, 3)]
-        y = x
-        for i, window in enumerate(windows):
-            y = linen.relu(y)
-            y = linen.Conv(self.features, window, use_bias=False, name=f"conv{i}")(y)
-            y = linen.BatchNorm(use_running_average=True)(y)
-        if x.shape != y.shape:
-            x = linen.Conv(self.features, (1, 1), name="project")(x)
-        return x + y
-
-
-class ResNet(linen.Module):
-    bottleneck: bool = False
-
-    @linen.compact
-    def __call__(self, x):
-        x = linen.Conv(4, (7, 7), name="stem")(x)
-        for i, features in enumerate((4, 8)):
-            x = Residual(features, self.bottleneck, name=f"block{i}")(x)
-        return linen.Dense(10, name="head")(x.mean((1, 2)))
-
-
-def test_resnet():
-    """The projection starts where the block does; the block is as deep as its longer branch."""
-    assert read(*linen_parts(ResNet(), IMAGES), IMAGES) == {
-        "stem": (7 * 7 * 3 * 4, 0),
-        "block0/conv0": (3 * 3 * 4 * 4, 1),
-        "block0/conv1": (3 * 3 * 4 * 4, 2),
-        "block1/conv0": (3 * 3 * 4 * 8, 3),
-        "block1/conv1": (3 * 3 * 8 * 8, 4),
-        "block1/project": (4 * 8, 3),
-        "head": (80, 5),
-    }
-
-
-def test_bottleneck_resnet():
-    assert depths(*linen_parts(ResNet(bottleneck=True), IMAGES), IMAGES) == {
-        "stem": 0,
-        **{f"block0/conv{i}": 1 + i for i in range(3)},
-        **{f"block1/conv{i}": 4 + i for i in range(3)},
-        "block1/project": 4,
-        "head": 7,
-    }
+IMAGES, ROWS = shape(2, 8, 8, 3), shape(2, 4)
+TOKENS = shape(2, 6, dtype=jnp.int32)
 
 
 class Encoder(linen.Module):
@@ -133,97 +30,39 @@ class Encoder(linen.Module):
         return x + linen.Dense(8, name="down")(linen.gelu(y))
 
 
-ENCODER = {
-    **{f"attend/{name}": (8 * 2 * 4, 0) for name in ("query", "key", "value")},
-    "attend/out": (2 * 4 * 8, 1),
-    "up": (8 * 16, 2),
-    "down": (16 * 8, 3),
+# Queries, keys and values are one step of depth.
+ATTENTION = {"query": (64, 0), "key": (64, 0), "value": (64, 0), "out": (64, 1)}
+BLOCK = {
+    **{f"block/attend/{name}": (count, 1 + depth) for name, (count, depth) in ATTENTION.items()},
+    "block/up": (8 * 16, 3),
+    "block/down": (16 * 8, 4),
 }
 
 
-def deeper(places, prefix, depth):
-    return {f"{prefix}{path}": (count, depth + d) for path, (count, d) in places.items()}
+class Transformer(linen.Module):
+    """The embedding is also the head; a table of positions is added."""
 
-
-class Vit(linen.Module):
-    @linen.compact
-    def __call__(self, x):
-        x = linen.Conv(8, (4, 4), strides=(4, 4), name="patches")(x).reshape(x.shape[0], 4, 8)
-        x = x + self.param("positions", linen.initializers.zeros, (1, 4, 8))
-        for i in range(2):
-            x = Encoder(name=f"block{i}")(x)
-        return linen.Dense(5, name="head")(x.mean(1))
-
-
-def test_vit():
-    """Queries, keys and values are one step of depth; a table that is added stands beside it."""
-    apply, params = linen_parts(Vit(), IMAGES)
-    architecture = optax_ext.architecture(apply, params, IMAGES)
-    assert places(architecture, params) == {
-        "": (4 * 8, 0),
-        "patches": (4 * 4 * 3 * 8, 0),
-        **deeper(ENCODER, "block0/", 1),
-        **deeper(ENCODER, "block1/", 5),
-        "head": (40, 9),
-    }
-    notes = {path: placed.note for path, placed in architecture.items() if placed.note}
-    assert notes == {"positions": "by shape: used elementwise"}
-    assert architecture["block0/attend/query/bias"].connections is None  # though it has two axes
-    assert architecture.max_depth == 9
-
-
-class EncoderNnx(nnx.Module):
-    def __init__(self, rngs):
-        self.norm = nnx.LayerNorm(8, rngs=rngs)
-        self.attend = nnx.MultiHeadAttention(2, 8, decode=False, rngs=rngs)
-        self.up = nnx.Linear(8, 16, rngs=rngs)
-        self.down = nnx.Linear(16, 8, rngs=rngs)
-
-    def __call__(self, x):
-        x = x + self.attend(self.norm(x))
-        return x + self.down(nnx.gelu(self.up(x)))
-
-
-def test_attention_of_nnx():
-    assert read(*nnx_parts(EncoderNnx), shape(2, 5, 8)) == ENCODER
-
-
-class TiedTransformer(linen.Module):
     @linen.compact
     def __call__(self, tokens):
         embed = linen.Embed(50, 8, name="tokens")
-        x = embed(tokens)
-        x = x + linen.Embed(10, 8, name="positions")(jnp.arange(tokens.shape[1])[None])
-        for i in range(2):
-            x = Encoder(name=f"block{i}")(x)
+        positions = self.param("positions", linen.initializers.zeros, (1, 6, 8))
+        x = Encoder(name="block")(embed(tokens) + positions)
         return embed.attend(linen.LayerNorm()(x))
 
 
-def test_tied_embedding_counts_where_it_is_first_used():
-    tokens = shape(2, 6, dtype=jnp.int32)
-    assert read(*linen_parts(TiedTransformer(), tokens), tokens) == {
-        "tokens": (50 * 8, 0),
-        "positions": (10 * 8, 0),
-        **deeper(ENCODER, "block0/", 1),
-        **deeper(ENCODER, "block1/", 5),
-    }
+class Convolutions(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        x = linen.Conv(12, (3, 3), feature_group_count=3, name="depthwise")(x)
+        x = linen.Conv(8, (3, 3), feature_group_count=4, name="grouped")(x)
+        return linen.ConvTranspose(2, (2, 2), strides=(2, 2), name="upsample")(x)
 
 
-def test_grouped_convolutions_have_connections_within_groups_only():
-    class Separable(linen.Module):
-        @linen.compact
-        def __call__(self, x):
-            x = linen.Conv(12, (1, 1), name="expand")(x)
-            x = linen.Conv(12, (3, 3), feature_group_count=12, name="depthwise")(x)
-            x = linen.Conv(8, (3, 3), feature_group_count=4, name="grouped")(x)
-            return linen.ConvTranspose(2, (2, 2), strides=(2, 2), name="upsample")(x)
-
-    assert read(*linen_parts(Separable(), IMAGES), IMAGES) == {
-        "expand": (3 * 12, 0),
-        "depthwise": (3 * 3 * 12, 1),
-        "grouped": (3 * 3 * 3 * 8, 2),
-        "upsample": (2 * 2 * 8 * 2, 3),
-    }
+CONVOLUTIONS = {
+    "depthwise": (3 * 3 * 12, 0),
+    "grouped": (3 * 3 * 3 * 8, 1),
+    "upsample": (2 * 2 * 8 * 2, 2),
+}
 
 
 class Layer(linen.Module):
@@ -244,90 +83,91 @@ class Scanned(linen.Module):
         return linen.Dense(2, name="out")(x)
 
 
-@pytest.mark.parametrize("remat", [False, True])
-def test_stacked_layers_have_the_connections_of_one_and_their_mean_depth(remat):
-    """Three layers of two steps, from depth 1 on: 1, 3, 5 and 2, 4, 6."""
-    apply, params = linen_parts(Scanned(remat), shape(2, 3))
-    architecture = optax_ext.architecture(apply, params, shape(2, 3))
-    assert places(architecture, params) == {
-        "in": (24, 0),
-        "stack/up": (8 * 16, 3),
-        "stack/down": (16 * 8, 4),
-        "out": (16, 7),
-    }
-    assert architecture.max_depth == 7
-    assert architecture["stack/norm/scale"].connections is None  # two axes, but one is the stack's
+# Three layers of two steps each, from depth 1 on: 1, 3, 5 and 2, 4, 6.
+SCANNED = {
+    "in": (32, 0),
+    "stack/up": (8 * 16, 3),
+    "stack/down": (16 * 8, 4),
+    "out": (16, 7),
+}
 
 
-def test_stacked_layers_of_nnx():
-    class Stack(nnx.Module):
-        def __init__(self, rngs):
-            create = nnx.vmap(lambda rngs: nnx.Linear(4, 4, rngs=rngs))
-            self.stack = nnx.split_rngs(splits=3)(create)(rngs)
-            self.out = nnx.Linear(4, 2, rngs=rngs)
-
-        def __call__(self, x):
-            step = nnx.scan(lambda x, layer: layer(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
-            return self.out(step(x, self.stack))
-
-    assert read(*nnx_parts(Stack), shape(2, 4)) == {"stack": (16, 1), "out": (8, 3)}
+class Recurrent(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        x = linen.RNN(linen.OptimizedLSTMCell(4, name="cell"), name="rnn")(x)
+        return linen.Dense(2, name="out")(jnp.asarray(x)[:, -1])
 
 
-def test_control_by_data():
-    """A branch waits for what chooses it, and a loop may not run at all."""
-
-    def chosen(params, x):
-        waits = (x @ params["a"]["kernel"] @ params["b"]["kernel"]).sum() > 0
-        return lax.cond(waits, lambda: x, lambda: -x) @ params["out"]["kernel"]
-
-    def skipped(params, x):
-        y = x @ params["a"]["kernel"] @ params["b"]["kernel"]
-        y = lax.while_loop(lambda y: y.sum() > 1, lambda _: x @ params["c"]["kernel"], y)
-        return y @ params["out"]["kernel"]
-
-    params = shapes(a=(4, 4), b=(4, 4), out=(4, 4))
-    assert depths(chosen, params, shape(2, 4)) == {"a": 0, "b": 1, "out": 2}
-    params = params | shapes(c=(4, 4))
-    assert depths(skipped, params, shape(2, 4)) == {"a": 0, "b": 1, "c": 0, "out": 2}
+RECURRENT = {
+    **{f"cell/i{gate}": (12, 0) for gate in "ifgo"},
+    **{f"cell/h{gate}": (16, 1) for gate in "ifgo"},
+    "out": (8, 2),
+}
 
 
-def test_shared_weights_on_branches():
-    """The first use is the nearest to the input, whichever comes first in the program."""
-    params = shapes(deep=(4, 4), head=(4, 4), out=(4, 4))
-
-    def pyramid(params, x):
-        deep = x @ params["deep"]["kernel"] @ params["head"]["kernel"]
-        return (deep + x @ params["head"]["kernel"]) @ params["out"]["kernel"]
-
-    assert depths(pyramid, params, shape(2, 4)) == {"deep": 0, "head": 0, "out": 2}
-
-
-@pytest.mark.parametrize("length", [4, 50])
-def test_recurrent_network_is_as_deep_in_one_step_as_in_many(length):
-    class Recurrent(linen.Module):
-        @linen.compact
-        def __call__(self, x):
-            x = linen.RNN(linen.OptimizedLSTMCell(4), name="rnn")(x)
-            return linen.Dense(2, name="out")(jnp.asarray(x)[:, -1])
-
-    inputs = shape(2, length, 3)
-    found = read(*linen_parts(Recurrent(), inputs), inputs)
-    cell = {path.rsplit("/", 1)[-1]: place for path, place in found.items()}
-    into = {f"i{gate}": (12, 0) for gate in "ifgo"}
-    assert cell == {**into, **{f"h{gate}": (16, 1) for gate in "ifgo"}, "out": (8, 2)}
+def test_tables_that_are_added():
+    """A table of positions has the depth of the embedding that it is added to."""
+    apply, params = linen_parts(Transformer(), TOKENS)
+    architecture = optax_ext.architecture(apply, params, TOKENS)
+    assert notes(architecture) == {"positions": "by shape: used elementwise"}
+    assert places(architecture, params) == {"": (6 * 8, 0), "tokens": (50 * 8, 0), **BLOCK}
+    assert architecture["block/attend/query/bias"].connections is None  # though it has two axes
+    assert architecture.max_depth == 4
 
 
-def test_recurrent_network_of_nnx():
-    class Recurrent(nnx.Module):
-        def __init__(self, rngs):
-            self.rnn = nnx.RNN(nnx.SimpleCell(3, 4, rngs=rngs), rngs=rngs)
-            self.out = nnx.Linear(4, 2, rngs=rngs)
+def attention_nnx(rngs):
+    return nnx.MultiHeadAttention(2, 8, decode=False, rngs=rngs)
 
-        def __call__(self, x):
-            return self.out(jnp.asarray(self.rnn(x))[:, -1])
 
-    found = depths(*nnx_parts(Recurrent), shape(2, 5, 3))
-    assert found == {"rnn/cell/dense_i": 0, "rnn/cell/dense_h": 1, "out": 2}
+class ScannedNnx(nnx.Module):
+    def __init__(self, rngs):
+        create = nnx.vmap(lambda rngs: nnx.Linear(4, 4, rngs=rngs))
+        self.stack = nnx.split_rngs(splits=3)(create)(rngs)
+        self.out = nnx.LoRALinear(4, 2, lora_rank=3, lora_param_type=nnx.Param, rngs=rngs)
+
+    def __call__(self, x):
+        step = nnx.scan(lambda x, layer: layer(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+        return self.out(step(x, self.stack))
+
+
+ADAPTED = {
+    "stack": (16, 1),
+    "out": (8, 3),
+    "out/lora/lora_a": (12, 3),
+    "out/lora/lora_b": (6, 4),  # the adapter's second product is a step of its own
+}
+
+
+def haiku_parts():
+    """Its modules are keys with slashes, and `layer_stack` scans over a dictionary of them."""
+
+    def layer(x, params):
+        norm, linear = params["stack/norm"], params["stack/linear"]
+        x = x / x.std() * norm["scale"][None] + norm["offset"][None]
+        return jnp.tanh(x @ linear["w"] + linear["b"][None]), None
+
+    norm, linear = dict.fromkeys(("scale", "offset"), shape(5, 4)), {"w": shape(5, 4, 4)}
+    params = {"stack/norm": norm, "stack/linear": {**linear, "b": shape(5, 4)}}
+    return lambda params, x: lax.scan(layer, x, params)[0], params
+
+
+NETWORKS = {
+    "convolutions": (partial(linen_parts, Convolutions()), IMAGES, CONVOLUTIONS),
+    "scanned": (partial(linen_parts, Scanned()), ROWS, SCANNED),
+    "scanned, remat": (partial(linen_parts, Scanned(remat=True)), ROWS, SCANNED),
+    # As deep in few steps as in many.
+    "recurrent, 4 steps": (partial(linen_parts, Recurrent()), shape(2, 4, 3), RECURRENT),
+    "recurrent, 50 steps": (partial(linen_parts, Recurrent()), shape(2, 50, 3), RECURRENT),
+    "nnx, attention": (lambda _: nnx_parts(attention_nnx), shape(2, 5, 8), ATTENTION),
+    "nnx, stack and adapter": (lambda _: nnx_parts(ScannedNnx), ROWS, ADAPTED),
+    "haiku": (lambda _: haiku_parts(), ROWS, {"stack/linear": (16, 2)}),
+}
+
+
+@pytest.mark.parametrize(("build", "inputs", "expected"), NETWORKS.values(), ids=NETWORKS)
+def test_networks(build, inputs, expected):
+    assert read(*build(inputs), inputs) == expected
 
 
 @jax.custom_vjp
@@ -347,7 +187,7 @@ activated.defjvp(lambda primals, tangents: (activated(*primals), tangents[0] @ p
 
 
 def by_kernel(x, w):
-    """A kernel that nothing can be seen of."""
+    """Multiply in a kernel that can't be looked into."""
 
     def kernel(x_ref, w_ref, out_ref):
         out_ref[...] = x_ref[...] @ w_ref[...]
@@ -356,19 +196,9 @@ def by_kernel(x, w):
     return pl.pallas_call(kernel, out, interpret=True)(x, w)
 
 
-batched = custom_vmap(lambda x, w: x @ w)
-batched.def_vmap(lambda size, is_batched, x, w: (x @ w, True))
-partitioned = custom_partitioning(lambda x, w: x @ w)
-partitioned.def_partition(
-    infer_sharding_from_operands=None,
-    partition=lambda *_: None,
-    sharding_rule="i j, j k -> i k",
-)
-
-
-def by_root(x, w):
-    """The fixed point of something that has weights."""
-    return lax.custom_root(lambda y: y - jnp.tanh(x @ w), x, lambda f, y: y - f(y), lambda _, y: y)
+def dropped(x, w):
+    """Drop weights at random."""
+    return x @ (w * jax.random.bernoulli(KEY, 0.5, w.shape))
 
 
 OPERATIONS = {
@@ -378,19 +208,17 @@ OPERATIONS = {
     "custom_vjp": matmul,
     "custom_jvp": activated,
     "nested": jax.jit(jax.checkpoint(jax.jit(matmul))),
-    "vmap": jax.vmap(lambda x, w: x @ w, (0, None)),
+    "equinox": jax.vmap(lambda x, w: w @ x, (0, None)),
     "map": lambda x, w: lax.map(lambda row: row @ w, x),
-    "einsum": partial(jnp.einsum, "bi,io->bo"),
+    "einsum": lambda x, w: jnp.einsum("bi,eio->bo", x, w[None]),
+    "ragged_dot": lambda x, w: lax.ragged_dot(x, w[None], jnp.array([2])),
     "bfloat16": lambda x, w: x.astype(jnp.bfloat16) @ w.astype(jnp.bfloat16),
     "masked": lambda x, w: x @ jnp.where(jnp.tri(*w.shape, dtype=bool), w, 0),
+    "dropped": dropped,
     "standardized": lambda x, w: x @ ((w - w.mean()) / w.std()),
     "transposed": lambda x, w: (w.T @ x.T).T,
     "cond": lambda x, w: lax.cond(x.sum() > 0, lambda: x @ w, lambda: x),
     "switch": lambda x, w: lax.switch(1, [lambda: x, lambda: x @ w]),
-    "custom_vmap": batched,
-    "custom_partitioning": partitioned,
-    "linear_call": lambda x, w: linear_call(lambda w, x: x @ w, lambda w, y: y @ w.T, w, x),
-    "custom_root": by_root,
     "barrier": lambda x, w: jnp.matmul(*lax.optimization_barrier((x, w))),
     "shard_map": jax.shard_map(
         lambda x, w: lax.psum((x @ w, w), "data")[0],
@@ -398,48 +226,162 @@ OPERATIONS = {
         in_specs=(PartitionSpec(None, "data"), PartitionSpec("data")),
         out_specs=PartitionSpec(),
     ),
-    "pallas": by_kernel,
-    "solve": lambda x, w: jnp.linalg.solve(w, x.T).T,
     "lookup": lambda x, w: w[x.argmax(1)],
     "one_row": lambda x, w: w[x.argmax() % 4][None] + x,
+    "pallas": by_kernel,
+    "solve": lambda x, w: jnp.linalg.solve(w, x.T).T,
 }
+OPAQUE = {"pallas": "by shape: in pallas_call", "solve": "by shape: in custom_linear_solve"}
 
 
-@pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS)
-def test_operations(operation):
-    """Three in a row, on the side one after the first."""
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_operations(name):
+    """Three in a row, and one on a side path after the first."""
+    operation = OPERATIONS[name]
 
     def apply(params, x):
         x = operation(x, params["a"]["kernel"])
         y = operation(x, params["b"]["kernel"])
         return operation(y, params["c"]["kernel"]) + operation(x, params["side"]["kernel"])
 
-    names = "a", "b", "c", "side"
-    params = shapes(**dict.fromkeys(names, (4, 4)))
-    architecture = optax_ext.architecture(apply, params, shape(2, 4))
-    expected = dict(zip(names, [(16, 0), (16, 1), (16, 2), (16, 1)], strict=True))
+    params = shapes(a=(4, 4), b=(4, 4), c=(4, 4), side=(4, 4))
+    architecture = optax_ext.architecture(apply, params, ROWS)
+    expected = {"a": (16, 0), "b": (16, 1), "c": (16, 2), "side": (16, 1)}
     assert places(architecture, params) == expected
-    notes = {placed.note for placed in architecture.parameters}
-    assert notes in {
-        by_kernel: [{"by shape: in pallas_call"}],
-        OPERATIONS["solve"]: [{"by shape: in custom_linear_solve"}],
-        by_root: [{""}, {"by shape: in call_hi_primitive"}],  # older JAX can be looked into
-    }.get(operation, [{""}])
+    assert {placed.note for placed in architecture.parameters} == {OPAQUE.get(name, "")}
 
 
-def test_what_is_not_an_operation():
-    """Elementwise products, also by `einsum`, and sums keep their modules out of the statistics."""
+@st.composite
+def graphs(draw):
+    """Return for each node what it sums, where -1 is the input, and how it is computed."""
+    kinds = st.sampled_from(["sum", "dot", "jit", "checkpoint", "custom_vjp"])
+    sources = [st.lists(st.integers(-1, i - 1), min_size=1, max_size=3) for i in range(8)]
+    return [(draw(source), draw(kinds)) for source in sources[: draw(st.integers(1, 8))]]
 
+
+@settings(max_examples=40, deadline=None)
+@given(graphs(), st.sampled_from([lambda f: f, jax.jit, jax.checkpoint]))
+def test_depth_is_the_longest_path(graph, wrap):
+    def apply(params, x):
+        values = {-1: x @ params["first"]["kernel"]}
+        for i, (sources, kind) in enumerate(graph):
+            value = sum(values[source] for source in sources)
+            kernel = params[f"n{i}"]["kernel"]
+            values[i] = jnp.tanh(value) if kind == "sum" else OPERATIONS[kind](value, kernel)
+        return values
+
+    def length(node):
+        """Count the kernels on the longest path from the input to the node."""
+        if node < 0:
+            return 1
+        sources, kind = graph[node]
+        return max(map(length, sources)) + (kind != "sum")
+
+    params = shapes(first=(2, 2), **{f"n{i}": (2, 2) for i in range(len(graph))})
+    architecture = optax_ext.architecture(wrap(apply), params, shape(1, 2))
+    used = [i for i, (_, kind) in enumerate(graph) if kind != "sum"]
+    found = {i: architecture[f"n{i}/kernel"].depth for i in used}
+    assert found == {i: length(i) - 1 for i in used}
+
+
+def in_turn(names, x, params):
+    for name in names:
+        x = jnp.tanh(x @ params[name]["kernel"])
+    return x
+
+
+def chosen(params, x):
+    """A branch waits for what chooses it."""
+    waits = in_turn("ab", x, params).sum() > 0
+    return lax.cond(waits, lambda: x, lambda: -x) @ params["out"]["kernel"]
+
+
+def skipped(params, x):
+    """A loop may not run at all."""
+    body = lambda _: in_turn("a", x, params)  # noqa: E731
+    y = lax.while_loop(lambda y: y.sum() > 1, body, in_turn("bc", x, params))
+    return y @ params["out"]["kernel"]
+
+
+def first_use(params, x):
+    """The first use is the one nearest to the input, whichever comes first in the program."""
+    return (in_turn("ab", x, params) + in_turn("b", x, params)) @ params["out"]["kernel"]
+
+
+def repeated(params, x):
+    return in_turn(["a", "b", "b", "b", "out"], x, params)
+
+
+def looped(params, x):
+    body = lambda _, x: in_turn("b", x, params)  # noqa: E731
+    return in_turn(["out"], lax.fori_loop(0, 10**9, body, in_turn("a", x, params)), params)
+
+
+def until(params, x):
+    body = lambda x: in_turn("b", x, params)  # noqa: E731
+    x = lax.while_loop(lambda x: x.sum() > 1, body, in_turn("a", x, params))
+    return in_turn(["out"], x, params)
+
+
+def deep_start(params, x):
+    """What a loop returns is as deep as its deepest step, here the first."""
+    start = in_turn("ab", x[:1], params)
+    return lax.scan(lambda carry, x: (x[None], carry), start, x)[1] @ params["out"]["kernel"]
+
+
+def joined(params, x):
+    """Kernels side by side, and a row of biases below one, are one operation."""
+    kernels = [params[name]["kernel"] for name in "ab"]
+    kernel = jnp.concatenate([params["out"]["kernel"], jnp.sum(kernels[0], 0)[None]])
+    x = (x @ jnp.concatenate(kernels, 1)).reshape(4, 4)
+    return jnp.concatenate([x, jnp.ones((4, 1))], 1) @ kernel
+
+
+def merged(params, x):
+    """A product of parameters is computed without data: all its factors are kernels."""
+    product = params["a"]["kernel"] @ params["b"]["kernel"]
+    return x @ (params["c"]["kernel"] + product) @ params["out"]["kernel"]
+
+
+PATHS = {
+    chosen: {"a": 0, "b": 1, "out": 2},
+    skipped: {"a": 0, "b": 0, "c": 1, "out": 2},
+    first_use: {"a": 0, "b": 0, "out": 2},
+    repeated: {"a": 0, "b": 1, "out": 2},
+    looped: {"a": 0, "b": 1, "out": 2},
+    until: {"a": 0, "b": 1, "out": 2},
+    deep_start: {"a": 0, "b": 1, "out": 2},
+    joined: {"a": 0, "b": 0, "out": 1},
+    merged: {"a": 0, "b": 0, "c": 0, "out": 1},
+}
+
+
+@pytest.mark.parametrize("apply", PATHS, ids=lambda apply: apply.__name__)
+def test_paths(apply):
+    params = shapes(**dict.fromkeys(PATHS[apply], (4, 4)))
+    assert depths(apply, params, ROWS) == PATHS[apply]
+
+
+def test_inputs_at_different_distances():
+    params = shapes(image=(6, 4), deeper=(4, 4), text=(9, 4), joint=(8, 2))
+
+    def apply(params, image, batch, train):
+        assert train is True  # not traced
+        x = in_turn(["image", "deeper"], image, params)
+        y = params["text"]["kernel"][batch["tokens"]].mean(1)
+        return {"logits": jnp.concatenate([x, y], 1) @ params["joint"]["kernel"], "name": "two"}
+
+    found = depths(apply, params, shape(2, 6), {"tokens": TOKENS}, True)
+    assert found == {"image": 0, "deeper": 1, "text": 0, "joint": 2}
+
+
+def test_elementwise_products_are_no_operations():
     def apply(params, x):
         x = jnp.einsum("bi,i->bi", x, params["scale"]["scale"]) + params["scale"]["bias"][None]
         return jax.nn.softplus(params["beta"]["beta"]) * x @ params["out"]["kernel"]
 
-    params = {
-        "scale": {"scale": shape(3), "bias": shape(3)},
-        "beta": {"beta": shape()},
-        "out": {"kernel": shape(3, 2)},
-    }
-    assert read(apply, params, shape(5, 3)) == {"out": (6, 0)}
+    params = {"scale": {"scale": shape(3), "bias": shape(3)}, "beta": {"beta": shape()}}
+    assert read(apply, params | shapes(out=(3, 2)), shape(5, 3)) == {"out": (6, 0)}
 
 
 MODULATED = {
@@ -451,234 +393,163 @@ MODULATED = {
 
 @pytest.mark.parametrize("modulated", MODULATED.values(), ids=MODULATED)
 def test_weights_that_data_modulate_are_data(modulated):
-    """A product with them is no operation; the note says what is known of them."""
-
     def apply(params, x):
-        return x @ modulated(x, params["a"]["kernel"], params["b"]["kernel"]) @ params["out"]["w"]
+        w = modulated(x, params["a"]["kernel"], params["b"]["kernel"])
+        return x @ w @ params["out"]["kernel"]
 
-    params = shapes(a=(4, 4), b=(4, 4)) | {"out": {"w": shape(4, 2)}}
-    architecture = optax_ext.architecture(apply, params, shape(2, 4))
+    params = shapes(a=(4, 4), b=(4, 4), out=(4, 2))
+    architecture = optax_ext.architecture(apply, params, ROWS)
     assert places(architecture, params) == {"a": (16, 0), "b": (16, 0), "out": (8, 0)}
-    notes = {path: placed.note for path, placed in architecture.items() if placed.note}
-    assert notes == dict.fromkeys(["a/kernel", "b/kernel"], "by shape: used elementwise")
+    noted = dict.fromkeys(["a/kernel", "b/kernel"], "by shape: used elementwise")
+    assert notes(architecture) == noted
 
 
-def test_weight_normalization():
-    """Norms that rescale a kernel are no connections, wherever they stand."""
-
-    class Normalized(linen.Module):
-        @linen.compact
-        def __call__(self, x):
-            x = linen.WeightNorm(linen.Dense(4, name="first"), name="norm")(x)
-            return linen.Dense(2, name="out")(x)
-
-    apply, params = linen_parts(Normalized(), shape(2, 3))
-    assert read(apply, params, shape(2, 3)) == {"first": (12, 0), "out": (8, 1)}
-
-
-def test_spectral_normalization():
-    class Normalized(linen.Module):
-        @linen.compact
-        def __call__(self, x):
-            dense = linen.Dense(4, name="first")
-            x = linen.SpectralNorm(dense, name="norm")(x, update_stats=False)
-            return linen.Dense(2, name="out")(x)
-
-    apply, params = linen_parts(Normalized(), shape(2, 3))
-    assert read(apply, params, shape(2, 3)) == {"first": (12, 0), "out": (8, 1)}
-
-
-def test_low_rank_adaptation():
-    class Adapted(nnx.Module):
-        def __init__(self, rngs):
-            self.first = nnx.LoRALinear(4, 6, lora_rank=2, lora_param_type=nnx.Param, rngs=rngs)
-            self.out = nnx.Linear(6, 3, rngs=rngs)
-
-        def __call__(self, x):
-            return self.out(self.first(x))
-
-    # The adapter's second product is a step of its own.
-    assert read(*nnx_parts(Adapted), shape(2, 4)) == {
-        "first": (24, 0),
-        "first/lora/lora_a": (4 * 2, 0),
-        "first/lora/lora_b": (2 * 6, 1),
-        "out": (18, 2),
-    }
-
-
-def test_merged_adaptation():
-    """All factors of a product of parameters are kernels of the one operation that it reaches."""
-
-    def apply(params, x):
-        product = params["lora"]["a"] @ params["lora"]["b"]
-        x = x @ (params["first"]["kernel"] + 0.5 * product) + params["first"]["bias"]
-        return x @ params["out"]["kernel"]
-
-    params = shapes(first=(4, 6), out=(6, 3))
-    params["first"]["bias"] = shape(1, 6)
-    params["lora"] = {"a": shape(4, 2), "b": shape(2, 6)}
-    architecture = optax_ext.architecture(apply, params, shape(5, 4))
-    assert not any(placed.note for placed in architecture.parameters)
-    assert places(architecture, params) == {
-        "first": (24, 0),
-        "lora/a": (8, 0),
-        "lora/b": (12, 0),
-        "out": (18, 1),
-    }
-
-
-def by_einsum(x, gates, up, down):
-    hidden = jax.nn.relu(jnp.einsum("bi,eih->beh", x, up))
-    return jnp.einsum("beh,ehi,be->bi", hidden, down, gates)
-
-
-def by_ragged_dot(x, gates, up, down):
-    sizes = jnp.bincount(gates.argmax(1), length=3)
-    return lax.ragged_dot(jax.nn.relu(lax.ragged_dot(x, up, sizes)), down, sizes)
-
-
-@pytest.mark.parametrize("experts", [by_einsum, by_ragged_dot])
-def test_mixture_of_experts(experts):
-    def apply(params, x):
-        gates = jax.nn.softmax(x @ params["router"]["kernel"])
-        x = x + experts(x, gates, params["up"]["kernel"], params["down"]["kernel"])
-        return x @ params["out"]["kernel"]
-
-    params = shapes(router=(4, 3), up=(3, 4, 8), down=(3, 8, 4), out=(4, 2))
-    found = read(apply, params, shape(6, 4))
-    # Which rows go to which expert waits for the router; the experts' gates only weigh.
-    after = experts is by_ragged_dot
-    assert found == {
-        "router": (12, 0),
-        "up": (96, 0 + after),
-        "down": (96, 1 + after),
-        "out": (8, 2 + after),
-    }
-
-
-def test_inputs_of_different_distance():
-    params = shapes(image=(6, 4), deeper=(4, 4), text=(9, 4), joint=(8, 2))
-
-    def apply(params, image, batch, train):
-        assert train is True  # not traced
-        x = jnp.tanh(image @ params["image"]["kernel"]) @ params["deeper"]["kernel"]
-        y = params["text"]["kernel"][batch["tokens"]].mean(1)
-        return {"logits": jnp.concatenate([x, y], 1) @ params["joint"]["kernel"], "name": "two"}
-
-    batch = {"tokens": shape(2, 7, dtype=jnp.int32)}
-    assert depths(apply, params, shape(2, 6), batch, True) == {
-        "image": 0,
-        "deeper": 1,
-        "text": 0,
-        "joint": 2,
-    }
-
-
-class Noisy(linen.Module):
-    @linen.compact
-    def __call__(self, x):
-        x = linen.Dropout(0.5, deterministic=False)(linen.Dense(4, name="first")(x))
-        return linen.Dense(2, name="out")(x)
-
-
-@pytest.mark.parametrize("key", [jax.random.key(1), jax.random.PRNGKey(1)], ids=["typed", "raw"])
-def test_noise_is_no_input(key):
-    """Dropped weights are still weights, though their mask comes from a key that is an input."""
-    params = jax.eval_shape(Noisy().init, {"params": KEY, "dropout": KEY}, shape(2, 3))
-
-    def apply(params, x, key):
-        keep = jax.random.bernoulli(key, 0.5, (3, 4))
-        kernel = params["params"]["first"]["kernel"] * keep
-        dropped = {"params": {**params["params"], "first": {"kernel": kernel, "bias": jnp.ones(4)}}}
-        return Noisy().apply(dropped, x, rngs={"dropout": key})
-
-    expected = {"params/first": (12, 0), "params/out": (8, 1)}
-    assert read(apply, params, shape(2, 3), key) == expected
-
-
-def test_noise_of_every_distribution():
-    def apply(params, x, key):
-        kernel = params["first"]["kernel"] * jax.random.gamma(key, 2.0, (3, 4))
-        return x @ kernel @ params["out"]["kernel"]
-
-    params = shapes(first=(3, 4), out=(4, 2))
-    assert read(apply, params, shape(2, 3), KEY) == {"first": (12, 0), "out": (8, 1)}
-
-
-def test_what_is_not_used_goes_where_its_module_stands():
-    params = shapes(a1=(3, 4), a2=(4, 4), a3=(4, 5), a10=(4, 2))
+def test_unused_weights_are_where_their_module_is():
+    params = shapes(a1=(4, 4), a2=(4, 4), a3=(4, 5), a10=(4, 2))
     params["a2"]["mask"] = shape(4, 4)
-
-    def apply(params, x):
-        x = x @ params["a1"]["kernel"] @ params["a2"]["kernel"]
-        return x @ params["a10"]["kernel"]
-
-    architecture = optax_ext.architecture(apply, params, shape(2, 3))
-    assert places(architecture, params) == {
-        "a1": (12, 0),
-        "a2": (16, 1),
-        "a3": (20, 1),
-        "a10": (8, 2),
+    params["a1"]["count"] = shape(dtype=jnp.int32)
+    apply = lambda params, x: in_turn(["a1", "a2", "a10"], x, params)  # noqa: E731
+    architecture = optax_ext.architecture(apply, params, ROWS)
+    found = {path: (placed.connections, placed.depth) for path, placed in architecture.items()}
+    assert found == {
+        "a1/count": (None, 0),
+        "a1/kernel": (16, 0),
+        "a10/kernel": (8, 2),
+        "a2/kernel": (16, 1),
+        "a2/mask": (None, 1),
+        "a3/kernel": (20, 1),
     }
-    notes = {path: placed.note for path, placed in architecture.items() if placed.note}
-    assert notes == dict.fromkeys(["a2/mask", "a3/kernel"], "by shape and path: not used")
+    unused = dict.fromkeys(["a1/count", "a2/mask", "a3/kernel"], "by shape and path: not used")
+    assert notes(architecture) == unused
 
 
-@pytest.mark.parametrize("wrap", [jax.jit, jax.checkpoint, jax.vmap], ids=lambda f: f.__name__)
-@pytest.mark.parametrize(
-    ("module", "inputs"),
-    [(ResNet(), IMAGES), (Vit(), IMAGES), (Scanned(), shape(2, 3))],
-    ids=["resnet", "vit", "scanned"],
-)
-def test_wrapped_networks_are_the_same(wrap, module, inputs):
-    apply, params = linen_parts(module, inputs)
-    plain = optax_ext.architecture(apply, params, inputs)
-    if wrap is jax.vmap:
-        inputs = shape(3, *inputs.shape)
-        wrapped = jax.vmap(apply, (None, 0))
-    else:
-        wrapped = wrap(apply)
-    assert optax_ext.architecture(wrapped, params, inputs) == plain
+def scanned(stack, x, **options):
+    return lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, stack, **options)[0]
 
 
-@st.composite
-def graphs(draw):
-    """For each node: what it sums, where -1 is the input, and how it is computed."""
-    size = draw(st.integers(1, 8))
-    return [
-        (
-            draw(st.lists(st.integers(-1, i - 1), min_size=1, max_size=3)),
-            draw(st.sampled_from(["sum", "dot", "jit", "checkpoint", "custom_vjp"])),
-        )
-        for i in range(size)
-    ]
+def two_values(stack, x):
+    """Each step changes one of two values: a reversible network."""
+    step = lambda carry, w: ((carry[1], carry[0] + carry[1] @ w), None)  # noqa: E731
+    return sum(lax.scan(step, (x, x), stack)[0])
 
 
-@settings(max_examples=40, deadline=None)
-@given(graphs(), st.sampled_from([jax.jit, jax.checkpoint]))
-def test_depth_is_the_longest_path(graph, wrap):
+def three_values(stack, x):
+    """Levels don't grow by the same number in each step, so that all steps are run."""
+    step = lambda carry, w: ((*carry[1:], carry[0] @ w), None)  # noqa: E731
+    return sum(lax.scan(step, (x, x, x), stack)[0])
+
+
+def two_products(stack, x):
+    return lax.scan(lambda x, w: (jnp.tanh(x @ w) @ w.T, None), x, stack)[0]
+
+
+def nested(stack, x):
+    step = lambda x, w: (scanned(w, x), None)  # noqa: E731
+    return lax.scan(step, x, stack.reshape(3, 2, 4, 4))[0]
+
+
+def from_constants(stack, x):
+    """The first layer has no data to multiply."""
+    step = lambda carry, w: (carry @ w + x, None)  # noqa: E731
+    return lax.scan(step, jnp.zeros((2, 4)), stack)[0]
+
+
+# The depths that six layers have, and the depth after them.
+STACKS = {
+    "scan": (scanned, range(6), 6),
+    "reverse": (partial(scanned, reverse=True), range(6), 6),
+    "unroll": (partial(scanned, unroll=2), range(6), 6),
+    "checkpoint": (jax.checkpoint(scanned), range(6), 6),
+    "vmap": (lambda w, x: jax.vmap(scanned, (None, 0))(w, x[None])[0], range(6), 6),
+    "prepared": (lambda w, x: scanned(lax.map(jnp.tanh, w).mT.mT, x), range(6), 6),
+    "two values": (two_values, range(6), 6),
+    "three values": (three_values, range(2), 2),
+    "two products": (two_products, range(6), 6),
+    "nested": (nested, range(6), 6),
+    "from constants": (from_constants, range(5), 5),
+    "side by side": (lambda w, x: lax.map(lambda w: x @ w, w).sum(0), [0], 1),
+    "again": (lambda w, x: scanned(w, scanned(w, x)), range(6), 6),
+    "both ways": (lambda w, x: scanned(w, x) + scanned(w, x, reverse=True), range(3), 6),
+}
+
+
+@pytest.mark.parametrize(("stack", "levels", "after"), STACKS.values(), ids=STACKS)
+def test_stacked_layers(stack, levels, after):
+    """A stack has the connections of a layer, and the mean of all depths that layers have."""
+    apply = lambda params, x: stack(params["stack"]["w"], x) @ params["out"]["w"]  # noqa: E731
+    params = {"stack": {"w": shape(6, 4, 4)}, "out": {"w": shape(4, 2)}}
+    architecture = optax_ext.architecture(apply, params, ROWS)
+    connections = 6 * 16 / len(levels)
+    expected = {"stack": (connections, sum(levels) / len(levels)), "out": (8, after)}
+    assert places(architecture, params) == expected
+    assert architecture.max_depth == after
+    assert not notes(architecture)
+
+
+def test_time_does_not_depend_on_the_length(monkeypatch):
+    """The body is read as often for 10,000 layers as for 10."""
+
     def apply(params, x):
-        values = {-1: x}
-        for i, (sources, kind) in enumerate(graph):
-            value = sum(values[source] for source in sources)
-            kernel = params[f"n{i}"]["kernel"]
-            values[i] = jnp.tanh(value) if kind == "sum" else OPERATIONS[kind](value, kernel)
-        return values
+        def step(x, w):
+            x = x + jnp.tanh(x @ w["a"]["kernel"]) @ w["b"]["kernel"]
+            return x @ w["c"]["kernel"], x.sum()
 
-    def length(node):
-        """Of the longest path from the input, counting nodes that have a kernel."""
-        if node < 0:
-            return 0
-        sources, kind = graph[node]
-        return max(map(length, sources)) + (kind != "sum")
+        x, sums = lax.scan(step, x, {name: params[name] for name in "abc"})
+        return x @ params["out"]["kernel"] + sums.sum()
 
-    expected = {f"n{i}": length(i) - 1 for i, (_, kind) in enumerate(graph) if kind != "sum"}
-    params = shapes(**{f"n{i}": (2, 2) for i in range(len(graph))})
-    if not expected:
-        with pytest.raises(ValueError, match="brings no array of params together"):
-            optax_ext.architecture(apply, params, shape(1, 2))
-        return
-    for function in (apply, wrap(apply)):
-        architecture = optax_ext.architecture(function, params, shape(1, 2))
-        used = {f"n{i}" for i, (_, kind) in enumerate(graph) if kind != "sum"}
-        assert {n: architecture[f"{n}/kernel"].depth for n in used} == expected
+    run = _tracing._Run
+    equation = mock.Mock(side_effect=run.equation)
+    monkeypatch.setattr(run, "equation", lambda *arguments: equation(*arguments))
+    counts = []
+    for n in (10, 10_000):
+        equation.reset_mock()
+        params = shapes(a=(n, 4, 4), b=(n, 4, 4), c=(n, 4, 4), out=(4, 2))
+        first = 3 * (n - 1) / 2  # the mean of 0, 3, 6, ...
+        stacks = {"a": (16, first), "b": (16, first + 1), "c": (16, first + 2)}
+        assert read(apply, params, ROWS) == {**stacks, "out": (8, 3 * n)}
+        counts.append(equation.call_count)
+    assert counts[0] == counts[1] < 100
+
+
+def prefetched(stack, x):
+    """Each step multiplies by the layer of the step before."""
+    step = lambda carry, w: ((carry[0] @ carry[1], w), None)  # noqa: E731
+    return lax.scan(step, (x, jnp.eye(4)), stack)[0][0]
+
+
+SLICED = {
+    "index": lambda w, x: x @ w[0] @ w[1] @ w[2],
+    "elements": lambda w, x: sum(x @ layer for layer in w),
+    "split": lambda w, x: x @ jnp.split(w, 3)[1][0],
+    "take": lambda w, x: x @ jnp.take(w, 2, axis=0),
+    "counter": lambda w, x: lax.fori_loop(0, 3, lambda i, x: x @ w[i], x),
+    "prefetched": prefetched,
+    "flipped": lambda w, x: scanned(w[::-1], x),
+    "part": lambda w, x: scanned(w[1:], x),
+    "joined": lambda w, x: scanned(jnp.concatenate([w, w]), x),
+}
+
+
+@pytest.mark.parametrize("sliced", SLICED.values(), ids=SLICED)
+def test_other_slices_are_read_by_shape(sliced):
+    apply = lambda params, x: sliced(params["stack"]["w"], x) @ params["out"]["w"]  # noqa: E731
+    params = {"stack": {"w": shape(3, 4, 4)}, "out": {"w": shape(4, 2)}}
+    architecture = optax_ext.architecture(apply, params, ROWS)
+    assert places(architecture, params) == {"stack": (48, 0), "out": (8, 1)}
+    assert notes(architecture) == {"stack/w": "by shape: sliced"}
+
+
+def test_one_kernel_with_a_change_in_each_layer():
+    """What is repeated is whole in every layer."""
+
+    def inside(params, x):
+        shared = params["shared"]["kernel"]
+        step = lambda x, change: (x @ (shared + change), None)  # noqa: E731
+        return lax.scan(step, x, params["changes"]["kernel"])[0]
+
+    def before(params, x):
+        return scanned(params["shared"]["kernel"][None] + params["changes"]["kernel"], x)
+
+    params = shapes(shared=(4, 4), changes=(3, 4, 4))
+    for apply in (inside, before):
+        assert read(apply, params, ROWS) == {"shared": (16, 0), "changes": (16, 1)}

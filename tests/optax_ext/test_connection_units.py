@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx, struct
 
 import optax_ext
 from support.networks import shape
@@ -407,3 +408,41 @@ def test_a_smaller_convolution_is_no_bias_of_its_neighbour():
             dict(zip(names, (large, small), strict=True)), scaling="additive"
         )
         assert {row.connections for row in table} == {36864, 4096}
+
+
+@struct.dataclass
+class Attention:
+    query: Any
+    key: Any
+    value: Any
+
+
+def test_an_attribute_named_value():
+    """Beside others it is a leaf like them; alone, as in Flax's variables, it is no level."""
+    leaf = shape(4, 4)
+    boxed = nnx.State({"kernel": nnx.Param(jnp.ones((4, 2)))})
+    params = {"layer": Attention(leaf, leaf, leaf), "out": boxed}
+    rows = [
+        (row.path, row.connections) for row in optax_ext.connection_table(params, scaling="depth")
+    ]
+    names = [f"layer/{name}" for name in ("query", "key", "value")]
+    assert rows == [*((path, 16) for path in sorted(names)), ("out", 8)]
+
+    def apply(params, x):
+        layer = params["layer"]
+        return (x @ layer.query) * (x @ layer.key) @ layer.value @ params["out"]["kernel"][...]
+
+    architecture = optax_ext.architecture(apply, params, shape(5, 4))
+    assert {path: placed.depth for path, placed in architecture.items()} == {
+        **dict(zip(names, (0, 0, 1), strict=True)),
+        "out/kernel": 2,
+    }
+
+
+def test_two_leaves_of_one_path():
+    params = {"a/b": jnp.ones((3, 2)), "a": {"b": jnp.ones((2, 2))}}
+    message = r"path of its own for every leaf, got 'a/b' for \['a'\]\['b'\] and \['a/b'\]"
+    with pytest.raises(ValueError, match=message):
+        optax_ext.architecture(lambda p, x: x @ p["a/b"] @ p["a"]["b"], params, shape(5, 3))
+    with pytest.raises(ValueError, match=message):
+        optax_ext.connection_table(params, scaling="depth")
