@@ -98,10 +98,6 @@ _REARRANGES = (
     *_OPERATIONS,
     *("concatenate", "dynamic_update_slice", "pad", "rev", "scatter", "stack", "tile"),
 )
-# Calls of functions that can't be read, besides all unknown primitives that call something.
-_OPAQUE = ("custom_linear_solve", "io_callback", "pure_callback")
-# These call a function only to combine elements by it.
-_COMBINES = ("reduce", "scatter", "select_and")
 # Noise tells nothing about the structure: a weight that is dropped at random stays a weight.
 _NOISE = ("random_", "rng_", "threefry")
 
@@ -156,7 +152,7 @@ class _Run:
         if name.startswith(_NOISE):
             result = CONSTANT
         elif any(isinstance(value, Data) for value in values):
-            result = self.meet(values, name, _weight_operands(eqn), _is_opaque(eqn))
+            result = self.meet(values, name, _weight_operands(eqn))
         else:
             result = self.prepare(eqn, values)
         return [result] * len(eqn.outvars)
@@ -166,13 +162,12 @@ class _Run:
         values: Sequence[Value],
         name: str = "",
         operands: Sequence[int] = (),
-        opaque: bool = False,
     ) -> Data:
         """Return what weights and data give: one level more if weights of an operation are new."""
         data = [value for value in values if isinstance(value, Data)]
         level = max(value.level for value in data)
         passed = frozenset[Key]().union(*(value.passed for value in data))
-        kernels = set[Part]()
+        opaque, kernels = _is_opaque(name), set[Part]()
         for i, value in enumerate(values):
             if isinstance(value, Data):
                 continue
@@ -326,7 +321,7 @@ class _Loop:
         if key == part.key:
             return part
         long_axes = part.long_axes + (self.length != 1)
-        return Part(key, long_axes, part.size * self.length, part.sliced)
+        return part._replace(key=key, long_axes=long_axes, size=part.size * self.length)
 
     def carried(self, values: Iterable[Value]) -> list[Value]:
         """Return results of a step as they are to the next one; its layer is past."""
@@ -395,26 +390,16 @@ def _has_passed(key: Key, passed: frozenset[Key]) -> bool:
 
 def _called(eqn: Any) -> Any:
     """Return the jaxpr that the equation calls with its arguments: jit, checkpoint, custom_vjp."""
-    if eqn.primitive.name in _OPAQUE:
-        return None
     counts = len(eqn.invars), len(eqn.outvars)
-    for jaxpr in _jaxprs(eqn):
-        if (len(_open(jaxpr).invars), len(_open(jaxpr).outvars)) == counts:
+    for jaxpr in map(_open, eqn.params.values()):
+        if isinstance(jaxpr, Jaxpr) and (len(jaxpr.invars), len(jaxpr.outvars)) == counts:
             return jaxpr
     return None
 
 
-def _is_opaque(eqn: Any) -> bool:
-    """Return whether it can't be known what the equation computes."""
-    name = eqn.primitive.name
-    if name.startswith(_COMBINES):
-        return False
-    return name in _OPAQUE or "call" in name or any(True for _ in _jaxprs(eqn))
-
-
-def _jaxprs(eqn: Any) -> Iterator[Any]:
-    """Return all jaxprs of the equation, open or closed."""
-    return (value for value in eqn.params.values() if isinstance(_open(value), Jaxpr))
+def _is_opaque(name: str) -> bool:
+    """Return whether the primitive calls what can't be read."""
+    return "call" in name or name == "custom_linear_solve"
 
 
 def _open(jaxpr: Any) -> Any:
@@ -423,7 +408,7 @@ def _open(jaxpr: Any) -> Any:
 
 def _weight_operands(eqn: Any) -> Sequence[int]:
     """Return the operands that are summed over or looked up."""
-    if _is_opaque(eqn):
+    if _is_opaque(eqn.primitive.name):
         return range(len(eqn.invars))
     operands = _OPERATIONS.get(eqn.primitive.name, ())
     if eqn.primitive.name == "dot_general":  # with batch axes only it is an elementwise product

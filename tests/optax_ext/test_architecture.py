@@ -15,7 +15,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 import optax_ext
 from optax_ext import _tracing
-from support.networks import KEY, depths, linen_parts, nnx_parts, notes, places, read, shape, shapes
+from support.networks import depths, linen_parts, nnx_parts, notes, places, read, shape, shapes
 
 IMAGES, ROWS = shape(2, 8, 8, 3), shape(2, 4)
 TOKENS = shape(2, 6, dtype=jnp.int32)
@@ -186,19 +186,18 @@ def activated(x, w):
 activated.defjvp(lambda primals, tangents: (activated(*primals), tangents[0] @ primals[1]))
 
 
-def by_kernel(x, w):
-    """Multiply in a kernel that can't be looked into."""
+def by_kernel(x, w, b):
+    """Multiply and add in a kernel that can't be looked into."""
 
-    def kernel(x_ref, w_ref, out_ref):
-        out_ref[...] = x_ref[...] @ w_ref[...]
+    def kernel(x_ref, w_ref, b_ref, out_ref):
+        out_ref[...] = x_ref[...] @ w_ref[...] + b_ref[...][None]
 
-    out = jax.ShapeDtypeStruct((x.shape[0], w.shape[1]), x.dtype)
-    return pl.pallas_call(kernel, out, interpret=True)(x, w)
+    return pl.pallas_call(kernel, jax.eval_shape(jnp.matmul, x, w), interpret=True)(x, w, b)
 
 
 def dropped(x, w):
-    """Drop weights at random."""
-    return x @ (w * jax.random.bernoulli(KEY, 0.5, w.shape))
+    """Drop weights at random, by a key that is an input."""
+    return x @ (w * jax.random.bernoulli(jax.random.key(x[0, 0].astype(int)), 0.5, w.shape))
 
 
 OPERATIONS = {
@@ -228,7 +227,7 @@ OPERATIONS = {
     ),
     "lookup": lambda x, w: w[x.argmax(1)],
     "one_row": lambda x, w: w[x.argmax() % 4][None] + x,
-    "pallas": by_kernel,
+    "pallas": lambda x, w: by_kernel(x, w, jnp.zeros(4)),
     "solve": lambda x, w: jnp.linalg.solve(w, x.T).T,
 }
 OPAQUE = {"pallas": "by shape: in pallas_call", "solve": "by shape: in custom_linear_solve"}
@@ -249,6 +248,13 @@ def test_operations(name):
     expected = {"a": (16, 0), "b": (16, 1), "c": (16, 2), "side": (16, 1)}
     assert places(architecture, params) == expected
     assert {placed.note for placed in architecture.parameters} == {OPAQUE.get(name, "")}
+
+
+def test_vectors_in_a_kernel_that_can_not_be_read():
+    params = {"w": shape(4, 4), "b": shape(4)}
+    architecture = optax_ext.architecture(lambda p, x: by_kernel(x, p["w"], p["b"]), params, ROWS)
+    assert architecture["b"].connections is None
+    assert notes(architecture) == {"w": OPAQUE["pallas"]}
 
 
 @st.composite
@@ -324,9 +330,10 @@ def until(params, x):
 
 
 def deep_start(params, x):
-    """What a loop returns is as deep as its deepest step, here the first."""
+    """What a loop returns is as deep as its deepest step, here the first; others use c before."""
     start = in_turn("ab", x[:1], params)
-    return lax.scan(lambda carry, x: (x[None], carry), start, x)[1] @ params["out"]["kernel"]
+    _, collected = lax.scan(lambda y, x: (x[None], in_turn("c", y, params)), start, x)
+    return collected @ params["out"]["kernel"]
 
 
 def joined(params, x):
@@ -350,7 +357,7 @@ PATHS = {
     repeated: {"a": 0, "b": 1, "out": 2},
     looped: {"a": 0, "b": 1, "out": 2},
     until: {"a": 0, "b": 1, "out": 2},
-    deep_start: {"a": 0, "b": 1, "out": 2},
+    deep_start: {"a": 0, "b": 1, "c": 0, "out": 3},
     joined: {"a": 0, "b": 0, "out": 1},
     merged: {"a": 0, "b": 0, "c": 0, "out": 1},
 }
@@ -388,6 +395,7 @@ MODULATED = {
     "where": lambda x, a, b: jnp.where(x.sum() > 0, a, b),
     "cond": lambda x, a, b: lax.cond(x.sum() > 0, lambda: a, lambda: b),
     "product": lambda x, a, b: a * jnp.tanh(x.sum()) + b,
+    "scatter": lambda x, a, b: (x.T @ x).at[jnp.arange(4)].add(a) * b,
 }
 
 
@@ -439,19 +447,9 @@ def three_values(stack, x):
     return sum(lax.scan(step, (x, x, x), stack)[0])
 
 
-def two_products(stack, x):
-    return lax.scan(lambda x, w: (jnp.tanh(x @ w) @ w.T, None), x, stack)[0]
-
-
 def nested(stack, x):
     step = lambda x, w: (scanned(w, x), None)  # noqa: E731
     return lax.scan(step, x, stack.reshape(3, 2, 4, 4))[0]
-
-
-def from_constants(stack, x):
-    """The first layer has no data to multiply."""
-    step = lambda carry, w: (carry @ w + x, None)  # noqa: E731
-    return lax.scan(step, jnp.zeros((2, 4)), stack)[0]
 
 
 # The depths that six layers have, and the depth after them.
@@ -464,11 +462,15 @@ STACKS = {
     "prepared": (lambda w, x: scanned(lax.map(jnp.tanh, w).mT.mT, x), range(6), 6),
     "two values": (two_values, range(6), 6),
     "three values": (three_values, range(2), 2),
-    "two products": (two_products, range(6), 6),
     "nested": (nested, range(6), 6),
-    "from constants": (from_constants, range(5), 5),
     "side by side": (lambda w, x: lax.map(lambda w: x @ w, w).sum(0), [0], 1),
     "again": (lambda w, x: scanned(w, scanned(w, x)), range(6), 6),
+    "and whole": (lambda w, x: scanned(w, x) + jnp.einsum("bi,kio->bo", x, w), [0], 6),
+    "and rows": (
+        lambda w, x: scanned(w, x) + lax.map(lambda row: (row @ x.T).sum(), w.swapaxes(0, 1)).sum(),
+        range(6),
+        6,
+    ),
     "both ways": (lambda w, x: scanned(w, x) + scanned(w, x, reverse=True), range(3), 6),
 }
 
@@ -486,16 +488,63 @@ def test_stacked_layers(stack, levels, after):
     assert not notes(architecture)
 
 
+@st.composite
+def bodies(draw):
+    """Return the operations of a step, which values it carries on, and how they start."""
+    carried, count = draw(st.integers(1, 3)), draw(st.integers(1, 6))
+    kinds = st.sampled_from(["a", "b", "c", "shared", "add"])
+    index = [st.integers(0, carried + i) for i in range(count + 1)]
+    operations = [(draw(kinds), draw(index[i]), draw(index[i])) for i in range(count)]
+    starts = st.sampled_from(["input", "zeros", "deep"])
+    return operations, [(draw(index[-1]), draw(starts)) for _ in range(carried)]
+
+
+@settings(max_examples=30, deadline=None)
+@given(bodies(), st.sampled_from([1, 2, 3, 8]))
+def test_scans_are_as_deep_as_the_same_steps_one_by_one(body, length):
+    operations, carried = body
+
+    def step(params, carry, x, weights):
+        values = [x, *carry]
+        for kind, i, j in operations:
+            kernel = {"shared": params["shared"], **weights}.get(kind)
+            values.append(values[i] + values[j] if kernel is None else values[i] @ kernel)
+        return [values[i] for i, _ in carried], None
+
+    def apply(params, x):
+        x = x @ params["in"]
+        starts = {"input": x, "zeros": jnp.zeros_like(x), "deep": x @ params["deep"]}
+        carry = [starts[start] for _, start in carried]
+        if "a" in params:
+            stacks = {name: params[name] for name in "abc"}
+            carry, _ = lax.scan(lambda carry, w: step(params, carry, x, w), carry, stacks)
+        else:
+            for i in range(length):
+                carry, _ = step(params, carry, x, {name: params[f"{name}{i}"] for name in "abc"})
+        return sum(carry, x) @ params["out"]
+
+    plain = {name: shape(4, 4) for name in ("in", "deep", "shared", "out")}
+    layers = {f"{name}{i}": shape(4, 4) for name in "abc" for i in range(length)}
+    stacks = {name: shape(length, 4, 4) for name in "abc"}
+    one_by_one = optax_ext.architecture(apply, plain | layers, ROWS)
+    scanned = optax_ext.architecture(apply, plain | stacks, ROWS)
+    assert [scanned[name].depth for name in plain] == [one_by_one[name].depth for name in plain]
+    for name in "abc":
+        alone = [one_by_one[f"{name}{i}"] for i in range(length)]
+        levels = {placed.depth for placed in alone if not placed.note}
+        assert not levels or scanned[name].depth == pytest.approx(sum(levels) / len(levels))
+
+
 def test_time_does_not_depend_on_the_length(monkeypatch):
     """The body is read as often for 10,000 layers as for 10."""
 
     def apply(params, x):
         def step(x, w):
             x = x + jnp.tanh(x @ w["a"]["kernel"]) @ w["b"]["kernel"]
-            return x @ w["c"]["kernel"], x.sum()
+            return x @ w["c"]["kernel"], x
 
-        x, sums = lax.scan(step, x, {name: params[name] for name in "abc"})
-        return x @ params["out"]["kernel"] + sums.sum()
+        _, collected = lax.scan(step, x, {name: params[name] for name in "abc"})
+        return collected[-1] @ params["out"]["kernel"]
 
     run = _tracing._Run
     equation = mock.Mock(side_effect=run.equation)
@@ -506,7 +555,7 @@ def test_time_does_not_depend_on_the_length(monkeypatch):
         params = shapes(a=(n, 4, 4), b=(n, 4, 4), c=(n, 4, 4), out=(4, 2))
         first = 3 * (n - 1) / 2  # the mean of 0, 3, 6, ...
         stacks = {"a": (16, first), "b": (16, first + 1), "c": (16, first + 2)}
-        assert read(apply, params, ROWS) == {**stacks, "out": (8, 3 * n)}
+        assert read(apply, params, ROWS) == {**stacks, "out": (8, 3 * n - 1)}
         counts.append(equation.call_count)
     assert counts[0] == counts[1] < 100
 
@@ -539,17 +588,16 @@ def test_other_slices_are_read_by_shape(sliced):
     assert notes(architecture) == {"stack/w": "by shape: sliced"}
 
 
-def test_one_kernel_with_a_change_in_each_layer():
+CHANGED = {
+    "inside": lambda w, changes, x: lax.scan(lambda x, c: (x @ (w + c), None), x, changes)[0],
+    "before": lambda w, changes, x: scanned(w[None] + changes, x),
+    "by map": lambda w, changes, x: scanned(lax.map(lambda change: w + change, changes), x),
+}
+
+
+@pytest.mark.parametrize("changed", CHANGED.values(), ids=CHANGED)
+def test_one_kernel_with_a_change_in_each_layer(changed):
     """What is repeated is whole in every layer."""
-
-    def inside(params, x):
-        shared = params["shared"]["kernel"]
-        step = lambda x, change: (x @ (shared + change), None)  # noqa: E731
-        return lax.scan(step, x, params["changes"]["kernel"])[0]
-
-    def before(params, x):
-        return scanned(params["shared"]["kernel"][None] + params["changes"]["kernel"], x)
-
-    params = shapes(shared=(4, 4), changes=(3, 4, 4))
-    for apply in (inside, before):
-        assert read(apply, params, ROWS) == {"shared": (16, 0), "changes": (16, 1)}
+    apply = lambda params, x: changed(params["w"], params["changes"], x)  # noqa: E731
+    params = {"w": shape(4, 4), "changes": shape(3, 4, 4)}
+    assert read(apply, params, ROWS) == {"w": (16, 0), "changes": (16, 1)}
