@@ -25,9 +25,9 @@ class Part(NamedTuple):
     Attributes:
       key: which parameter and layer.
       long_axes: number of its axes that are longer than 1.
-      size: number of its elements; 0 if it was rearranged, so that the rows of an array can't be
-        recognized as its layers.
-      sliced: whether only a slice of it is left, it isn't known which.
+      size: number of its elements, or 0 if it was rearranged. Only an array of the same size is a
+        stack of the part's layers.
+      sliced: whether only an unknown slice of it is left.
     """
 
     key: Key
@@ -157,13 +157,11 @@ class _Run:
             result = self.prepare(eqn, values)
         return [result] * len(eqn.outvars)
 
-    def meet(
-        self,
-        values: Sequence[Value],
-        name: str = "",
-        operands: Sequence[int] = (),
-    ) -> Data:
-        """Return what weights and data give: one level more if weights of an operation are new."""
+    def meet(self, values: Sequence[Value], name: str = "", operands: Sequence[int] = ()) -> Data:
+        """Return the result for weights and data, and record how the weights are used.
+
+        It is one level deeper than the data if the weights among the `operands` are new.
+        """
         data = [value for value in values if isinstance(value, Data)]
         level = max(value.level for value in data)
         passed = frozenset[Key]().union(*(value.passed for value in data))
@@ -185,7 +183,7 @@ class _Run:
         return Data(level + is_new, passed.union(part.key for part in kernels))
 
     def record(self, use: Use, levels: Levels) -> None:
-        """Note a use, where no earlier one is known."""
+        """Note the levels of a use, for each layer only if it is the first."""
         known = self.uses.get(use)
         self.uses[use] = levels if known is None else earliest(known, levels)
 
@@ -199,7 +197,7 @@ class _Run:
         return Weights(parts)
 
     def either(self, values: Sequence[Value]) -> Value:
-        """Return one of several values, it isn't known which."""
+        """Return a value that stands for any of these."""
         if any(isinstance(value, Data) for value in values):
             return self.meet(values)
         return Weights(_parts(values))
@@ -212,7 +210,7 @@ class _Run:
         return [self.either([*by, *results]) for results in zip(*branches, strict=True)]
 
     def while_loop(self, eqn: Any, values: list[Value]) -> list[Value]:
-        """Return the results once another iteration changes nothing: weights count once."""
+        """Return the results of as many iterations as change anything; weights count once."""
         n, m = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
         of_cond, of_body, carry = values[:n], values[n : n + m], values[n + m :]
         while True:
@@ -251,9 +249,9 @@ class _Run:
             replace(x, level=x.level + rest * growth.get(i, 0)) if isinstance(x, Data) else x
             for i, x in enumerate(steps[-1].outputs)
         ]
-        columns = zip(*(step.outputs for step in steps), last, strict=True)
-        collected = [self.either(column) for column in list(columns)[n_carry:]]
-        return loop.after_all([*last[:n_carry], *collected])
+        results = [loop.after_all(outputs) for outputs in (*(s.outputs for s in steps), last)]
+        columns = list(zip(*results, strict=True))
+        return [*results[-1][:n_carry], *map(self.either, columns[n_carry:])]
 
 
 class _Step(NamedTuple):
@@ -301,12 +299,11 @@ class _Loop:
             return value
 
         def layer(part: Part) -> Part:
-            if part.size == 0:
-                return part._replace(sliced=True)
-            if part.size != array_size:  # the array repeats the part
-                return part
-            long_axes = part.long_axes - (self.length != 1)
-            return Part((*part.key, self.now), long_axes, part.size // self.length)
+            if part.size == array_size:
+                long_axes = part.long_axes - (self.length != 1)
+                return Part((*part.key, self.now), long_axes, part.size // self.length)
+            is_repeated = 0 < part.size < array_size
+            return part if is_repeated else part._replace(sliced=True)
 
         return Weights(frozenset(map(layer, value.parts)))
 
@@ -324,7 +321,7 @@ class _Loop:
         return part._replace(key=key, long_axes=long_axes, size=part.size * self.length)
 
     def carried(self, values: Iterable[Value]) -> list[Value]:
-        """Return results of a step as they are to the next one; its layer is past."""
+        """Return the carried results of a step as the next step sees them: its layer is past."""
 
         def aged(key: Key) -> Key:
             return tuple(self.past if token is self.now else token for token in key)
@@ -336,7 +333,7 @@ class _Loop:
         return [_mapped(value, aged, lost) for value in values]
 
     def after_all(self, values: Iterable[Value]) -> list[Value]:
-        """Return the results of the loop, with whole stacks for their layers."""
+        """Return the results of a step as they are after the loop: whole stacks, not layers."""
         return [_mapped(value, self.stack_key, self.stack) for value in values]
 
     def uses(

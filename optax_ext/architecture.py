@@ -193,7 +193,7 @@ class _Leaf:
 
     @cached_property
     def uses(self) -> Uses:
-        """Its uses in operations, or all uses if there are none."""
+        """The uses in operations, or all uses if there are none."""
         kind = self.is_in_operation
         return {use: levels for use, levels in self.all_uses.items() if use.in_operation == kind}
 

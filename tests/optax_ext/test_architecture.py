@@ -140,7 +140,7 @@ ADAPTED = {
 
 
 def haiku_parts():
-    """Its modules are keys with slashes, and `layer_stack` scans over a dictionary of them."""
+    """Return a `layer_stack`: modules are keys with slashes, and a scan takes all of them."""
 
     def layer(x, params):
         norm, linear = params["stack/norm"], params["stack/linear"]
@@ -235,7 +235,7 @@ OPAQUE = {"pallas": "by shape: in pallas_call", "solve": "by shape: in custom_li
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_operations(name):
-    """Three in a row, and one on a side path after the first."""
+    """Apply each operation three times in a row, and once on a side path."""
     operation = OPERATIONS[name]
 
     def apply(params, x):
@@ -297,20 +297,20 @@ def in_turn(names, x, params):
 
 
 def chosen(params, x):
-    """A branch waits for what chooses it."""
+    """Choose a branch by data, for which it waits."""
     waits = in_turn("ab", x, params).sum() > 0
     return lax.cond(waits, lambda: x, lambda: -x) @ params["out"]["kernel"]
 
 
 def skipped(params, x):
-    """A loop may not run at all."""
+    """Take the result of a loop that may not run at all."""
     body = lambda _: in_turn("a", x, params)  # noqa: E731
     y = lax.while_loop(lambda y: y.sum() > 1, body, in_turn("bc", x, params))
     return y @ params["out"]["kernel"]
 
 
 def first_use(params, x):
-    """The first use is the one nearest to the input, whichever comes first in the program."""
+    """Use b nearer to the input than it first comes in the program."""
     return (in_turn("ab", x, params) + in_turn("b", x, params)) @ params["out"]["kernel"]
 
 
@@ -330,14 +330,14 @@ def until(params, x):
 
 
 def deep_start(params, x):
-    """What a loop returns is as deep as its deepest step, here the first; others use c before."""
+    """Start a loop deeper than it goes on: the first step is the deepest, others use c first."""
     start = in_turn("ab", x[:1], params)
     _, collected = lax.scan(lambda y, x: (x[None], in_turn("c", y, params)), start, x)
     return collected @ params["out"]["kernel"]
 
 
 def joined(params, x):
-    """Kernels side by side, and a row of biases below one, are one operation."""
+    """Join kernels side by side, and a row of biases to a kernel."""
     kernels = [params[name]["kernel"] for name in "ab"]
     kernel = jnp.concatenate([params["out"]["kernel"], jnp.sum(kernels[0], 0)[None]])
     x = (x @ jnp.concatenate(kernels, 1)).reshape(4, 4)
@@ -345,7 +345,7 @@ def joined(params, x):
 
 
 def merged(params, x):
-    """A product of parameters is computed without data: all its factors are kernels."""
+    """Multiply parameters before they meet data: all factors are kernels of one operation."""
     product = params["a"]["kernel"] @ params["b"]["kernel"]
     return x @ (params["c"]["kernel"] + product) @ params["out"]["kernel"]
 
@@ -436,13 +436,13 @@ def scanned(stack, x, **options):
 
 
 def two_values(stack, x):
-    """Each step changes one of two values: a reversible network."""
+    """Change one of two values in each step, as reversible networks do."""
     step = lambda carry, w: ((carry[1], carry[0] + carry[1] @ w), None)  # noqa: E731
     return sum(lax.scan(step, (x, x), stack)[0])
 
 
 def three_values(stack, x):
-    """Levels don't grow by the same number in each step, so that all steps are run."""
+    """Change one of three values in turn: no level grows by the same number in each step."""
     step = lambda carry, w: ((*carry[1:], carry[0] @ w), None)  # noqa: E731
     return sum(lax.scan(step, (x, x, x), stack)[0])
 
@@ -561,7 +561,7 @@ def test_time_does_not_depend_on_the_length(monkeypatch):
 
 
 def prefetched(stack, x):
-    """Each step multiplies by the layer of the step before."""
+    """Multiply in each step by the layer of the step before."""
     step = lambda carry, w: ((carry[0] @ carry[1], w), None)  # noqa: E731
     return lax.scan(step, (x, jnp.eye(4)), stack)[0][0]
 
