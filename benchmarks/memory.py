@@ -22,7 +22,7 @@ from benchmarks.hlo import live_bytes, read_entry
 from benchmarks.latest import Row
 from benchmarks.layouts import size, state_of
 from benchmarks.leaf_sets import LEAF_SETS, Leaves, count, in_words
-from pallas_kernels.fuse import whole_step
+from pallas_kernels.compile import whole_step
 
 LEAF_SET = "GPT-2 124M"
 PACKAGES = ("jax", "libtpu", "optax")

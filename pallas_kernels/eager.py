@@ -1,6 +1,7 @@
 """Steps outside of `jit`: compiled once for equal structures, types and shardings."""
 
 import functools
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -8,8 +9,9 @@ import jax
 from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding
 
+from pallas_kernels.compile import Static, split
 from pallas_kernels.shardings import of_value
-from pallas_kernels.trace import is_array, paths
+from pallas_kernels.trace import paths
 
 # Compiled programs that one step keeps: enough for several groups of parameters, or options.
 _PROGRAMS = 32
@@ -35,47 +37,36 @@ def compile_once(execute: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     @functools.lru_cache(_PROGRAMS)
-    def program(structure, options, shardings, placed) -> Callable[..., Any]:
-        def on_arrays(*arrays):
-            rest = iter(arrays)
-            leaves = [next(rest) if option is None else option[1] for option in options]
-            arguments = jax.tree.unflatten(structure, leaves)
-            known = dict(zip(paths(arguments), shardings, strict=True)) | dict(placed)
+    def program(
+        static: Static,
+        shardings: tuple[NamedSharding | None, ...],
+        placed: frozenset[tuple[str, NamedSharding]],
+    ) -> Callable[..., Any]:
+        def on_arrays(*arrays: jax.Array) -> Any:
+            arguments = static.fill(arrays)
+            names = itertools.compress(paths(arguments), static.is_given)
+            known = dict(zip(names, shardings, strict=True)) | dict(placed)
             return execute(arguments, known, kept=True)
 
         return jax.jit(on_arrays)
 
     def run(arguments: Any, placed: Mapping[str, NamedSharding]) -> Any:
-        leaves, structure = jax.tree.flatten(arguments)
-        if not (_is_hashable(structure) and all(map(_can_be_kept, leaves))):
+        static, arrays = split(arguments)
+        numbers = any(not isinstance(x, bool | str) for _, x in static.options)
+        if numbers or not static.is_plain or any(isinstance(x, Tracer) for x in arrays):
             return execute(arguments, placed)
-        arrays = [x for x in leaves if is_array(x)]
-        # Types are included, because values of different types can be equal.
-        options = tuple(None if is_array(x) else (type(x), x) for x in leaves)
-        shardings = tuple(map(_sharding, leaves))
+        shardings = tuple(map(_sharding, arrays))
         try:
-            return program(structure, options, shardings, frozenset(placed.items()))(*arrays)
+            return program(static, shardings, frozenset(placed.items()))(*arrays)
         except ClosesOverTracerError:
             return execute(arguments, placed)
 
     return run
 
 
-def _can_be_kept(leaf: Any) -> bool:
-    return isinstance(leaf, bool | str) or (is_array(leaf) and not isinstance(leaf, Tracer))
-
-
-def _is_hashable(structure: Any) -> bool:
-    try:
-        hash(structure)
-    except TypeError:
-        return False
-    return True
-
-
 def _sharding(x: Any) -> NamedSharding | None:
     """Return the array's sharding, unless a tracer of the array has it in its type."""
-    sharding = of_value(x) if is_array(x) else None
+    sharding = of_value(x)
     if sharding is None or AxisType.Explicit in sharding.mesh.axis_types:
         return None
     return sharding

@@ -8,7 +8,7 @@ from flax.training import train_state
 from pallas_kernels.fuse import FusedTransformation
 
 
-class FusedOptimizer(nnx.Optimizer):
+class FusedOptimizer(nnx.Optimizer[Any]):
     """`nnx.Optimizer` for a transformation made by `fuse`.
 
     `update` writes parameters and state in place and returns nothing. The base class returns
@@ -26,7 +26,7 @@ class FusedOptimizer(nnx.Optimizer):
 
     tx: FusedTransformation
 
-    def update(self, model, grads, /, **kwargs: Any) -> None:
+    def update(self, model: Any, grads: Any, /, **kwargs: Any) -> None:
         """Update the model's parameters; pass `kwargs` to the transformation."""
         params, gradients = (
             nnx.as_pure(nnx.state(tree, self.wrt, graph=self.graph)) for tree in (model, grads)

@@ -1,21 +1,26 @@
 """The layout of one launch over many leaves: blocks of the grid, operands, results.
 
-Each leaf is cut into spans of equally wide blocks. Leaves whose programs have the same form are
+Each leaf is cut into spans of equally wide blocks. Leaves whose programs have equal bodies are
 adjacent in the grid, and share one kernel body for each block width. Statistics take two launches:
 every block writes its partial statistics to memory, then one launch for the whole phase adds them
 up.
+
+A layout contains no values and no nodes of a graph, so equal launches have equal layouts.
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.program import Program
-from pallas_kernels.trace import Node
+from pallas_kernels.program import Body
+
+# The first operands of a launch: all scalars, as one float vector and one integer vector.
+PACKS = ("float32", "int32")
 
 
 @dataclass(frozen=True)
@@ -23,7 +28,7 @@ class Span:
     """Blocks of one width that are consecutive in a leaf and in the grid.
 
     Attributes:
-      leaf: index of the leaf's program in the layout.
+      leaf: index of the leaf in the layout.
       first: index of the first element of the first block.
       blocks: number of blocks.
     """
@@ -44,7 +49,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Slot:
-    """The position of a form's scalar in the packs of a layout.
+    """The position of a form's scalar in the packs of a launch.
 
     Attributes:
       pack: index of the pack.
@@ -56,142 +61,120 @@ class Slot:
     pack: int
     start: int
     per_leaf: bool
-    dtype: Any
+    dtype: str
 
-    def read(self, packs: Sequence[Any], which: Any) -> Any:
+    def read(self, packs: Sequence[Any], which: Any) -> jax.Array:
         """Return the scalar of the form's leaf with index `which`."""
         value = packs[self.pack][self.start + which if self.per_leaf else self.start]
-        return value != 0 if self.dtype == bool else value.astype(self.dtype)
+        return value != 0 if self.dtype == "bool" else value.astype(self.dtype)
 
 
+@dataclass(frozen=True)
+class Form:
+    """Leaves of any size whose programs have the same body.
+
+    Attributes:
+      body: the body.
+      sizes: the number of elements of each leaf.
+      slots: the positions of the body's scalars.
+    """
+
+    body: Body
+    sizes: tuple[int, ...]
+    slots: tuple[Slot, ...]
+
+
+class Leaf(NamedTuple):
+    """A leaf of a launch: its body and its number of elements."""
+
+    body: Body
+    size: int
+
+
+@dataclass(frozen=True)
 class Layout:
     """The positions of one launch's leaves in its grid and among its operands.
 
     Attributes:
-      forms: for each form, its programs; they share kernel bodies.
-      programs: all programs, form by form.
-      first: for each form, the index of its first program; then the number of programs.
-      groups: the groups of blocks, in the order of the grid.
-      starts: for each span, the index of its first block in the grid; then the number of blocks.
-      first_result: for each program, the index of its first result; then the number of results.
-      columns: the largest number of statistics of a leaf.
-      packs: all scalars, as one float vector and one integer vector.
-      slots: for each form, the positions of its scalars.
+      forms: the leaves, form by form.
+      widths: the widths of blocks, in decreasing order. A block of the last width may extend past a
+        leaf's end.
     """
 
-    def __init__(
-        self,
-        programs: Sequence[Program],
-        scalar: Callable[[Node], Any],
-        widths: Sequence[int],
-    ):
-        """Cut leaves into blocks of decreasing `widths`; the last may extend past a leaf's end."""
-        forms: dict[Any, list[Program]] = {}
-        for program in programs:
-            forms.setdefault(program.signature(), []).append(program)
-        self.forms = list(forms.values())
-        self.programs = [p for form in self.forms for p in form]
-        self.first = [0, *itertools.accumulate(len(form) for form in self.forms)]
-        self.groups = list(self._groups(widths))
-        self.starts = [0, *itertools.accumulate(s.blocks for g in self.groups for s in g.spans)]
-        self.first_result = [0, *itertools.accumulate(len(p.stored()) for p in self.programs)]
-        self.columns = max(len(p.reduced()) for p in self.programs)
-        self.packs, self.slots = self._pack(scalar)
+    forms: tuple[Form, ...]
+    widths: tuple[int, ...]
 
-    def cache_key(self) -> Any:
-        """Return a key that is equal for launches that can share a kernel."""
-        sizes = tuple(p.size for p in self.programs)
-        forms = tuple((form[0].signature(), len(form)) for form in self.forms)
-        return sizes, forms, tuple(map(tuple, self.slots))
+    @cached_property
+    def leaves(self) -> list[Leaf]:
+        """All leaves, form by form."""
+        return [Leaf(form.body, size) for form in self.forms for size in form.sizes]
 
-    def _groups(self, widths) -> Iterator[Group]:
-        for form in range(len(self.forms)):
-            spans: dict[int, list[Span]] = {width: [] for width in widths}
-            for leaf in range(self.first[form], self.first[form + 1]):
-                size, at = self.programs[leaf].size, 0
-                for width in widths:
-                    whole, rest = divmod(size - at, width)
-                    blocks = whole + (rest > 0 and width == widths[-1])
-                    if blocks:
-                        spans[width].append(Span(leaf, at, blocks))
-                    at += whole * width
-            yield from (Group(form, width, tuple(s)) for width, s in spans.items() if s)
+    @cached_property
+    def first(self) -> list[int]:
+        """The index of each form's first leaf; then the number of leaves."""
+        return _starts(len(form.sizes) for form in self.forms)
 
-    def _pack(self, scalar) -> tuple[list[Any], list[list[Slot]]]:
-        floats: list[Any] = []
-        integers: list[Any] = []
-        slots = []
-        for form in self.forms:
-            slots.append([])
-            for place, node in enumerate(form[0].scalars):
-                floating = jnp.issubdtype(node.dtype, jnp.floating)
-                values = [p.scalars[place] for p in form]
-                shared = all(v is node for v in values)
-                pack = floats if floating else integers
-                slots[-1].append(Slot(0 if floating else 1, len(pack), not shared, node.dtype))
-                pack += [scalar(v) for v in (values[:1] if shared else values)]
-        packs = [
-            jnp.stack([jnp.asarray(x, dtype).reshape(()) for x in pack or [0]])
-            for pack, dtype in ((floats, jnp.float32), (integers, jnp.int32))
-        ]
-        return packs, slots
+    @cached_property
+    def groups(self) -> list[Group]:
+        """The groups of blocks, in the order of the grid."""
+        return [*self._groups()]
 
-    def operands(self, array: Callable[[Node], jax.Array]) -> tuple[list[jax.Array], list[int]]:
-        """Return all operands (packs, then inputs), and the index of each leaf's first input."""
-        operands, offsets = list(self.packs), []
-        for program in self.programs:
-            offsets.append(len(operands))
-            operands += [array(node) for node in program.inputs]
-        return operands, offsets
+    @cached_property
+    def starts(self) -> list[int]:
+        """The index in the grid of each span's first block; then the number of blocks."""
+        return _starts(span.blocks for group in self.groups for span in group.spans)
 
-    def results(self, offsets: Sequence[int]) -> list[tuple[jax.ShapeDtypeStruct, int | None]]:
-        """Return for each stored result its shape, and the index of the operand it overwrites."""
-        return [
-            (
-                jax.ShapeDtypeStruct((program.size,), root.dtype),
-                None if root.in_place is None else offset + root.in_place,
-            )
-            for program, offset in zip(self.programs, offsets, strict=True)
-            for _, root in program.stored()
-        ]
+    @cached_property
+    def first_input(self) -> list[int]:
+        """The index of each leaf's first input among the operands; then their number."""
+        return [len(PACKS) + i for i in _starts(len(leaf.body.inputs) for leaf in self.leaves)]
 
-    def statistics(self) -> list["Statistic"]:
-        """Return the statistics of this launch, leaf by leaf."""
-        counts = self.blocks_of_leaves()
-        first = [0, *itertools.accumulate(counts)]
-        return [
-            Statistic(node, root.reduction, k, k * first[-1] + first[leaf], counts[leaf])
-            for leaf, program in enumerate(self.programs)
-            for k, (node, root) in enumerate(program.reduced())
-        ]
+    @cached_property
+    def first_result(self) -> list[int]:
+        """The index of each leaf's first stored result; then their number."""
+        return _starts(len(leaf.body.stored) for leaf in self.leaves)
 
+    @cached_property
+    def columns(self) -> int:
+        """The largest number of statistics of a leaf."""
+        return max(len(form.body.reductions) for form in self.forms)
+
+    @cached_property
     def blocks_of_leaves(self) -> list[int]:
-        """Return the number of blocks of each leaf, over all widths."""
-        counts = [0] * len(self.programs)
+        """The number of blocks of each leaf, over all widths."""
+        counts = [0] * len(self.leaves)
         for group in self.groups:
             for span in group.spans:
                 counts[span.leaf] += span.blocks
         return counts
 
+    @cached_property
+    def results(self) -> list[tuple[jax.ShapeDtypeStruct, int | None]]:
+        """The shape of each stored result, and the index of the operand that it overwrites."""
+        return [
+            (
+                jax.ShapeDtypeStruct((leaf.size,), jnp.dtype(root.dtype)),
+                None if root.in_place is None else first + root.in_place,
+            )
+            for leaf, first in zip(self.leaves, self.first_input, strict=False)
+            for root in leaf.body.stored
+        ]
 
-class Statistic(NamedTuple):
-    """A statistic, and the position of its parts in the partial statistics of a launch.
-
-    Attributes:
-      node: the result.
-      reduction: "sum", "max" or "min".
-      column: its index among the statistics of its leaf.
-      first: index of its first part.
-      parts: number of parts.
-    """
-
-    node: Node
-    reduction: str
-    column: int
-    first: int
-    parts: int
+    def _groups(self) -> Iterator[Group]:
+        for form in range(len(self.forms)):
+            spans: dict[int, list[Span]] = {width: [] for width in self.widths}
+            for leaf in range(self.first[form], self.first[form + 1]):
+                size, at = self.leaves[leaf].size, 0
+                for width in self.widths:
+                    whole, rest = divmod(size - at, width)
+                    blocks = whole + (rest > 0 and width == self.widths[-1])
+                    if blocks:
+                        spans[width].append(Span(leaf, at, blocks))
+                    at += whole * width
+            yield from (Group(form, width, tuple(s)) for width, s in spans.items() if s)
 
 
+@dataclass(frozen=True)
 class PartialReduction:
     """A launch that adds up the partial statistics of a phase, one block for each statistic.
 
@@ -199,20 +182,14 @@ class PartialReduction:
       rows: for each launch of the phase, the index of the block for its first statistic; then the
         number of blocks.
       table: for each block four integers: the index of the first part, the number of parts, the
-        index of the reduction in `kinds`, and the index of the result in `nodes`.
+        index of the reduction in `kinds`, and the index of the result.
       kinds: the reductions that occur.
-      nodes: the results, in order.
     """
 
-    def __init__(self, layouts: Sequence[Layout]):
-        """Order results by column, then by creation, so that XLA can read them as whole slices."""
-        statistics = [layout.statistics() for layout in layouts]
-        self.rows = [0, *itertools.accumulate(map(len, statistics))]
-        rows = [s for each in statistics for s in each]
-        self.kinds = sorted({s.reduction for s in rows})
-        order = sorted(rows, key=lambda s: (s.column, s.node.index))
-        self.nodes = [s.node for s in order]
-        places = {node: place for place, node in enumerate(self.nodes)}
-        self.table = [
-            (s.first, s.parts, self.kinds.index(s.reduction), places[s.node]) for s in rows
-        ]
+    rows: tuple[int, ...]
+    table: tuple[tuple[int, int, int, int], ...]
+    kinds: tuple[str, ...]
+
+
+def _starts(counts: Any) -> list[int]:
+    return [0, *itertools.accumulate(counts)]

@@ -5,77 +5,77 @@ Each component has one `Program` for each phase. Programs of the same form share
 even on different leaves. A component that a kernel can't compute falls back to XLA, with a reason.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from pallas_kernels import program
-from pallas_kernels.ops import DTYPES, Operations
+from pallas_kernels.graph import Graph, Kind, Node
+from pallas_kernels.launches import Phase, make_phase
+from pallas_kernels.ops import DTYPES, Target
 from pallas_kernels.placement import Placement
 from pallas_kernels.program import Program
-from pallas_kernels.trace import Graph, Kind, Node
 
 _LARGEST = 2**31 - 1  # elements that a 32-bit index reaches
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class Plan:
     """What to launch, in order.
 
     Attributes:
-      phases: the programs of each phase, which don't wait for each other. Each phase but the last
-        computes statistics that later phases need.
+      phases: the launches. Each phase but the last computes statistics that later phases need.
       reasons: for each component that falls back to XLA, the reason.
     """
 
-    phases: list[list[Program]]
-    reasons: dict[Node, str]
+    phases: tuple[Phase, ...]
+    reasons: Mapping[Node, str]
 
 
-def plan(
-    graph: Graph,
-    in_place: Mapping[int, int],
-    operations: Operations,
-    placement: Placement | None = None,
-) -> Plan:
+def plan(graph: Graph, in_place: int, target: Target, placement: Placement) -> Plan:
     """Decide what kernels compute, and in which phase; the rest falls back to XLA.
 
     Args:
       graph: the step.
-      in_place: for each result that may reuse the memory of an argument, the indices of both.
-      operations: what the backend's kernels can compute.
-      placement: the shardings of the leaves; `None` means that all leaves are on one device.
+      in_place: the number of first results that may reuse the memory of the argument with the same
+        index.
+      target: what the backend's kernels can compute.
+      placement: the shardings of the leaves.
     """
-    placement = placement or Placement()
-    reachable = _reachable(graph.outputs)
-    reasons = _fallback_reasons(graph, reachable, operations, placement)
-
+    reachable = graph.reachable()
+    reasons = _fallback_reasons(graph, reachable, target, placement)
     # Only components with an argument become kernels: other arrays (a list of norms) are small.
-    leaves = {graph.component(node) for node in graph.inputs if node.on_leaf}
+    fused = {graph.component(n) for n in graph.inputs if n.on_leaf} - reasons.keys()
 
-    def fused(node: Node) -> bool:
-        component = graph.component(node)
-        return component in leaves and component not in reasons
+    def computed(nodes: Collection[Node], kind: Kind) -> dict[Node, list[Node]]:
+        """Return the nodes of a kind that kernels compute, by component."""
+        groups: dict[Node, list[Node]] = {}
+        for node in nodes:
+            if node.kind is kind and (component := _component(graph, node)) in fused:
+                groups.setdefault(component, []).append(node)
+        return groups
 
-    targets: dict[Node, Node] = {}
-    for i, j in in_place.items():
-        result, argument = graph.outputs[i], graph.inputs[j]
-        same_form = (result.shape, result.dtype) == (argument.shape, argument.dtype)
-        if argument.on_leaf and same_form and graph.component(result) is graph.component(argument):
-            targets.setdefault(result, argument)
-
-    reduced = [n for n in reachable if n.kind is Kind.REDUCED and fused(n.args[0])]
-    written = [n for n in dict.fromkeys(graph.outputs) if n.kind is Kind.ELEMENTWISE and fused(n)]
-    statistics, writes = _by_component(graph, reduced), _by_component(graph, written)
-    levels = 1 + max((n.args[0].level for n in reduced), default=-1)
-    phases: list[list[Program]] = [[] for _ in range(levels + 1)]
+    statistics = computed(reachable, Kind.REDUCED)
+    writes = computed(dict.fromkeys(graph.outputs), Kind.ELEMENTWISE)
+    targets = _targets(graph, in_place)
+    update = 1 + max((_level(n) for nodes in statistics.values() for n in nodes), default=-1)
+    phases: list[list[Program]] = [[] for _ in range(update + 1)]
     for component in statistics | writes:
         reduced, written = statistics.get(component, []), writes.get(component, [])
         example = written[0] if written else reduced[0].args[0]
         passes = _passes(reduced, written, placement.size(component, example), targets)
         for level, each in passes.items():
-            phases[levels if level is None else level].append(each)
-    return Plan([phase for phase in phases if phase], reasons)
+            phases[update if level is None else level].append(each)
+    return Plan(tuple(make_phase(p, target.widths) for p in phases if p), reasons)
+
+
+def _targets(graph: Graph, in_place: int) -> dict[Node, Node]:
+    """Return the argument whose memory each result reuses."""
+    targets: dict[Node, Node] = {}
+    for result, argument in zip(graph.outputs[:in_place], graph.inputs, strict=False):
+        same_form = (result.shape, result.dtype) == (argument.shape, argument.dtype)
+        if argument.on_leaf and same_form and graph.component(result) is graph.component(argument):
+            targets.setdefault(result, argument)
+    return targets
 
 
 def _passes(
@@ -89,14 +89,14 @@ def _passes(
     """
     by_level: dict[int | None, list[Node]] = {}
     for node in reduced:
-        by_level.setdefault(node.args[0].level, []).append(node)
+        by_level.setdefault(_level(node), []).append(node)
     passes = {level: program.make(nodes, size, targets) for level, nodes in by_level.items()}
     if written:
         passes[None] = program.make(written, size, targets)
     if not reduced or not written:
         return passes
 
-    last = max(node.args[0].level for node in reduced)
+    last = max(map(_level, reduced))
     early = [n for n in written if n.level <= last and n in targets]
     late = [n for n in written if n not in early]
     if not early or not late:
@@ -111,22 +111,13 @@ def _passes(
     return passes
 
 
-def _moved(passes: Mapping[Any, Program]) -> int:
-    return sum(each.traffic()[0] for each in passes.values())
+def _moved(passes: Mapping[int | None, Program]) -> int:
+    return sum(each.bytes[0] for each in passes.values())
 
 
-def _reachable(outputs: Sequence[Node]) -> list[Node]:
-    seen: set[Node] = set()
-    pending = list(outputs)
-    while pending:
-        node = pending.pop()
-        if node not in seen:
-            seen.add(node)
-            pending.extend(node.args)
-    return sorted(seen, key=lambda n: n.index)
-
-
-def _fallback_reasons(graph, reachable, operations, placement) -> dict[Node, str]:
+def _fallback_reasons(
+    graph: Graph, reachable: Sequence[Node], target: Target, placement: Placement
+) -> dict[Node, str]:
     work = [n for n in reachable if n.kind in (Kind.ELEMENTWISE, Kind.REDUCED)]
     computed = {_component(graph, n) for n in work}
     reasons: dict[Node, str] = {}
@@ -142,25 +133,27 @@ def _fallback_reasons(graph, reachable, operations, placement) -> dict[Node, str
     for node in work:
         component = _component(graph, node)
         if component not in reasons:
-            found = _reasons_against(node, component, written, operations, placement)
+            found = _reasons_against(node, component, written, target, placement)
             if (why := next(found, None)) is not None:
                 fall_back(node, why)
     return reasons
 
 
-def _reasons_against(node, component, written, operations, placement) -> Iterator[str]:
+def _reasons_against(
+    node: Node, component: Node, written: set[Node], target: Target, placement: Placement
+) -> Iterator[str]:
     """Yield reasons why no kernel can compute the node; only the first is always valid."""
     values = [v for v in (node, *node.args) if v.kind is not Kind.REDUCED]
     for value in values:
         if value.dtype.name not in DTYPES:
             yield f"no kernel for {value.dtype.name}"
         in_memory = value.on_leaf and (value.kind is not Kind.ELEMENTWISE or value in written)
-        if in_memory and value.dtype.name not in operations.in_memory:
+        if in_memory and value.dtype.name not in target.in_memory:
             yield f"no kernel reads or writes {value.dtype.name}"
         if value.on_leaf and (why := placement.reason(component, value)) is not None:
             yield why
     dtypes = [a.dtype.name for a in node.args]
-    if node.kind is Kind.ELEMENTWISE and not operations.supports(node.operation, dtypes):
+    if node.kind is Kind.ELEMENTWISE and not target.supports(node.operation, dtypes):
         yield f"no kernel for {node.operation} of {' and '.join(dict.fromkeys(dtypes))}"
     if (size := placement.size(component, values[0])) > _LARGEST:
         yield f"{size} elements are more than a 32-bit index reaches"
@@ -171,8 +164,6 @@ def _component(graph: Graph, node: Node) -> Node:
     return graph.component(node.args[0] if node.kind is Kind.REDUCED else node)
 
 
-def _by_component(graph: Graph, nodes: Sequence[Node]) -> dict[Node, list[Node]]:
-    groups: dict[Node, list[Node]] = {}
-    for node in nodes:
-        groups.setdefault(_component(graph, node), []).append(node)
-    return groups
+def _level(statistic: Node) -> int:
+    """Return the level of a statistic's operand, which is the phase that can compute it."""
+    return statistic.args[0].level

@@ -1,20 +1,73 @@
-"""The program of one leaf in one launch: straight-line code for its blocks."""
+"""The program of one leaf in one launch: straight-line code for its blocks.
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+The code itself, a `Body`, contains no nodes of the graph: equal bodies share a kernel.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.extend.core import Primitive
 
-from pallas_kernels.ops import REDUCTIONS, SAME_ORDER, Operations, maximum, minimum
-from pallas_kernels.trace import Kind, Node
+from pallas_kernels.graph import Kind, Node
+from pallas_kernels.ops import REDUCTIONS, SAME_ORDER
 
-# A value inside a program: ("input" | "op" | "scalar", index) or ("number", value, dtype).
-Ref = tuple[Any, ...]
-# A condition: a scalar, and the value that it must have.
-Predicate = tuple[Ref, int]
+
+@dataclass(frozen=True)
+class Input:
+    """An array that is read block by block."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class Scalar:
+    """A value that is the same for all blocks."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """The result of an operation."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number that is known while tracing, as the bytes of its dtype."""
+
+    data: bytes
+    dtype: str
+
+    @property
+    def value(self) -> Any:
+        """The number, as a NumPy scalar."""
+        return np.frombuffer(self.data, np.dtype(self.dtype))[0]
+
+
+Ref = Input | Scalar | Result | Number
+
+
+@dataclass(frozen=True)
+class Predicate:
+    """A condition: a scalar, and the value that it must have."""
+
+    scalar: Ref
+    value: bool
+
+
+@dataclass(frozen=True)
+class Op:
+    """An operation on blocks."""
+
+    primitive: Primitive
+    params: tuple[tuple[str, Any], ...]
+    operands: tuple[Ref, ...]
 
 
 @dataclass(frozen=True)
@@ -36,54 +89,82 @@ class Root:
     reduction: str | None
 
 
-@dataclass
-class Program:
-    """Straight-line code for the blocks of one leaf.
+@dataclass(frozen=True)
+class Body:
+    """The code of a program.
 
     Attributes:
-      results: the nodes that the roots compute.
-      size: number of elements of the leaf per device.
-      inputs: arrays that are read block by block.
+      inputs: the dtypes of the arrays that are read block by block.
       loads: for each input, the condition for reading it; `None` means always.
-      scalars: values that are the same for all blocks.
-      ops: the operations in order: primitive, parameters, operands.
+      scalars: the dtypes of the values that are the same for all blocks.
+      ops: the operations, in order.
       roots: the values to store or reduce, one for each result.
     """
 
-    results: list[Node]
-    size: int
-    inputs: list[Node] = field(default_factory=list)
-    loads: list[Predicate | None] = field(default_factory=list)
-    scalars: list[Node] = field(default_factory=list)
-    ops: list[tuple[Any, dict[str, Any], tuple[Ref, ...]]] = field(default_factory=list)
-    roots: list[Root] = field(default_factory=list)
+    inputs: tuple[str, ...]
+    loads: tuple[Predicate | None, ...]
+    scalars: tuple[str, ...]
+    ops: tuple[Op, ...]
+    roots: tuple[Root, ...]
 
-    def stored(self) -> list[tuple[Node, Root]]:
-        """Return the results that are leaves, and their roots."""
-        return [r for r in zip(self.results, self.roots, strict=True) if r[1].reduction is None]
+    @cached_property
+    def stored(self) -> tuple[Root, ...]:
+        """The roots that are stored."""
+        return tuple(root for root in self.roots if root.reduction is None)
 
-    def reduced(self) -> list[tuple[Node, Any]]:
-        """Return the results that are statistics, and their roots."""
-        return [r for r in zip(self.results, self.roots, strict=True) if r[1].reduction is not None]
+    @cached_property
+    def reductions(self) -> tuple[str, ...]:
+        """The reduction of each root that is a statistic."""
+        return tuple(root.reduction for root in self.roots if root.reduction is not None)
 
-    def traffic(self) -> tuple[int, int]:
-        """Return the bytes that are read and written, and how many of them some steps skip."""
+    @cached_property
+    def bytes(self) -> tuple[int, int]:
+        """Bytes read and written for each element, and how many of them some steps skip."""
         moved = [*zip(self.inputs, self.loads, strict=True)]
-        moved += [(node, root.needed) for node, root in self.stored()]
-        skipped = sum(node.dtype.itemsize for node, needed in moved if needed is not None)
-        return self.size * sum(node.dtype.itemsize for node, _ in moved), self.size * skipped
+        moved += [(root.dtype, root.needed) for root in self.stored]
+        sizes = [(np.dtype(dtype).itemsize, needed is not None) for dtype, needed in moved]
+        return sum(size for size, _ in sizes), sum(size for size, skipped in sizes if skipped)
 
-    def signature(self) -> Any:
-        """Return a key that is equal for programs that can share a kernel body."""
-        ops = tuple(
-            (p.name, tuple(sorted((k, str(v)) for k, v in q.items())), r) for p, q, r in self.ops
-        )
-        dtypes = tuple(str(n.dtype) for n in (*self.inputs, *self.scalars))
-        return ops, tuple(self.roots), tuple(self.loads), dtypes, len(self.inputs)
+
+@dataclass(frozen=True)
+class Program:
+    """The code of one leaf, and the nodes that it reads and computes.
+
+    Attributes:
+      body: the code.
+      size: number of elements of the leaf per device.
+      inputs, scalars: the nodes of the body's inputs and scalars.
+      results: the nodes of its roots.
+    """
+
+    body: Body
+    size: int
+    inputs: tuple[Node, ...]
+    scalars: tuple[Node, ...]
+    results: tuple[Node, ...]
+
+    @property
+    def stored(self) -> list[Node]:
+        """The results that are leaves."""
+        return [n for n in self.results if n.kind is not Kind.REDUCED]
+
+    @property
+    def reduced(self) -> list[Node]:
+        """The results that are statistics."""
+        return [n for n in self.results if n.kind is Kind.REDUCED]
+
+    @property
+    def bytes(self) -> tuple[int, int]:
+        """Bytes read and written, and how many of them some steps skip."""
+        moved, skipped = self.body.bytes
+        return moved * self.size, skipped * self.size
 
 
 def make(
-    results: Sequence[Node], size: int, targets: Mapping[Node, Node], given: Sequence[Node] = ()
+    results: Sequence[Node],
+    size: int,
+    targets: Mapping[Node, Node],
+    given: Collection[Node] = (),
 ) -> Program:
     """Return the program that computes `results` from arguments and from earlier results.
 
@@ -93,42 +174,71 @@ def make(
       targets: for some results, the argument whose memory the result reuses.
       given: values that are read from memory instead of computed.
     """
-    program = Program(list(results), size)
-    refs: dict[Node, Ref] = {}
+    code = _Code(given)
+    roots = tuple(code.root(result, targets.get(result)) for result in results)
+    body = Body(
+        tuple(node.dtype.name for node in code.inputs),
+        _needed_inputs(code, roots),
+        tuple(node.dtype.name for node in code.scalars),
+        tuple(code.ops),
+        roots,
+    )
+    return Program(body, size, tuple(code.inputs), tuple(code.scalars), tuple(results))
 
-    def visit(node: Node) -> Ref:
-        if node not in refs:
-            refs[node] = new_ref(node)
-        return refs[node]
 
-    def new_ref(node: Node) -> Ref:
-        if node.kind is Kind.BROADCAST:
-            return visit(node.args[0])
-        if node.kind is Kind.LITERAL:
-            return "number", node.params["value"], str(node.dtype)
-        if node.kind is Kind.ELEMENTWISE and node not in given:
-            if node.operation in SAME_ORDER:
-                return visit(node.args[0])
-            operands = tuple(visit(a) for a in node.args)
-            program.ops.append((node.primitive, node.params, operands))
-            return "op", len(program.ops) - 1
-        if node.on_leaf:
-            program.inputs.append(node)
-            return "input", len(program.inputs) - 1
-        program.scalars.append(node)
-        return "scalar", len(program.scalars) - 1
+class _Code:
+    """The code of a program while it is written."""
 
-    for result in results:
-        reduced, old = result.kind is Kind.REDUCED, targets.get(result)
+    def __init__(self, given: Collection[Node]) -> None:
+        self.inputs: list[Node] = []
+        self.scalars: list[Node] = []
+        self.ops: list[Op] = []
+        self._given = given
+        self._refs: dict[Node, Ref] = {}
+
+    def root(self, result: Node, old: Node | None) -> Root:
+        """Return the root of a result, which reuses the memory of `old`."""
+        reduced = result.kind is Kind.REDUCED
         value, needed = (result.args[0] if reduced else result), None
         if old is not None and _keeps(value, old):
             kept = int(value.args[2] is old)  # the value of the predicate that selects `old`
-            needed, value = (visit(value.args[0]), 1 - kept), value.args[2 - kept]
-        index_of_old = None if old is None else visit(old)[1]
-        reduction = REDUCTIONS[result.operation] if reduced else None
-        program.roots.append(Root(visit(value), needed, index_of_old, str(result.dtype), reduction))
-    program.loads = _needed_inputs(program)
-    return program
+            needed = Predicate(self.ref(value.args[0]), value=not kept)
+            value = value.args[2 - kept]
+        in_place = None if old is None else self.ref(old)
+        assert in_place is None or isinstance(in_place, Input)
+        return Root(
+            self.ref(value),
+            needed,
+            None if in_place is None else in_place.index,
+            result.dtype.name,
+            REDUCTIONS[result.operation] if reduced else None,
+        )
+
+    def ref(self, node: Node) -> Ref:
+        """Return a reference to the value of a node; add the code that computes it."""
+        if node not in self._refs:
+            self._refs[node] = self._new_ref(node)
+        return self._refs[node]
+
+    def _new_ref(self, node: Node) -> Ref:
+        if node.kind is Kind.BROADCAST:
+            return self.ref(node.args[0])
+        if node.kind is Kind.LITERAL:
+            return Number(node.params["bytes"], node.dtype.name)
+        if node.kind is Kind.ELEMENTWISE and node not in self._given:
+            if node.operation in SAME_ORDER:
+                return self.ref(node.args[0])
+            assert node.primitive is not None
+            operands = tuple(self.ref(a) for a in node.args)
+            # A kernel works on the elements of one device.
+            params = node.params | {"sharding": None} if "sharding" in node.params else node.params
+            self.ops.append(Op(node.primitive, tuple(sorted(params.items())), operands))
+            return Result(len(self.ops) - 1)
+        if node.on_leaf:
+            self.inputs.append(node)
+            return Input(len(self.inputs) - 1)
+        self.scalars.append(node)
+        return Scalar(len(self.scalars) - 1)
 
 
 def _keeps(value: Node, old: Node) -> bool:
@@ -142,7 +252,7 @@ def _keeps(value: Node, old: Node) -> bool:
     )
 
 
-def _needed_inputs(program: Program) -> list[Predicate | None]:
+def _needed_inputs(code: _Code, roots: Sequence[Root]) -> tuple[Predicate | None, ...]:
     """Return the condition for reading each input; `None` means always."""
     never = object()
     needs: dict[Ref, Any] = {}
@@ -150,80 +260,16 @@ def _needed_inputs(program: Program) -> list[Predicate | None]:
     def need(ref: Ref, when: Predicate | None) -> None:
         needs[ref] = when if needs.get(ref, never) in (never, when) else None
 
-    for root in program.roots:
+    for root in roots:
         need(root.value, root.needed)
-    for i in reversed(range(len(program.ops))):
-        primitive, _, operands = program.ops[i]
-        when = needs.get(("op", i))
-        if (
-            primitive is lax.select_n_p
-            and operands[0][0] == "scalar"
-            and len(operands) == 3
-            and when is None
-        ):
-            need(operands[1], (operands[0], 0))
-            need(operands[2], (operands[0], 1))
+    for i in reversed(range(len(code.ops))):
+        which, *rest = code.ops[i].operands
+        when = needs.get(Result(i))
+        selects = code.ops[i].primitive is lax.select_n_p and len(rest) == 2
+        if selects and isinstance(which, Scalar) and when is None:
+            need(rest[0], Predicate(which, value=False))
+            need(rest[1], Predicate(which, value=True))
         else:
-            for operand in operands:
+            for operand in (which, *rest):
                 need(operand, when)
-    return [needs.get(("input", i)) for i in range(len(program.inputs))]
-
-
-def evaluate(
-    program: Program,
-    blocks: Sequence[Any],
-    scalars: Sequence[Any],
-    shape: tuple[int, ...],
-    operations: Operations,
-) -> list[Any]:
-    """Return the roots' values for one block; a kernel has no other arithmetic.
-
-    Args:
-      program: what to compute.
-      blocks: one block of each input, of shape `shape`.
-      scalars: the values of the program's scalars.
-      shape: the shape of a block; `()` for a single element.
-      operations: the operations of the backend.
-    """
-    done: list[Any] = []
-
-    def get(ref: Ref) -> Any:
-        if ref[0] == "input":
-            return blocks[ref[1]]
-        if ref[0] == "op":
-            return done[ref[1]]
-        if ref[0] == "scalar":
-            return scalars[ref[1]]
-        return jnp.asarray(ref[1], ref[2])
-
-    def wide(ref: Ref) -> Any:
-        return jnp.broadcast_to(get(ref), shape)
-
-    for primitive, params, operands in program.ops:
-        values = [wide(ref) for ref in operands]
-        plain = {k: None if k == "sharding" else v for k, v in params.items()}
-        done.append(operations.apply(primitive, values, plain))
-    return [wide(root.value) for root in program.roots]
-
-
-def identity_of(reduction: str, dtype: Any = np.float32) -> Any:
-    """Return the neutral element of a reduction."""
-    return np.asarray({"sum": 0.0, "max": -np.inf, "min": np.inf}[reduction], dtype)
-
-
-def or_nan(reduce: Callable[..., Any]) -> Callable[..., Any]:
-    """Make a reduction return NaN if an element is NaN; Triton's reductions ignore NaN."""
-
-    def reduced(x):
-        missing = jnp.sum(jnp.where(x != x, jnp.ones_like(x), jnp.zeros_like(x)))
-        return jnp.where(missing > 0, jnp.asarray(jnp.nan, x.dtype), reduce(x))
-
-    return reduced
-
-
-REDUCE: dict[str, Callable[..., Any]] = {
-    "sum": jnp.sum,
-    "max": or_nan(jnp.max),
-    "min": or_nan(jnp.min),
-}
-COMBINE: dict[str, Callable[..., Any]] = {"sum": jnp.add, "max": maximum, "min": minimum}
+    return tuple(needs.get(Input(i)) for i in range(len(code.inputs)))

@@ -1,16 +1,12 @@
-"""The graph of a step's values, classified by what a kernel can do with them.
+"""The trace of a step on the types of its arguments, and its graph, read from the jaxpr.
 
-Tracing runs the step on the shapes of its arguments and reads the jaxpr. Calls are inlined,
-branches with arrays become selects, and every value becomes one `Node`. This module does not depend
-on a backend or an optimizer.
+Calls are inlined, and branches with arrays become selects. This module does not depend on a backend
+or an optimizer.
 """
 
-import enum
 import functools
-import math
-import operator
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -18,228 +14,145 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.core import Tracer
-from jax.extend.core import Jaxpr, Literal, Primitive, jaxpr_as_fun
+from jax.extend.core import Jaxpr, Literal, jaxpr_as_fun
 
+from pallas_kernels import rewrites
+from pallas_kernels.graph import Graph, Kind, Node, Operation
 from pallas_kernels.ops import ELEMENTWISE, REDUCTIONS, SAME_ORDER
 
-
-class Kind(enum.Enum):
-    """The role of a value in a fused step."""
-
-    INPUT = enum.auto()  # an argument or a constant of the step
-    LITERAL = enum.auto()  # a Python number
-    ELEMENTWISE = enum.auto()  # the result of an elementwise operation: kernels compute it
-    REDUCED = enum.auto()  # a statistic over a whole array: kernels compute it
-    BROADCAST = enum.auto()  # a scalar, broadcast to the shape of an array
-    XLA = enum.auto()  # everything else: XLA computes it between launches
+# Nested selects that are moved outside of one reduction.
+_MOVED_SELECTS = 2
 
 
-@dataclass(eq=False, slots=True)
-class Node:
-    """One value of the step.
+@dataclass(frozen=True, eq=False)
+class Traced:
+    """A step as a graph, and as the jaxpr from which the graph was read.
 
     Attributes:
-      kind: its role.
-      primitive: the operation that computes it, if any.
-      params: the operation's parameters; for a literal, its value.
-      args: the operation's operands.
-      shape, dtype: shape and dtype of the value.
-      level: number of reductions on the longest path from the arguments to the value.
-      index: order of creation; the arguments come first, in their order.
-      output: index of the value among the operation's results.
+      graph: the values; its inputs are the arguments, then the constants.
+      closed: the step's jaxpr with its constants; XLA can run it.
+      structure: the structure of the step's result.
+      constants: arrays that the step closes over; they can be tracers.
     """
 
-    kind: Kind
-    primitive: Primitive | None
-    params: dict[str, Any]
-    args: tuple["Node", ...]
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    level: int
-    index: int
-    output: int = 0
+    graph: Graph
+    closed: Any
+    structure: Any
+    constants: tuple[Any, ...]
 
-    @property
-    def operation(self) -> str:
-        """Name of the primitive, or an empty string if there is none."""
-        return "" if self.primitive is None else self.primitive.name
-
-    @property
-    def size(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
-
-    @property
-    def bytes(self) -> int:
-        """Size of all elements in bytes."""
-        return self.size * self.dtype.itemsize
-
-    @property
-    def on_leaf(self) -> bool:
-        """Whether the value is an array that a launch reads block by block."""
-        return self.size > 1 and self.kind in (Kind.INPUT, Kind.ELEMENTWISE, Kind.XLA)
+    def by_xla(self, *flat: jax.Array) -> list[jax.Array]:
+        """Compute the step's results by XLA alone, from its arguments and constants."""
+        count = len(self.closed.in_avals)
+        consts = list(flat[count : count + len(self.closed.consts)])
+        return jaxpr_as_fun(self.closed.replace(consts=consts))(*flat[:count])
 
 
-@dataclass
-class Graph:
-    """All values of one step; equal values share a node.
+def jaxpr_of(step: Callable[..., Any], types: Sequence[Any]) -> tuple[Any, Any]:
+    """Return the jaxpr of `step`, and the shapes of its result as a tree.
+
+    JAX returns the same jaxpr again for the same function, equal types and equal settings.
+    """
+    return jax.make_jaxpr(step, return_shape=True)(*types)
+
+
+def read(closed: Any, structure: Any, names: Sequence[str]) -> Traced:
+    """Read the jaxpr of a step into a graph.
+
+    Args:
+      closed: the jaxpr.
+      structure: the structure of the step's result.
+      names: names of the arguments, for messages.
+    """
+    reader = _Reader()
+    graph = reader.graph
+    arguments = [graph.input(x, name) for x, name in zip(closed.in_avals, names, strict=True)]
+    constants = [reader.array(x) for x in closed.consts]
+    graph.outputs = reader.run(closed.jaxpr, constants, arguments)
+    return Traced(graph, closed, structure, tuple(reader.constants))
+
+
+class _Reader:
+    """A reader of jaxprs, which adds their values to a graph.
 
     Attributes:
-      inputs: the arguments' nodes, in order.
-      outputs: the results' nodes, in order.
-      names: names of the inputs, for messages.
-      escapes: values of leaves that an operation of XLA reads, and why no kernel runs the
-        operation.
-      effects: operations without a result, such as prints.
+      graph: the graph.
+      constants: the arrays among the inputs that the step closes over.
     """
 
-    inputs: list[Node] = field(default_factory=list)
-    outputs: list[Node] = field(default_factory=list)
-    names: dict[Node, str] = field(default_factory=dict)
-    escapes: list[tuple[Node, str]] = field(default_factory=list)
-    effects: list[Node] = field(default_factory=list)
-    _table: dict[Any, Node] = field(default_factory=dict)
-    _parent: dict[Node, Node] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self.graph = Graph()
+        self.constants: list[Any] = []
 
-    def component(self, node: Node) -> Node:
-        """Return the node that represents all values elementwise connected with `node`."""
-        while node in self._parent:
-            node = self._parent[node]
-        return node
+    def run(self, jaxpr: Jaxpr, consts: Sequence[Node], args: Sequence[Node]) -> list[Node]:
+        """Return the results of a whole jaxpr."""
+        values: dict[Any, Node] = dict(zip(jaxpr.constvars, consts, strict=True))
+        values.update(zip(jaxpr.invars, args, strict=True))
 
-    def _unite(self, a: Node, b: Node) -> None:
-        a, b = self.component(a), self.component(b)
-        if a is not b:
-            older, newer = sorted((a, b), key=lambda n: n.index)
-            self._parent[newer] = older
+        def read(atom: Any) -> Node:
+            if isinstance(atom, Literal):
+                aval: Any = atom.aval
+                return self.graph.literal(np.asarray(atom.val, aval.dtype))
+            return values[atom]
 
-    def node(self, kind, primitive, params, args, shape, dtype, output=0) -> Node:
-        """Return the node of a value; create it at the first call."""
-        key = (kind, primitive, _hashable(params), args, tuple(shape), str(dtype), output)
-        if key not in self._table:
-            level = max((a.level for a in args), default=0) + (kind is Kind.REDUCED)
-            made = Node(kind, primitive, params, args, tuple(shape), dtype, level, len(self._table))
-            made.output = output
-            self._table[key] = made
-            if kind is Kind.ELEMENTWISE:
-                for arg in args:
-                    if arg.on_leaf:
-                        self._unite(made, arg)
-        return self._table[key]
+        for eqn in jaxpr.eqns:
+            results = self._equation(eqn, [read(atom) for atom in eqn.invars])
+            values.update(zip(eqn.outvars, results, strict=True))
+        return [read(atom) for atom in jaxpr.outvars]
 
-    def literal(self, value: Any) -> Node:
-        """Return the node of a number that is known while tracing."""
-        value = np.asarray(value)
-        return self.node(Kind.LITERAL, None, {"value": value.item()}, (), (), value.dtype)
+    def _equation(self, eqn: Any, args: list[Node]) -> list[Node]:
+        inner = _CALLS.get(eqn.primitive.name)
+        if inner is not None:
+            return self.call(eqn.params[inner], args)
+        op = Operation(eqn.primitive, eqn.params, args, [v.aval for v in eqn.outvars])
+        if not op.types:
+            self.graph.effect(op)
+            return []
+        if any(_is_in_host_memory(v.aval) for v in (*eqn.invars, *eqn.outvars)):
+            return self._escape(op, f"{eqn.primitive.name} moves it to host memory, or from there")
+        if eqn.primitive is lax.cond_p and (
+            any(a.on_leaf for a in args) or any(t.size > 1 for t in op.types)
+        ):
+            index, *rest = args
+            branches = [functools.partial(self.call, b, rest) for b in eqn.params["branches"]]
+            return rewrites.select_branches(self, index, branches)
+        return self.apply(op)
 
-    def input(self, aval: Any, name: str) -> Node:
-        """Add the next argument."""
-        made = Node(Kind.INPUT, None, {}, (), tuple(aval.shape), aval.dtype, 0, len(self._table))
-        self._table[("input", len(self.inputs))] = made
-        self.inputs.append(made)
-        self.names[made] = name
-        return made
+    def call(self, jaxpr: Any, args: Sequence[Node]) -> list[Node]:
+        """Inline a jaxpr with or without constants: in JAX 0.12, both are of the same type."""
+        constants = [self.constant(c) for c in getattr(jaxpr, "consts", ())]
+        return self.run(getattr(jaxpr, "jaxpr", jaxpr), constants, args)
 
-    def apply(self, primitive, params, args: Sequence[Node], avals: Sequence[Any]) -> list[Node]:
+    def constant(self, value: Any) -> Node:
+        """Return the node of a value that an inner function closes over."""
+        if np.ndim(value) == 0 and not isinstance(value, Tracer):
+            return self.graph.literal(value)
+        return self.array(value)
+
+    def array(self, value: Any) -> Node:
+        """Return the node of an array that the step closes over."""
+        self.constants.append(value)
+        return self.graph.input(jax.typeof(value), "a constant")
+
+    def apply(self, op: Operation) -> list[Node]:
         """Return the results of one operation."""
-        args, aval = tuple(args), avals[0]
-        size = math.prod(aval.shape)
-        if primitive.name in _WHERE_AND_WHEN:
-            return list(args)
-        on_leaf = [a for a in args if a.on_leaf]
-        if not on_leaf:
-            return self._apply_to_scalars(primitive, params, args, avals)
-        if primitive.name in SAME_ORDER and size == args[0].size:
-            return [self.node(Kind.ELEMENTWISE, primitive, params, args, aval.shape, aval.dtype)]
-        if primitive.name in ELEMENTWISE:
-            return [self.node(Kind.ELEMENTWISE, primitive, params, args, aval.shape, aval.dtype)]
-        if primitive.name in REDUCTIONS and size == 1 and args[0].size > 1:
-            if _is_exact_in_float32(args[0].dtype):
-                return [self._reduce(primitive, params, args[0], aval)]
-            return self._opaque(primitive, params, args, avals)
-        if primitive is lax.dot_general_p and _is_inner_product(params, args, size):
-            return [self._cast(self._bind(jnp.sum, self._bind(lax.mul, *args)), aval)]
-        return self.add_opaque(
-            primitive, params, args, avals, f"{primitive.name} is not elementwise"
-        )
+        name, first, result = op.primitive.name, op.args[0] if op.args else None, op.types[0]
+        if name in _WHERE_AND_WHEN:
+            return list(op.args)
+        if first is None or not any(a.on_leaf for a in op.args):
+            return self._apply_to_scalars(op)
+        if name in ELEMENTWISE or (name in SAME_ORDER and result.size == first.size):
+            return self.graph.results(Kind.ELEMENTWISE, op)
+        if name in REDUCTIONS and result.size == 1 and first.size > 1:
+            if _is_exact_in_float32(first.dtype):
+                return [self._reduce(op)]
+            return self.graph.results(Kind.XLA, op)
+        if op.primitive is lax.dot_general_p:
+            product = rewrites.inner_product(self, op)
+            if product is not None:
+                return [product]
+        return self._escape(op, f"{name} is not elementwise")
 
-    def add_opaque(self, primitive, params, args: Sequence[Node], avals, why: str) -> list[Node]:
-        """Return the results of an operation that XLA must run, even on leaves; `why` says why."""
-        self.escapes += [(arg, why) for arg in args if arg.on_leaf]
-        return self._opaque(primitive, params, tuple(args), avals)
-
-    def _apply_to_scalars(self, primitive, params, args, avals) -> list[Node]:
-        aval = avals[0]
-        broadcast = any(a.kind is Kind.BROADCAST for a in args)
-        if not broadcast:
-            if primitive is lax.broadcast_in_dim_p and math.prod(aval.shape) > 1:
-                return [self._broadcast(args[0], aval)]
-            return self._opaque(primitive, params, args, avals)
-        if primitive.name in SAME_ORDER and math.prod(aval.shape) == args[0].size:
-            return [self._broadcast(args[0].args[0], aval)]
-        if primitive.name in ELEMENTWISE:  # compute one scalar, then broadcast it
-            bare = tuple(a.args[0] if a.kind is Kind.BROADCAST else a for a in args)
-            (scalar,) = self._opaque(
-                primitive, params, bare, [jax.ShapeDtypeStruct((), aval.dtype)]
-            )
-            return [self._broadcast(scalar, aval)]
-        return self._opaque(primitive, params, args, avals)
-
-    def _broadcast(self, scalar: Node, aval: Any) -> Node:
-        if scalar.shape:
-            scalar = self._bind(jnp.squeeze, scalar)
-        return self.node(Kind.BROADCAST, None, {}, (scalar,), aval.shape, aval.dtype)
-
-    def _opaque(self, primitive, params, args, avals) -> list[Node]:
-        return [
-            self.node(Kind.XLA, primitive, params, args, aval.shape, aval.dtype, output)
-            for output, aval in enumerate(avals)
-        ]
-
-    def _reduce(self, primitive, params, x: Node, aval, depth: int = 2) -> Node:
-        """Return the node of a statistic of `x`.
-
-        If a scalar of the same level selects inside of `x`, the select is moved outside: the result
-        is a select between the statistics of both choices. An example is `optax.safe_norm` in trust
-        ratios. It takes the norm of an array that another norm selects. Without the move, the two
-        norms would need two passes, one after the other.
-        """
-        predicate = self._scalar_predicate(x, set()) if x.level > 0 and depth else None
-        if predicate is not None:
-            choices = [self._choose(x, predicate, i, {}) for i in (0, 1)]
-            if max(choice.level for choice in choices) < x.level:
-                reduced = [self._reduce(primitive, params, c, aval, depth - 1) for c in choices]
-                scalar = predicate.args[0] if predicate.kind is Kind.BROADCAST else predicate
-                return self._bind(lax.select_n, scalar, *reduced)
-        if not x.on_leaf:
-            (result,) = self._opaque(primitive, params, (x,), [aval])
-            return result
-        return self.node(Kind.REDUCED, primitive, params, (x,), aval.shape, aval.dtype)
-
-    def _scalar_predicate(self, x: Node, seen: set[Node]) -> Node | None:
-        if x in seen or x.kind is not Kind.ELEMENTWISE:
-            return None
-        seen.add(x)
-        if x.primitive is lax.select_n_p and len(x.args) == 3:
-            which = x.args[0]
-            if not which.on_leaf and which.level == x.level:
-                return which
-        found = (self._scalar_predicate(a, seen) for a in x.args)
-        return next((p for p in found if p is not None), None)
-
-    def _choose(self, x: Node, predicate: Node, i: int, memo: dict[Node, Node]) -> Node:
-        """Return the node of `x` for the case that `predicate` equals `i`."""
-        if x.kind is not Kind.ELEMENTWISE:
-            return x
-        if x not in memo:
-            if x.primitive is lax.select_n_p and x.args[0] is predicate:
-                memo[x] = self._choose(x.args[1 + i], predicate, i, memo)
-            else:
-                args = [self._choose(a, predicate, i, memo) for a in x.args]
-                (memo[x],) = self.apply(x.primitive, x.params, args, [x])
-        return memo[x]
-
-    def _bind(self, function: Callable[..., Any], *args: Node, static: Any = ()) -> Node:
+    def bind(self, function: Callable[..., Any], *args: Node, static: tuple[Any, ...] = ()) -> Node:
         """Return the result of `function(*args, *static)`.
 
         The function is traced, because the parameters of a primitive differ between versions of
@@ -249,118 +162,46 @@ class Graph:
         (result,) = self.run(_jaxpr(function, shapes, static), [], args)
         return result
 
-    def _cast(self, x: Node, aval: Any) -> Node:
-        if x.dtype == aval.dtype:
-            return x
-        return self._bind(lax.convert_element_type, x, static=(aval.dtype,))
+    def _apply_to_scalars(self, op: Operation) -> list[Node]:
+        result = op.types[0]
+        if not any(a.kind is Kind.BROADCAST for a in op.args):
+            if op.primitive is lax.broadcast_in_dim_p and result.size > 1:
+                return [self._broadcast(op.args[0], result)]
+        elif op.primitive.name in SAME_ORDER and result.size == op.args[0].size:
+            return [self._broadcast(op.args[0].args[0], result)]
+        elif op.primitive.name in ELEMENTWISE:  # compute one scalar, then broadcast it
+            bare = [a.args[0] if a.kind is Kind.BROADCAST else a for a in op.args]
+            type_ = jax.ShapeDtypeStruct((), result.dtype)
+            (scalar,) = self.graph.results(Kind.XLA, op._replace(args=bare, types=[type_]))
+            return [self._broadcast(scalar, result)]
+        return self.graph.results(Kind.XLA, op)
 
-    def run(self, jaxpr: Jaxpr, consts: Sequence[Node], args: Sequence[Node]) -> list[Node]:
-        """Return the results of a whole jaxpr."""
-        values = dict(zip(jaxpr.constvars, consts, strict=True))
-        values.update(zip(jaxpr.invars, args, strict=True))
+    def _broadcast(self, scalar: Node, type_: Any) -> Node:
+        if scalar.shape:
+            scalar = self.bind(jnp.squeeze, scalar)
+        return self.graph.node(Kind.BROADCAST, None, {}, (scalar,), type_.shape, type_.dtype)
 
-        def read(atom: Any) -> Node:
-            if isinstance(atom, Literal):
-                aval: Any = atom.aval
-                return self.literal(np.asarray(atom.val, aval.dtype))
-            return values[atom]
+    def _escape(self, op: Operation, why: str) -> list[Node]:
+        """Return the results of an operation that XLA must run, even on leaves."""
+        self.graph.escapes += [(arg, why) for arg in op.args if arg.on_leaf]
+        return self.graph.results(Kind.XLA, op)
 
-        for eqn in jaxpr.eqns:
-            operands = [read(atom) for atom in eqn.invars]
-            avals: list[Any] = [v.aval for v in eqn.outvars]
-            inner = _CALLS.get(eqn.primitive.name)
-            if inner is not None:
-                results = self._call(eqn.params[inner], operands)
-            elif not eqn.outvars:
-                args, nothing = tuple(operands), np.dtype(bool)
-                self.effects.append(
-                    Node(Kind.XLA, eqn.primitive, eqn.params, args, (), nothing, 0, -1)
-                )
-                continue
-            elif any(_is_away(v.aval) for v in (*eqn.invars, *eqn.outvars)):
-                why = f"{eqn.primitive.name} moves it to host memory, or from there"
-                results = self.add_opaque(eqn.primitive, eqn.params, operands, avals, why)
-            elif eqn.primitive is lax.cond_p and (
-                any(a.on_leaf for a in operands) or any(math.prod(a.shape) > 1 for a in avals)
-            ):
-                results = self._branch(eqn.params["branches"], operands[0], operands[1:])
-            else:
-                results = self.apply(eqn.primitive, eqn.params, operands, avals)
-            values.update(zip(eqn.outvars, results, strict=True))
-        return [read(atom) for atom in jaxpr.outvars]
-
-    def _call(self, jaxpr: Any, args: Sequence[Node]) -> list[Node]:
-        """Inline a jaxpr with or without constants: in JAX 0.12, both are of the same type."""
-        constants = [self.constant(c) for c in getattr(jaxpr, "consts", ())]
-        return self.run(getattr(jaxpr, "jaxpr", jaxpr), constants, args)
-
-    def constant(self, value: Any) -> Node:
-        """Return the node of an array that an inner function closes over."""
-        if np.ndim(value) == 0 and not isinstance(value, Tracer):
-            return self.literal(np.asarray(value))
-        made = self.input(jax.typeof(value), "a constant")
-        made.params["value"] = value
-        return made
-
-    def _branch(self, branches, index: Node, args: Sequence[Node]) -> list[Node]:
-        """Compute all branches, and return selects among their results."""
-        chosen = self._call(branches[0], args)
-        for i, branch in enumerate(branches[1:], start=1):
-            reached = self._bind(operator.ge, index, static=(i,))
-            later = self._call(branch, args)
-            chosen = [
-                a if a is b else self._bind(lax.select_n, reached, a, b)
-                for a, b in zip(chosen, later, strict=True)
-            ]
-        return chosen
+    def _reduce(self, op: Operation, depth: int = _MOVED_SELECTS) -> Node:
+        """Return the node of a statistic."""
+        (x,) = op.args
+        if depth:
+            chosen = rewrites.statistics_of_choices(
+                self, x, lambda choice: self._reduce(op._replace(args=[choice]), depth - 1)
+            )
+            if chosen is not None:
+                return chosen
+        (result,) = self.graph.results(Kind.REDUCED if x.on_leaf else Kind.XLA, op)
+        return result
 
 
 @functools.cache
 def _jaxpr(function: Callable[..., Any], shapes: tuple[Any, ...], static: tuple[Any, ...]) -> Jaxpr:
     return jax.make_jaxpr(lambda *args: function(*args, *static))(*shapes).jaxpr
-
-
-@dataclass
-class Traced:
-    """A step as a graph, and as the jaxpr from which the graph was read.
-
-    Attributes:
-      graph: the values; its inputs are the constants, then the arguments.
-      closed: the step's jaxpr with its constants; XLA can run it.
-      result: the shapes of the step's result, as a tree.
-    """
-
-    graph: Graph
-    closed: Any
-    result: Any
-
-    @property
-    def constants(self) -> list[Any]:
-        """Arrays that the step closes over; they can be tracers."""
-        return list(self.closed.consts)
-
-    def by_xla(self, *flat: jax.Array) -> Any:
-        """Run the step by XLA alone, on constants and arguments."""
-        count = len(self.constants)
-        outputs = jaxpr_as_fun(self.closed.replace(consts=list(flat[:count])))(*flat[count:])
-        return jax.tree.unflatten(jax.tree.structure(self.result), outputs)
-
-
-def trace(step: Callable[..., Any], values: Sequence[Any], names: Sequence[str]) -> Traced:
-    """Read `step(*values)` into a graph.
-
-    Args:
-      step: a function of arrays.
-      values: arrays, or their shapes.
-      names: names of the values, for messages.
-    """
-    shapes = [_type(x) for x in values]
-    closed, result = jax.make_jaxpr(step, return_shape=True)(*shapes)
-    graph = Graph()
-    constants = [graph.input(jax.typeof(c), "a constant") for c in closed.consts]
-    arguments = [graph.input(x, name) for x, name in zip(shapes, names, strict=True)]
-    graph.outputs = graph.run(closed.jaxpr, constants, arguments)
-    return Traced(graph, closed, result)
 
 
 def is_array(x: Any) -> bool:
@@ -377,18 +218,18 @@ def paths(tree: Any) -> list[str]:
 def types(function: Callable[..., Any], *arguments: Any) -> Any:
     """Return the types of a result, like `jax.eval_shape`, but including memory spaces."""
     jaxpr, shapes = jax.make_jaxpr(function, return_shape=True)(*arguments)
-    return jax.tree.unflatten(jax.tree.structure(shapes), map(_type, jaxpr.out_avals))
+    return jax.tree.unflatten(jax.tree.structure(shapes), map(type_of, jaxpr.out_avals))
 
 
-def _type(x: Any) -> Any:
+def type_of(x: Any) -> Any:
     """Return the type of `x` (shape, dtype, weak type and memory space) without its sharding."""
     shape = jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=getattr(x, "weak_type", False))
-    if not _is_away(jax.typeof(x) if isinstance(x, jax.Array) else x):
+    if not _is_in_host_memory(jax.typeof(x) if isinstance(x, jax.Array) else x):
         return shape
     return jax.make_jaxpr(lambda x: jax.device_put(x, jax.memory.Space.Host))(shape).out_avals[0]
 
 
-def _is_away(type_: Any) -> bool:
+def _is_in_host_memory(type_: Any) -> bool:
     """Return whether an array of this type is in host memory, which kernels can't access."""
     return getattr(type_, "memory_space", None) == jax.memory.Space.Host
 
@@ -416,23 +257,3 @@ def _is_exact_in_float32(dtype: Any) -> bool:
     """
     narrow = jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize <= 4
     return narrow or jnp.issubdtype(dtype, jnp.bool_)
-
-
-def _is_inner_product(params, args, size) -> bool:
-    (left, right), (batch, _) = params["dimension_numbers"]
-    same = tuple(left) == tuple(right) and args[0].shape == args[1].shape
-    return size == 1 and same and not batch and args[0].on_leaf and args[1].on_leaf
-
-
-def _hashable(params: dict[str, Any]) -> Any:
-    """Return a key that is equal for equal parameters.
-
-    Shardings are ignored, because they don't matter inside one device's step.
-    """
-    items: Iterable[tuple[str, Any]] = sorted(params.items())
-    key = tuple((k, v) for k, v in items if k not in ("sharding", "out_sharding"))
-    try:
-        hash(key)
-    except TypeError:
-        return id(params)
-    return key

@@ -278,7 +278,7 @@ def test_float64_goes_to_xla(x64):
 
 
 def test_more_leaves_than_a_launch_holds(monkeypatch):
-    monkeypatch.setattr(sys.modules["pallas_kernels.grouping"], "LEAVES_PER_LAUNCH", 2)
+    monkeypatch.setattr(sys.modules["pallas_kernels.launches"], "LEAVES_PER_LAUNCH", 2)
     run = Race(optax.lamb(0.05), {f"leaf{n}": shape(n) for n in range(2, 7)})
     fused = run.run([run.fused], run.grads())
     assert_close(fused, run.run([run.chain], run.grads()), run.tolerance)

@@ -2,7 +2,6 @@
 
 from functools import partial
 from itertools import pairwise
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +11,9 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import optax_ext
-from pallas_kernels import fuse, mosaic
-from pallas_kernels.layout import Layout
+from pallas_kernels import arithmetic, fuse
+from pallas_kernels.layout import Form, Layout
+from pallas_kernels.program import Body
 from support.fused import lowered
 
 INTERPRETS = hasattr(plgpu, "InterpretGPUParams")
@@ -126,22 +126,15 @@ def test_chains_lower_for_a_gpu(name):
 @pytest.mark.parametrize("widths", [(512, 128, 1), (512,)])
 def test_a_layout_covers_every_element_once(widths):
     sizes = [1, 127, 128, 511, 512, 1024, 1153]
-    programs = [
-        SimpleNamespace(
-            size=size,
-            signature=lambda size=size: size % 2,
-            scalars=(),
-            stored=list,
-            reduced=list,
-        )
-        for size in sizes
-    ]
-    layout = Layout(programs, None, widths)
+    bodies = [Body(dtypes, (None,), (), (), ()) for dtypes in (("float32",), ("bfloat16",))]
+    forms = [Form(body, tuple(sizes[i::2]), ()) for i, body in enumerate(bodies)]
+    layout = Layout(tuple(forms), widths)
+    assert hash(layout) == hash(Layout(tuple(forms), widths))
     spans = [(group.width, span) for group in layout.groups for span in group.spans]
     covered = {size: [] for size in sizes}
     for (width, span), (start, end) in zip(spans, pairwise(layout.starts), strict=True):
         assert end - start == span.blocks > 0
-        covered[layout.programs[span.leaf].size] += range(
+        covered[layout.leaves[span.leaf].size] += range(
             span.first, span.first + span.blocks * width
         )
     for size, elements in covered.items():
@@ -155,4 +148,4 @@ SPECIAL = np.array([0.0, -0.0, 1e-30, 0.25, 2.0, 3e38, np.inf, np.nan, -1.0], np
 def test_square_roots_at_the_edges():
     with np.errstate(invalid="ignore"):
         expected = np.sqrt(SPECIAL)
-    np.testing.assert_allclose(mosaic._sqrt(jnp.asarray(SPECIAL)), expected, rtol=3e-7)
+    np.testing.assert_allclose(arithmetic.sqrt_by_rsqrt(jnp.asarray(SPECIAL)), expected, rtol=3e-7)

@@ -11,12 +11,12 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend.core.primitives import add_jaxvals_p
 
-from pallas_kernels import explain, fuse, mosaic, ops, program, triton
-from pallas_kernels.plan import DTYPES
+from pallas_kernels import arithmetic, explain, fuse, ops
+from pallas_kernels.backends import evaluate
+from pallas_kernels.ops import DTYPES
 from support.cases import METHODS
 from support.fused import lowered
 
-BACKENDS = {"triton": triton.OPERATIONS, "mosaic": mosaic.OPERATIONS}
 INTERPRETERS = ["interpret"]
 if hasattr(plgpu, "InterpretGPUParams"):
     INTERPRETERS.append("interpret-mosaic")
@@ -74,9 +74,9 @@ OPERATIONS: dict[str, list[Callable[[jax.Array], jax.Array]]] = {
     "reduce_or": [lambda x: x ^ jnp.any(x)],
     "reduce_sum": [lambda x: x > jnp.sum(x).astype(x.dtype)],
 }
-REWRITTEN = {"reduce_max", "reduce_min", *ops.REWRITTEN}.union(
-    *(backend.rewritten for backend in BACKENDS.values())
-)
+REWRITTEN = {"reduce_max", "reduce_min"} | {
+    name for name, row in ops.TABLE.items() if row.triton.rewrite or row.mosaic.rewrite
+}
 
 
 def each(names) -> pytest.MarkDecorator:
@@ -223,7 +223,7 @@ def test_maxima_keep_nan_where_a_backend_drops_it(monkeypatch):
     x, y = jnp.array([1.0, jnp.nan, 2.0]), jnp.array([jnp.nan, 1.0, 3.0])
     monkeypatch.setattr(lax, "max", jnp.fmax)
     monkeypatch.setattr(lax, "min", jnp.fmin)
-    np.testing.assert_array_equal(ops.maximum(x, y), [np.nan, np.nan, 3.0])
-    np.testing.assert_array_equal(ops.minimum(x, y), [np.nan, np.nan, 2.0])
-    assert np.isnan(program.or_nan(jnp.nanmax)(x))
-    assert program.or_nan(jnp.nanmin)(x[::2]) == 1
+    np.testing.assert_array_equal(arithmetic.maximum(x, y), [np.nan, np.nan, 3.0])
+    np.testing.assert_array_equal(arithmetic.minimum(x, y), [np.nan, np.nan, 2.0])
+    assert np.isnan(evaluate.or_nan(jnp.nanmax)(x))
+    assert evaluate.or_nan(jnp.nanmin)(x[::2]) == 1

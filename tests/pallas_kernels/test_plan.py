@@ -7,9 +7,8 @@ import pytest
 
 import optax_ext
 import pallas_kernels
-from pallas_kernels import explain, fuse, triton
-from pallas_kernels.fuse import trace_step, whole_step
-from pallas_kernels.plan import plan
+from pallas_kernels import explain, fuse
+from pallas_kernels.compile import Compiler, whole_step
 from support.fused import RAGGED, SMALL
 from support.strategies import shape
 
@@ -20,9 +19,9 @@ LEAF = {"kernel": shape(64, 64)}
 
 def planned(tx, params):
     state = jax.eval_shape(tx.init, params)
-    arguments = (params, state, params, {})
-    traced, in_place, _ = trace_step(whole_step(tx), arguments, written=2)
-    return traced.graph, plan(traced.graph, in_place, triton.OPERATIONS)
+    compile_step = Compiler(whole_step(tx), in_place=2)
+    compiled, _ = compile_step((params, state, params, {}), "triton", {})
+    return compiled.traced.graph, compiled.plan
 
 
 def work(tx, params=SMALL):
@@ -106,10 +105,10 @@ def predicated_names(tx, params):
     """Arguments that are not always read, and results that are not always written."""
     graph, parts = planned(tx, params)
     loads, stores = [], []
-    for program in parts.phases[-1]:
-        names = [graph.names[node] for node in program.inputs]
-        loads += [n for n, when in zip(names, program.loads, strict=True) if when is not None]
-        stores += [names[r.in_place or 0] for r in program.roots if r.needed is not None]
+    for program in parts.phases[-1].programs:
+        body, names = program.body, [graph.names[node] for node in program.inputs]
+        loads += [n for n, when in zip(names, body.loads, strict=True) if when is not None]
+        stores += [names[r.in_place or 0] for r in body.roots if r.needed is not None]
     return loads, stores
 
 
@@ -126,12 +125,11 @@ def test_slow_weights_are_read_and_written_when_they_synchronize():
 def test_predicates_of_load_and_store_are_one_scalar():
     """The slow weights are needed for the same value of it for which they change."""
     _, parts = planned(optax_ext.novak(0.1, lookahead="exact"), LEAF)
-    (program,) = parts.phases[-1]
-    (load,) = [when for when in program.loads if when is not None]
-    (store,) = [root.needed for root in program.roots if root.needed is not None]
+    (program,) = parts.phases[-1].programs
+    (load,) = [when for when in program.body.loads if when is not None]
+    (store,) = [root.needed for root in program.body.roots if root.needed is not None]
     assert load == store
-    (_, place), _ = load
-    assert program.scalars[place].dtype == bool
+    assert program.body.scalars[load.scalar.index] == "bool"
 
 
 def test_steps_that_are_not_finite_store_nothing():
@@ -186,8 +184,8 @@ def test_accumulated_steps_leave_moments_alone():
 
 def test_each_result_takes_the_memory_of_its_argument():
     graph, parts = planned(optax.adamw(0.1), LEAF)
-    (program,) = parts.phases[-1]
-    taken = [root.in_place for root in program.roots]
+    (program,) = parts.phases[-1].programs
+    taken = [root.in_place for root in program.body.roots]
     assert None not in taken
     places = [graph.names[program.inputs[place or 0]] for place in taken]
     assert sorted(places) == ["0/kernel", "1/0/mu/kernel", "1/0/nu/kernel"]

@@ -19,14 +19,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import ops
-from pallas_kernels.layout import Group, Layout, PartialReduction
-from pallas_kernels.ops import FLOATS, INTEGERS, Operations
-from pallas_kernels.program import COMBINE, REDUCE, Predicate, evaluate, identity_of
+from pallas_kernels.backends.evaluate import COMBINE, REDUCE, evaluate, holds, identity_of
+from pallas_kernels.layout import Group, Layout, PartialReduction, Span
+from pallas_kernels.ops import MOSAIC
+from pallas_kernels.program import Predicate
 
 _LANES = 128  # threads of a warpgroup
-_VECTOR = 4  # elements that a thread of a wide block accesses at once
-WIDTHS = (_LANES * _VECTOR, _LANES, 1)
 # Partial statistics that one step of `reduce_partials` reads: few steps with many loads in flight.
 _PARTIALS = 16 * _LANES
 
@@ -35,112 +33,89 @@ _STORE = getattr(plgpu, "store", None)
 _INTERPRETER = getattr(plgpu, "InterpretGPUParams", None)
 
 
-def _sqrt(x: jax.Array, **_: Any) -> jax.Array:
-    return jnp.where((x == 0) | (x == jnp.inf), x, x * lax.rsqrt(x))
-
-
-_MISSING = ("cbrt", "expm1", "log1p", "nextafter", "pow", "reduce_precision", "tan")
-OPERATIONS = Operations(
-    missing=dict.fromkeys(_MISSING, FLOATS)
-    | {"div": INTEGERS, "rem": FLOATS | INTEGERS},  # results for 0 differ from XLA's
-    rewritten={"ceil": ops.ceil_by_round, "floor": ops.floor_by_round}
-    | ({"sqrt": _sqrt} if _BEFORE_0_11 else {}),
-    in_memory=FLOATS | INTEGERS,
-)
-
-
 def launch(
-    layout: Layout,
-    operands: Sequence[jax.Array],
-    offsets: Sequence[int],
-    kernel_cache: dict[Any, Callable[..., Any]],
-    *,
-    interpret: bool,
+    layout: Layout, operands: Sequence[jax.Array], *, interpret: bool
 ) -> Sequence[jax.Array]:
-    """Run one launch, as Triton's `launch` does, but without reusing kernels."""
-    del kernel_cache
-    results, blocks = layout.results(offsets), layout.starts[-1]
+    """Run one launch, as `protocol.Kernels` says."""
+    results, blocks = layout.results, layout.starts[-1]
     fresh = {i: shape for i, (shape, operand) in enumerate(results) if operand is None}
     in_place = {i: operand for i, (_, operand) in enumerate(results) if operand is not None}
     if layout.columns:  # padded, because `reduce_partials` reads whole vectors
         parts = jax.ShapeDtypeStruct((layout.columns * blocks + _PARTIALS,), jnp.float32)
         fresh[len(results)] = parts
 
-    def kernel(table, *refs):
+    def kernel(table: Any, *refs: Any) -> None:
         sources, new = refs[: len(operands)], refs[len(operands) :]
-        targets = {place: sources[i] for place, i in in_place.items()}
+        targets = {i: sources[operand] for i, operand in in_place.items()}
         targets |= dict(zip(fresh, new, strict=True))
 
-        def store_results(block, scalars, values):
-            pairs = [*zip(layout.forms[block.group.form][0].roots, values, strict=True)]
+        def store_results(
+            block: "_Block", scalars: Sequence[jax.Array], values: Sequence[jax.Array]
+        ) -> None:
+            pairs = [*zip(layout.forms[block.group.form].body.roots, values, strict=True)]
             parts = [(root.reduction, x.astype(jnp.float32)) for root, x in pairs if root.reduction]
             for k, (reduction, value) in enumerate(parts):
                 mine = k * blocks + block.me + block.look_up(table, _SHIFT)
                 new[-1][mine] = REDUCE[reduction](value) if value.shape else value
             stored = [(root, x.astype(root.dtype)) for root, x in pairs if not root.reduction]
 
-            def store(leaf, at):
+            def store(leaf: int, at: jax.Array) -> Any:
                 for k, (root, value) in enumerate(stored):
                     write = partial(_store, targets[layout.first_result[leaf] + k], at, value)
                     if root.needed is None:
                         write()
                     else:
-                        pl.when(_holds(root.needed, scalars))(write)
+                        pl.when(holds(root.needed, scalars))(write)
 
             if stored:
                 block.on_leaf(store)
 
-        _run_block(layout, table, sources, offsets, store_results)
+        _run_block(layout, table, sources, store_results)
 
     table = jnp.asarray(_table(layout), jnp.int32)
     call = _make(kernel, blocks, list(fresh.values()), interpret)
     if not in_place:
         return list(call(table, *operands))
 
-    def run(state):
+    def run(state: Any) -> None:
         written, new = state
         arrays = [written.get(i, x) for i, x in enumerate(operands)]
-        for place, x in zip(fresh, call(table, *arrays), strict=True):
-            new[place][...] = x
+        for i, x in zip(fresh, call(table, *arrays), strict=True):
+            new[i][...] = x
 
     # `jax.new_ref` would be shorter, but its effect can't pass the `custom_jvp` around a step.
     written, new = pl.run_state(run)(
         (
             {i: operands[i] for i in in_place.values()},
-            {place: jnp.zeros(x.shape, x.dtype) for place, x in fresh.items()},
+            {i: jnp.zeros(x.shape, x.dtype) for i, x in fresh.items()},
         )
     )
-    new |= {place: written[i] for place, i in in_place.items()}
-    return [new[place] for place in sorted(new)]
+    new |= {i: written[operand] for i, operand in in_place.items()}
+    return [new[i] for i in sorted(new)]
 
 
 def reduce_partials(
-    work: PartialReduction,
-    parts: Sequence[jax.Array],
-    kernel_cache: dict[Any, Callable[..., Any]],
-    *,
-    interpret: bool,
+    work: PartialReduction, parts: Sequence[jax.Array], *, interpret: bool
 ) -> jax.Array:
-    """Add up the partial statistics of a phase, as Triton's `reduce_partials` does."""
-    del kernel_cache
+    """Add up partial statistics, as `protocol.Kernels` says."""
 
-    def kernel(*refs):
+    def kernel(*refs: Any) -> None:
         table, *sources, results = refs
         me = lax.axis_index("block")
-        first, count, kind, place = (table[me * 4 + i] for i in range(4))
+        first, count, kind, index = (table[me * 4 + i] for i in range(4))
 
-        def add_up(source, reduction):
+        def add_up(source: Any, reduction: str) -> None:
             neutral = _strided(jnp.full((_PARTIALS,), identity_of(reduction), jnp.float32))
             lane = _strided(lax.iota(jnp.int32, _PARTIALS))
 
-            def step(i, total):
+            def step(i: jax.Array, total: jax.Array) -> jax.Array:
                 x = _load(source, first + i * _PARTIALS, _PARTIALS, vector=1)
                 return COMBINE[reduction](
                     total, jnp.where(lane < count - i * _PARTIALS, x, neutral)
                 )
 
             total = lax.fori_loop(0, (count + _PARTIALS - 1) // _PARTIALS, step, neutral)
-            results[place] = REDUCE[reduction](total)
+            results[index] = REDUCE[reduction](total)
 
         source = _count_passed(me, work.rows[:-1])
         branches = [partial(add_up, *each) for each in itertools.product(sources, work.kinds)]
@@ -152,7 +127,9 @@ def reduce_partials(
     return results
 
 
-def _make(kernel, blocks: int, out_type, interpret: bool) -> Callable[..., Any]:
+def _make(
+    kernel: Callable[..., None], blocks: int, out_type: Any, interpret: bool
+) -> Callable[..., Any]:
     if interpret and _INTERPRETER is None:
         raise NotImplementedError(f"jax {jax.__version__} can't interpret Mosaic GPU kernels")
     return pl.kernel(
@@ -171,7 +148,7 @@ _WHICH, _SHIFT, _COLUMNS = range(3)
 
 
 def _table(layout: Layout) -> list[int]:
-    counts = layout.blocks_of_leaves()
+    counts = layout.blocks_of_leaves
     done = [0] * len(counts)
     table = []
     spans = ((group, span) for group in layout.groups for span in group.spans)
@@ -200,14 +177,14 @@ class _Block:
     starts: Sequence[int]
     span: jax.Array
 
-    def look_up(self, table, column: int) -> jax.Array:
+    def look_up(self, table: Any, column: int) -> jax.Array:
         """Return an entry of the table for the block's span."""
         return table[(self.first_span + self.span) * _COLUMNS + column]
 
     def on_leaf(self, access: Callable[[int, jax.Array], Any]) -> Any:
         """Call `access(leaf, at)` with the block's leaf and the index of its first element."""
 
-        def in_span(span, start):
+        def in_span(span: Span, start: int) -> Any:
             return access(span.leaf, span.first + (self.me - start) * self.group.width)
 
         branches = [
@@ -216,34 +193,35 @@ class _Block:
         return lax.switch(self.span, branches)
 
 
-def _run_block(layout: Layout, table, sources, offsets, store_results) -> None:
+def _run_block(
+    layout: Layout, table: Any, sources: Sequence[Any], store_results: Callable[..., Any]
+) -> None:
     """Load this block's scalars and inputs, compute, and call `store_results`."""
     me = lax.axis_index("block")
     bounds = [0]
     for group in layout.groups:
         bounds.append(bounds[-1] + len(group.spans))
 
-    def run_group(number):
+    def run_group(number: int) -> None:
         group = layout.groups[number]
         starts = layout.starts[bounds[number] : bounds[number + 1]]
         block = _Block(me, group, bounds[number], starts, _count_passed(me, starts))
-        slots = layout.slots[group.form]
-        which = block.look_up(table, _WHICH) if any(slot.per_leaf for slot in slots) else 0
-        scalars = [slot.read(sources, which) for slot in slots]
-        program = layout.forms[group.form][0]
+        form = layout.forms[group.form]
+        which = block.look_up(table, _WHICH) if any(slot.per_leaf for slot in form.slots) else 0
+        scalars = [slot.read(sources, which) for slot in form.slots]
 
-        def load(leaf, at):
-            refs = sources[offsets[leaf] : offsets[leaf] + len(program.inputs)]
+        def load(leaf: int, at: jax.Array) -> Any:
+            refs = sources[layout.first_input[leaf] : layout.first_input[leaf + 1]]
             return _kept_apart(
                 [
                     _load_if(needed, scalars, ref, at, group.width)
-                    for ref, needed in zip(refs, program.loads, strict=True)
+                    for ref, needed in zip(refs, form.body.loads, strict=True)
                 ]
             )
 
         shape = () if group.width == 1 else (group.width,)
         store_results(
-            block, scalars, evaluate(program, block.on_leaf(load), scalars, shape, OPERATIONS)
+            block, scalars, evaluate(form.body, block.on_leaf(load), scalars, shape, MOSAIC)
         )
 
     starts_of_groups = [layout.starts[bound] for bound in bounds[:-1]]
@@ -254,23 +232,25 @@ def _run_block(layout: Layout, table, sources, offsets, store_results) -> None:
     )
 
 
-def _count_passed(me, starts: Sequence[int]) -> jax.Array:
+def _count_passed(me: jax.Array, starts: Sequence[int]) -> jax.Array:
     """Return the index of the range that contains block `me`, given the starts of all ranges."""
     return sum((jnp.where(me >= start, 1, 0) for start in starts[1:]), jnp.int32(0))
 
 
-def _load_if(needed: Predicate | None, scalars, ref, at, width: int) -> jax.Array:
+def _load_if(
+    needed: Predicate | None, scalars: Sequence[jax.Array], ref: Any, at: jax.Array, width: int
+) -> jax.Array:
     """Load the block's part of an array, or return zeros without a load if it is not needed."""
     vector = width // _LANES
 
-    def zeros():
+    def zeros() -> jax.Array:
         return _strided(jnp.zeros((width,) if vector else (), ref.dtype), vector)
 
     load = partial(_load, ref, at, width, vector)
-    return load() if needed is None else lax.cond(_holds(needed, scalars), load, zeros)
+    return load() if needed is None else lax.cond(holds(needed, scalars), load, zeros)
 
 
-def _load(ref, at, width: int, vector: int) -> jax.Array:
+def _load(ref: Any, at: jax.Array, width: int, vector: int) -> jax.Array:
     if width == 1:
         return ref[at]
     whole = {"idx": ()} if _BEFORE_0_11 else {}
@@ -291,7 +271,7 @@ def _kept_apart(blocks: list[jax.Array]) -> list[jax.Array]:
     return [apart.get(i, x) for i, x in enumerate(blocks)]
 
 
-def _store(ref, at, value: jax.Array) -> None:
+def _store(ref: Any, at: jax.Array, value: jax.Array) -> None:
     if not value.shape:
         ref[at] = value
     elif _STORE is None:
@@ -305,8 +285,3 @@ def _strided(x: jax.Array, vector: int = 1) -> jax.Array:
     if not x.shape:
         return x
     return plgpu.layout_cast(x, plgpu.Layout.WG_STRIDED(x.shape, vec_size=vector))
-
-
-def _holds(needed: Predicate, scalars) -> jax.Array:
-    (_, place), value = needed
-    return scalars[place] if value else jnp.logical_not(scalars[place])

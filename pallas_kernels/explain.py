@@ -1,7 +1,6 @@
 """`explain`: reports how `fuse` would run an optimizer on given parameters."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,20 +9,19 @@ import jax.numpy as jnp
 import optax
 
 from optax_ext import _checks
-from pallas_kernels import launch
+from pallas_kernels import backends
 from pallas_kernels.arguments import check_parameters
-from pallas_kernels.fuse import fallback_reasons, trace_step, whole_step
-from pallas_kernels.grouping import launches
-from pallas_kernels.placement import Placement, infer_placement
-from pallas_kernels.plan import plan
-from pallas_kernels.program import Program
+from pallas_kernels.compile import Compiled, Compiler, whole_step
+from pallas_kernels.fuse import FusedTransformation
+from pallas_kernels.graph import Kind, Node
+from pallas_kernels.launches import Phase
 from pallas_kernels.shardings import of_value
-from pallas_kernels.trace import Graph, Kind, Node, is_array, types
+from pallas_kernels.trace import is_array, types
 
 
 @dataclass(frozen=True)
-class Phase:
-    """Launches that do not wait for each other.
+class PhaseReport:
+    """What launches do that do not wait for each other.
 
     Attributes:
       work: "statistics" or "update". A phase for statistics may also write results that are known
@@ -61,7 +59,7 @@ class Report:
 
     devices: int
     parameters: int
-    phases: tuple[Phase, ...]
+    phases: tuple[PhaseReport, ...]
     floor: int
     fallback_reasons: tuple[str, ...]
 
@@ -122,23 +120,21 @@ def explain(
     1 launches, 28.00 bytes/parameter, floor 28.00
     """
     _checks.transformation(tx=tx)
-    launch.check(backend, or_chain=False)
+    backends.check(backend, or_chain=False)
     check_parameters(params)
-    tx = getattr(tx, "chain", tx)
+    fused = isinstance(tx, FusedTransformation)
+    compiler = tx.compiler if fused else Compiler(whole_step(tx), in_place=2)
     shapes = jax.tree.map(_shape, params)
-    state = types(tx.init, shapes)
-    arguments = (shapes, state, shapes, extra_args)
-    traced, in_place, values = trace_step(whole_step(tx), arguments, written=2)
-    placement = infer_placement(traced.graph, [*traced.constants, *values], {})
-    planned = plan(traced.graph, in_place, launch.operations(backend), placement)
-    left = tuple(fallback_reasons(traced.graph, planned))
-    phases = () if left and placement.explicit else planned.phases
+    arguments = (shapes, types(tx.init, shapes), shapes, extra_args)
+    compiled, _ = compiler(arguments, backend, {})
+    placement = compiled.placement
+    phases = () if compiled.runs_chain else compiled.plan.phases
     return Report(
         devices=1 if placement.mesh is None else placement.mesh.size,
         parameters=sum(math.prod(_shard(x)) for x in jax.tree.leaves(shapes)),
-        phases=tuple(_phase(programs, traced.graph, placement) for programs in phases),
-        floor=_floor(traced.graph, placement),
-        fallback_reasons=left,
+        phases=tuple(_report(phase, compiled) for phase in phases),
+        floor=_floor(compiled),
+        fallback_reasons=compiled.fallback_reasons,
     )
 
 
@@ -151,25 +147,26 @@ def _shard(x: jax.ShapeDtypeStruct) -> tuple[int, ...]:
     return x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
 
 
-def _phase(programs: Sequence[Program], graph: Graph, placement: Placement) -> Phase:
-    reduces = any(root.reduction for program in programs for root in program.roots)
-    traffic = [program.traffic() for program in programs]
-    return Phase(
+def _report(phase: Phase, compiled: Compiled) -> PhaseReport:
+    reduces = phase.reduction is not None
+    bodies = {program.body for program in phase.programs}
+    bytes_ = [program.bytes for program in phase.programs]
+    return PhaseReport(
         work="statistics" if reduces else "update",
-        programs=len(programs),
-        forms=len({program.signature() for program in programs}),
-        launches=len(launches(programs)) + reduces,  # one more adds up the partial results
-        bytes=sum(moved for moved, _ in traffic),
-        predicated=sum(skipped for _, skipped in traffic),
-        sums=len(placement.sums(graph, programs)),
+        programs=len(phase.programs),
+        forms=len(bodies),
+        launches=len(phase.launches) + reduces,
+        bytes=sum(moved for moved, _ in bytes_),
+        predicated=sum(skipped for _, skipped in bytes_),
+        sums=len(compiled.placement.sums(compiled.traced.graph, phase.programs)),
     )
 
 
-def _floor(graph: Graph, placement: Placement) -> int:
+def _floor(compiled: Compiled) -> int:
     """Return the bytes of all results, and of all arguments that they depend on."""
-    seen: set[Node] = set()
-    pending = [node for node in graph.outputs if node.kind is not Kind.INPUT]
-    results = set(pending)
+    graph, placement = compiled.traced.graph, compiled.placement
+    results = {node for node in graph.outputs if node.kind is not Kind.INPUT}
+    pending, seen = list(results), set[Node]()
     while pending:
         node = pending.pop()
         if node not in seen:

@@ -1,0 +1,39 @@
+"""What a backend's module provides; nothing else depends on a backend."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import jax
+
+from pallas_kernels.layout import Layout, PartialReduction
+
+
+class Kernels(Protocol):
+    """The kernels of a backend."""
+
+    def launch(
+        self, layout: Layout, operands: Sequence[jax.Array], *, interpret: bool
+    ) -> Sequence[jax.Array]:
+        """Run one launch; return the stored leaves as flat arrays, then the partial statistics.
+
+        The partial statistics of all blocks are one vector, column by column. It exists only if the
+        launch computes statistics.
+
+        Args:
+          layout: the layout of the launch.
+          operands: the packs of scalars, then the inputs of all leaves, as flat arrays.
+          interpret: whether to run in Pallas' interpreter.
+        """
+        ...
+
+    def reduce_partials(
+        self, work: PartialReduction, parts: Sequence[jax.Array], *, interpret: bool
+    ) -> jax.Array:
+        """Add up the partial statistics that the launches of a phase wrote to memory.
+
+        Args:
+          work: what to add up.
+          parts: the partial statistics of each launch that has some.
+          interpret: whether to run in Pallas' interpreter.
+        """
+        ...

@@ -1,0 +1,165 @@
+"""The launches of a phase: which leaves share one, and what adds up their partial statistics.
+
+The code of a launch grows with the number of its leaves, and its compile time grows faster. But
+launches of equal layouts are compiled once, and the layers of a network repeat. So equal leaves are
+distributed over equal launches, and the remaining leaves get separate launches.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from pallas_kernels.graph import Node
+from pallas_kernels.layout import PACKS, Form, Layout, PartialReduction, Slot
+from pallas_kernels.program import Body, Program
+
+LEAVES_PER_LAUNCH = 33
+# How many launches more than the fewest possible we accept, to compile fewer different ones.
+MORE_LAUNCHES = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Launch:
+    """A layout, and the nodes that its operands and results are.
+
+    Attributes:
+      layout: the layout.
+      programs: the programs of its leaves, in order.
+      packs: the scalars of each pack.
+    """
+
+    layout: Layout
+    programs: tuple[Program, ...]
+    packs: tuple[tuple[Node, ...], ...]
+
+    @property
+    def inputs(self) -> list[Node]:
+        """The operands after the packs."""
+        return [node for program in self.programs for node in program.inputs]
+
+    @property
+    def stored(self) -> list[Node]:
+        """The results that are leaves."""
+        return [node for program in self.programs for node in program.stored]
+
+
+@dataclass(frozen=True, eq=False)
+class Phase:
+    """Launches that do not wait for each other.
+
+    Attributes:
+      launches: the launches.
+      reduction: the launch that adds up their partial statistics, if they compute any.
+      statistics: its results.
+    """
+
+    launches: tuple[Launch, ...]
+    reduction: PartialReduction | None
+    statistics: tuple[Node, ...]
+
+    @property
+    def programs(self) -> list[Program]:
+        """The programs of all launches."""
+        return [program for launch in self.launches for program in launch.programs]
+
+
+def make_phase(programs: Sequence[Program], widths: tuple[int, ...]) -> Phase:
+    """Return the phase that runs the programs (at least one), in blocks of these widths."""
+    launches = tuple(_launch(group, widths) for group in share_launches(programs))
+    reduction, statistics = _reduce_partials([x for x in launches if x.layout.columns])
+    return Phase(launches, reduction, statistics)
+
+
+def share_launches(programs: Sequence[Program]) -> list[list[Program]]:
+    """Return the programs of each launch."""
+    alike: dict[tuple[int, Body], list[Program]] = {}
+    for program in programs:
+        alike.setdefault((program.size, program.body), []).append(program)
+    groups = list(alike.values())
+    fewest = -(-len(programs) // LEAVES_PER_LAUNCH)
+
+    def different_leaves(equal: int) -> int:
+        return sum(len(group) // equal + len(group) % equal for group in groups)
+
+    for equal in sorted(range(1, fewest + 1), key=different_leaves):
+        dealt = [*_deal(groups, equal)]
+        if len(dealt) <= fewest + MORE_LAUNCHES:
+            return dealt
+    return []
+
+
+def _deal(groups: Sequence[Sequence[Program]], equal: int) -> Iterator[list[Program]]:
+    """Yield launches that repeat `equal` times, then launches of the remaining leaves."""
+    shares: list[list[Program]] = [[] for _ in range(equal + 1)]
+    for group in groups:
+        each = len(group) // equal
+        for i in range(equal):
+            shares[i] += group[i * each : (i + 1) * each]
+        shares[-1] += group[equal * each :]
+    for share in shares:
+        for start in range(0, len(share), LEAVES_PER_LAUNCH):
+            yield share[start : start + LEAVES_PER_LAUNCH]
+
+
+def _launch(programs: Sequence[Program], widths: tuple[int, ...]) -> Launch:
+    equal: dict[Body, list[Program]] = {}
+    for program in programs:
+        equal.setdefault(program.body, []).append(program)
+    packs: tuple[list[Node], ...] = tuple([] for _ in PACKS)
+    forms = tuple(
+        Form(body, tuple(p.size for p in alike), tuple(_slots(body, alike, packs)))
+        for body, alike in equal.items()
+    )
+    ordered = tuple(itertools.chain(*equal.values()))
+    return Launch(Layout(forms, widths), ordered, tuple(map(tuple, packs)))
+
+
+def _slots(body: Body, programs: Sequence[Program], packs: Sequence[list[Node]]) -> Iterator[Slot]:
+    """Yield the slots of a form's scalars; add the scalars to the packs."""
+    for i, dtype in enumerate(body.scalars):
+        nodes = [program.scalars[i] for program in programs]
+        shared = all(node is nodes[0] for node in nodes)
+        pack = 0 if jnp.issubdtype(jnp.dtype(dtype), jnp.floating) else 1
+        yield Slot(pack, len(packs[pack]), not shared, dtype)
+        packs[pack].extend(nodes[:1] if shared else nodes)
+
+
+class _Statistic(NamedTuple):
+    """A statistic, and the position of its parts in the partial statistics of a launch."""
+
+    node: Node
+    reduction: str
+    column: int  # its index among the statistics of its leaf
+    first: int  # index of its first part
+    parts: int
+
+
+def _statistics(launch: Launch) -> list[_Statistic]:
+    counts = launch.layout.blocks_of_leaves
+    first = [0, *itertools.accumulate(counts)]
+    return [
+        _Statistic(node, reduction, column, column * first[-1] + first[leaf], counts[leaf])
+        for leaf, program in enumerate(launch.programs)
+        for column, (node, reduction) in enumerate(
+            zip(program.reduced, program.body.reductions, strict=True)
+        )
+    ]
+
+
+def _reduce_partials(
+    launches: Sequence[Launch],
+) -> tuple[PartialReduction | None, tuple[Node, ...]]:
+    if not launches:
+        return None, ()
+    statistics = [_statistics(launch) for launch in launches]
+    blocks = [*itertools.chain(*statistics)]
+    kinds = sorted({s.reduction for s in blocks})
+    # Ordered by column, then by creation, so that XLA can read the results as whole slices.
+    nodes = [s.node for s in sorted(blocks, key=lambda s: (s.column, s.node.index))]
+    index = {node: i for i, node in enumerate(nodes)}
+    rows = (0, *itertools.accumulate(map(len, statistics)))
+    table = tuple((s.first, s.parts, kinds.index(s.reduction), index[s.node]) for s in blocks)
+    return PartialReduction(rows, table, tuple(kinds)), tuple(nodes)
