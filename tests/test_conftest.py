@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plugin", ["cacheprovider", "xdist"])
 def test_tests_are_collected_without_a_plugin(plugin):
     # That file has tests in an `xdist_group`.

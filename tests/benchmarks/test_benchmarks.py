@@ -17,6 +17,8 @@ from benchmarks.contenders import CONTENDERS
 from benchmarks.leaf_sets import LEAF_SETS, leaves
 from pallas_kernels import fuse
 
+pytestmark = pytest.mark.slow
+
 SMALL = "small"
 
 

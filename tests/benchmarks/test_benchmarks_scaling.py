@@ -12,6 +12,8 @@ import pytest
 from benchmarks import scaling, timing
 from benchmarks.scaling import Point
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def quick(monkeypatch):

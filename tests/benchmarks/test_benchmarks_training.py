@@ -17,6 +17,8 @@ from benchmarks import networks, timing, train
 from benchmarks.contenders import CONTENDERS, trained
 from benchmarks.networks import NETWORKS, Network
 
+pytestmark = pytest.mark.slow
+
 SMALL = "small"
 TINY = {
     "convolutional": partial(networks.convnet, (4,), batch=2, pixels=4),

@@ -11,6 +11,8 @@ from benchmarks.contenders import CONTENDERS, Contender
 from benchmarks.hlo import read_entry, read_kernels
 from pallas_kernels import fuse
 
+pytestmark = pytest.mark.slow
+
 LEAVES = {"leaf": jax.ShapeDtypeStruct((512, 512), jnp.float32)}
 PARAMETERS = 512 * 512
 

@@ -32,6 +32,8 @@ from benchmarks.gpu.tasks import (
 from benchmarks.leaf_sets import LEAF_SETS, count, leaves
 from pallas_kernels import fuse
 
+pytestmark = pytest.mark.slow
+
 TINY = "tiny"
 SETS = tuple(LEAF_SETS)
 L2_BYTES = 62_914_560

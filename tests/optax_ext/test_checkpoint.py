@@ -7,8 +7,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from support.cases import METHODS
-from support.runs import CASE, step
+from support.cases import CASE, METHODS, slow_unless
+from support.runs import step
 from support.strategies import filled, shape
 
 # With the methods, the options that keep state of a kind of their own.
@@ -22,7 +22,7 @@ STATEFUL = [
 TREE = {"layers": [{"kernel": shape(3, 4), "bias": None}, (shape(4),)], "scale": shape()}
 
 
-@pytest.mark.parametrize("case", [*METHODS, *STATEFUL], ids=str)
+@pytest.mark.parametrize("case", slow_unless(STATEFUL, [*METHODS, *STATEFUL]))
 def test_resumed_run_is_the_uninterrupted_run(case, tmp_path):
     optimizer = case.build()
     train_step = jax.jit(partial(step, optimizer))

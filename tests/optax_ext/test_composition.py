@@ -12,11 +12,15 @@ from flax import nnx
 from flax.training.train_state import TrainState
 
 import optax_ext
-from support.cases import CASES, METHODS
-from support.runs import CASE, build, run, step
+from support.cases import CASE, CASES, METHODS, slow_unless
+from support.runs import build, run, step
 from support.strategies import filled, shape
 
 every_method = pytest.mark.parametrize("case", METHODS, ids=str)
+# One that couples leaves, one with parameters in its state, one that reads their names.
+FEW = [CASE[f"{name}-default"] for name in ("vradam", "novak", "caadam")]
+few_methods = pytest.mark.parametrize("case", FEW, ids=str)
+few_or_slow = pytest.mark.parametrize("case", slow_unless(FEW[:2], METHODS))
 TREE = {"bias": shape(3), "kernel": shape(2, 3)}
 PARAMS, *GRADS = [filled(TREE, seed) for seed in range(4)]
 
@@ -37,14 +41,14 @@ STATIC = {"novak-full": ["sync_period", "mask"], "dualadam-schedules": ["switch_
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
     "case",
-    [
-        *METHODS,
-        *(case for case in CASES if case.name == "schedules"),
-        CASE["vradam-tensor_corrected"],
-        CASE["novak-full"],
-        CASE["caadam-weak"],
-    ],
-    ids=str,
+    slow_unless(
+        [*METHODS, CASE["novak-full"]],
+        [
+            *METHODS,
+            *(case for case in CASES if case.name == "schedules"),
+            *(CASE[name] for name in ("vradam-tensor_corrected", "novak-full", "caadam-weak")),
+        ],
+    ),
 )
 def test_injected_hyperparameters(case):
     inject = optax.inject_hyperparams(case.factory, static_args=STATIC.get(str(case), ()))
@@ -70,7 +74,7 @@ def test_changed_rate_does_not_compile_again(case):
     assert len(traces) == 1
 
 
-@every_method
+@few_methods
 def test_unknown_extra_arguments_are_ignored(case):
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), case.build())
     state = optimizer.init(PARAMS)
@@ -79,7 +83,7 @@ def test_unknown_extra_arguments_are_ignored(case):
 
 
 @pytest.mark.usefixtures("x64")
-@every_method
+@few_methods
 def test_gradient_accumulation(case):
     params, *grads = double([PARAMS, *GRADS[:2]])
     accumulating = optax.MultiSteps(build(case), every_k_schedule=2).gradient_transformation()
@@ -88,7 +92,7 @@ def test_gradient_accumulation(case):
     assert_equal(ours, run(build(case), params, [mean] * 2), rtol=1e-12)
 
 
-@every_method
+@few_methods
 def test_step_that_is_not_finite_never_happened(case):
     optimizer = optax.apply_if_finite(build(case), max_consecutive_errors=3)
     nan = jax.tree.map(lambda g: np.nan * g, GRADS[0])
@@ -98,7 +102,7 @@ def test_step_that_is_not_finite_never_happened(case):
 
 
 @pytest.mark.usefixtures("x64")
-@every_method
+@few_or_slow
 def test_vmap_over_seeds_and_rates(case):
     """One program trains several models, each at a rate of its own."""
 
@@ -114,23 +118,8 @@ def test_vmap_over_seeds_and_rates(case):
         assert_equal(jax.tree.map(lambda x, i=i: x[i], ours), alone, rtol=1e-12)
 
 
-@pytest.mark.parametrize("compiled_init", [False, True])
-@every_method
-def test_donated_step(case, compiled_init):
-    """Every buffer is given away once, and used (JAX warns of those that are not)."""
-    optimizer = build(case)
-    donating = jax.jit(partial(step, optimizer), donate_argnums=(0, 1))
-    params = jax.tree.map(jnp.array, PARAMS)
-    state = (jax.jit(optimizer.init) if compiled_init else optimizer.init)(params)
-    for gradient in GRADS:
-        given = [x for x in jax.tree.leaves((params, state)) if x.ndim > 0]
-        params, state = donating(params, state, gradient)
-        assert all(x.is_deleted() for x in given)
-    assert_equal(params, run(optimizer, PARAMS, GRADS), rtol=1e-6)
-
-
 @pytest.mark.usefixtures("x64")
-@every_method
+@few_or_slow
 def test_gradient_through_steps(case):
     """Of a loss after two steps, by parameters and rate: what meta-learning asks for."""
 
@@ -178,7 +167,7 @@ class LinenNetwork(flax.linen.Module):
         return flax.linen.Dense(2, name="conv10")(x)
 
 
-@every_method
+@few_methods
 def test_linen_train_state(case):
     network = LinenNetwork()
     params = network.init(jax.random.key(0), INPUTS)["params"]
@@ -201,7 +190,7 @@ class NnxNetwork(nnx.Module):
         return self.conv10(nnx.tanh(self.conv2(x)))
 
 
-@every_method
+@few_methods
 def test_nnx_optimizer(case):
     """CaAdam finds the same units in paths that end in `.value`."""
     network = NnxNetwork(nnx.Rngs(0))

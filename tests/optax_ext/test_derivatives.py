@@ -14,7 +14,7 @@ import pytest
 
 import optax_ext
 from optax_ext.transforms import bias_correction
-from support.runs import CASE
+from support.cases import CASE, METHODS, slow_unless
 
 ALIVE = {
     "in": {"kernel": np.array([[0.5, -1.0], [2.0, 0.3]])},
@@ -70,18 +70,16 @@ def assert_dead_leaf_adds_nothing(factory, hyperparameters, *, exactly=True):
             np.testing.assert_allclose(found[name], value, rtol=1e-8, atol=1e-12, err_msg=name)
 
 
-# Roots, norms, a gate and bias corrections; all other code paths are slow rows.
-PATHS = ["vradam-tensor_corrected", "dualadam-scale_free"]
-MORE_PATHS = [
-    *("novak-full", "fame-tema_exact", "novak-nadam_scheduled", "caadam-default"),
-    *("fame-clamped", "vradam-power", "vradam-mean", "invadam-scale_free", "dualadam-crossing"),
-    *("novak-trust_effective", "novak-momentum_nadam", "caadam-leaf_depth"),
+# Roots and norms; all other code paths are slow rows.
+PATHS = [
+    *("dualadam-scale_free", "vradam-tensor_corrected", "novak-full", "fame-tema_exact"),
+    *("novak-nadam_scheduled", "caadam-default", "fame-clamped", "vradam-power", "vradam-mean"),
+    *("invadam-scale_free", "dualadam-crossing", "novak-trust_effective"),
+    *("novak-momentum_nadam", "caadam-leaf_depth"),
 ]
 
 
-@pytest.mark.parametrize(
-    "name", [*PATHS, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE_PATHS)]
-)
+@pytest.mark.parametrize("name", slow_unless(PATHS[:1], PATHS))
 def test_by_all_hyperparameters_of_a_method(name, x64):
     case = CASE[name]
     options = {name: value for name, value in case.kwargs.items() if not isinstance(value, float)}
@@ -92,17 +90,9 @@ def test_by_all_hyperparameters_of_a_method(name, x64):
     )
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "vradam",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("fame", "invadam", "dualadam")),
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("novak", "caadam")),
-    ],
-)
-def test_by_a_first_decay_of_zero(name, x64):
+@pytest.mark.parametrize("case", slow_unless([CASE["vradam-default"]], METHODS))
+def test_by_a_first_decay_of_zero(case, x64):
     """The end of its range, where the logarithm in the bias correction has no derivative."""
-    case = CASE[f"{name}-default"]
     assert_dead_leaf_adds_nothing(case.factory, numbers(case) | {"b1": 0.0})
 
 
@@ -124,17 +114,18 @@ def gate_per_tensor(learning_rate, beta3, power):
     )
 
 
-@pytest.mark.parametrize(
-    ("factory", "hyperparameters"),
-    [
-        (trust_ratio_around_adam, {"learning_rate": 0.1, "max_ratio": 10.0}),
-        (autoscaled_adam, {"learning_rate": 0.1, "decay": 0.9}),
-        (gate_per_tensor, {"learning_rate": 0.1, "beta3": 0.3, "power": 1.0}),
-        (gate_per_tensor, {"learning_rate": 0.1, "beta3": 0.3, "power": 0.5}),
-    ],
-)
-def test_of_gates_around_adam(factory, hyperparameters, x64):
+GATES = {
+    "trust ratio": (trust_ratio_around_adam, {"learning_rate": 0.1, "max_ratio": 10.0}),
+    "autoscaled": (autoscaled_adam, {"learning_rate": 0.1, "decay": 0.9}),
+    "gate": (gate_per_tensor, {"learning_rate": 0.1, "beta3": 0.3, "power": 1.0}),
+    "root of a gate": (gate_per_tensor, {"learning_rate": 0.1, "beta3": 0.3, "power": 0.5}),
+}
+
+
+@pytest.mark.parametrize("name", slow_unless(["root of a gate"], GATES))
+def test_of_gates_around_adam(name, x64):
     """Optax's own Adam has derivatives by its rate there, and the gates keep them."""
+    factory, hyperparameters = GATES[name]
     assert_dead_leaf_adds_nothing(factory, hyperparameters)
     found = derivatives(loss_after_steps(factory, DEAD), hyperparameters)
     assert all(x == 0 for x in found.values()), found

@@ -83,7 +83,7 @@ def test_oracle(case):
 @pytest.mark.usefixtures("x64")
 def test_float64(case):
     method, arguments, golden = case
-    ours = trajectory(getattr(optax_ext, method)(**arguments), PARAMS, GRADS, jit=False)
+    ours = trajectory(getattr(optax_ext, method)(**arguments), PARAMS, GRADS)
     assert_agrees(ours, golden, 1e-10)
     # A small rate must not hide a wrong step behind the size of the parameters.
     assert_agrees(ours, golden, 1e-10, start=PARAMS)

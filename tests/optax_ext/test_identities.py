@@ -78,29 +78,21 @@ IDENTITIES: dict[str, tuple[Callable[[], Optimizer], Callable[[], Optimizer]]] =
 }
 
 
-def reference(name: str, params: Any, grads: Any) -> Any:
-    """In float64 always: in float32 Optax's own `1 - b**t` costs up to 6e-5, RAdam's rho more."""
+@pytest.mark.parametrize("name", IDENTITIES)
+def test_identity(name):
+    """In both precisions, with the other side in float64 always.
+
+    In float32 Optax's own `1 - b**t` costs up to 6e-5, RAdam's rho more.
+    """
+    ours, other = IDENTITIES[name]
+    problem = parameters(TREE), gradients(TREE, STEPS)
     with jax.enable_x64(True):
-        params, grads = jax.tree.map(np.float64, (params, grads))
-        return trajectory(IDENTITIES[name][1](), params, grads, jit=False)
-
-
-@pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("name", IDENTITIES)
-def test_identity_in_float64(name):
-    params, grads = parameters(TREE), gradients(TREE, STEPS)
-    expected = reference(name, params, grads)
-    ours = trajectory(IDENTITIES[name][0](), params, grads, jit=False)
-    assert max(relative_errors(ours, expected)) <= 1e-12
-    assert max(relative_errors(ours, expected, start=params)) <= 1e-10
-
-
-@pytest.mark.parametrize("name", IDENTITIES)
-def test_identity_in_float32(name):
-    params, grads = parameters(TREE, dtype=np.float32), gradients(TREE, STEPS, dtype=np.float32)
-    expected = reference(name, params, grads)
-    ours = trajectory(IDENTITIES[name][0](), params, grads)
-    assert max(relative_errors(ours, expected)) <= 1e-6
+        expected = trajectory(other(), *problem)
+        wide = trajectory(ours(), *problem)
+    assert max(relative_errors(wide, expected)) <= 1e-12
+    assert max(relative_errors(wide, expected, start=problem[0])) <= 1e-10
+    narrow = trajectory(ours(), *jax.tree.map(np.float32, problem))
+    assert max(relative_errors(narrow, expected)) <= 1e-6
 
 
 @pytest.mark.usefixtures("x64")
@@ -109,9 +101,9 @@ def test_identity_in_float32(name):
 def test_lookahead_is_optax_lookahead(fast, period):
     params, grads = parameters(TREE), gradients(TREE, STEPS)
     arguments = {"sync_period": period, "slow_step_size": 0.3}
-    ours = trajectory(optax_ext.lookahead(fast, **arguments), params, grads, jit=False)
+    ours = trajectory(optax_ext.lookahead(fast, **arguments), params, grads)
     pairs = optax.LookaheadParams.init_synced(params)
-    theirs = trajectory(optax.lookahead(fast, **arguments), pairs, grads, jit=False)
+    theirs = trajectory(optax.lookahead(fast, **arguments), pairs, grads)
     assert max(relative_errors(ours, theirs.fast)) <= 1e-12
 
 
@@ -182,8 +174,8 @@ def test_caadam_on_a_uniform_net_is_adam(scaling, units):
     params, grads = parameters(tree), gradients(tree, STEPS)
     # Beside a root corrected or not, an eps this small is the same.
     ours = optax_ext.caadam(RATE, eps=1e-30, scaling=scaling, units=units)
-    after = trajectory(ours, params, grads, jit=False)
-    expected = trajectory(optax.adam(RATE, eps=1e-30), params, grads, jit=False)
+    after = trajectory(ours, params, grads)
+    expected = trajectory(optax.adam(RATE, eps=1e-30), params, grads)
     assert max(relative_errors(after, expected)) <= 1e-12
 
 
@@ -223,11 +215,12 @@ DECAYS = [(0.9, 0.5, 0.5), (0.9, 0.3, 0.8), (0.999, 0.7, 0.5), (0.9, 0.9, 0.9), 
 
 @pytest.mark.parametrize("decays", DECAYS, ids=str)
 def test_exact_debias_reproduces_a_constant(decays):
+    """To about ten roundings, each stage of 60 steps having some."""
     constant = np.full(60, 3.0, np.float32)
     first = optax_ext.triple_ema(decays=decays, bias_correction="exact")
     second = optax_ext.triple_ema_of_squares(decays=decays, bias_correction="exact")
-    np.testing.assert_allclose(history(first, np.float32(0), constant)[0], 3.0, rtol=1e-6)
-    np.testing.assert_allclose(history(second, np.float32(0), constant)[0], 9.0, rtol=1e-6)
+    np.testing.assert_allclose(history(first, np.float32(0), constant)[0], 3.0, rtol=2e-6)
+    np.testing.assert_allclose(history(second, np.float32(0), constant)[0], 9.0, rtol=2e-6)
 
 
 def test_triple_ema_of_squares_is_clamped():

@@ -11,6 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import optax_ext
 from pallas_kernels import explain, fuse
+from support.cases import slow_unless
 from support.runs import history, step
 from support.strategies import MENAGERIE, filled, shape, with_some_missing
 
@@ -19,7 +20,7 @@ TREE = {"bias": shape(8), "kernel": shape(96, 24), "odd": shape(5, 3), "scale": 
 every_way = pytest.mark.parametrize(
     "options",
     [
-        pytest.param({}, id="exact"),
+        pytest.param({}, id="exact", marks=pytest.mark.slow),
         pytest.param({"mode": "rotating"}, id="rotating", marks=pytest.mark.slow),
         pytest.param({"slow_dtype": jnp.bfloat16}, id="narrow"),
     ],
@@ -92,7 +93,9 @@ def test_nothing_moves_between_synchronizations():
         assert away(kept.jaxpr.outvars) == (kept.jaxpr.eqns == [])
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+    "axis_type", slow_unless([AxisType.Explicit], [AxisType.Auto, AxisType.Explicit])
+)
 @every_way
 def test_resumed_on_a_mesh(options, axis_type, tmp_path):
     """From a checkpoint, into the memory and onto the devices where it was."""

@@ -10,6 +10,7 @@ import pytest
 
 import optax_ext
 from support import cases
+from support.cases import slow_unless
 from support.optax_battery import (
     Case,
     Factory,
@@ -119,36 +120,35 @@ SHARDING = [
 FLOAT64 = float64_tests(METHODS + PIECES)
 
 
-def slow_for_options(cases: Sequence[Case]) -> list[Any]:
-    """Options are tried only where there is time: most of them share their method's path."""
-    options = {row.name for row in OPTIONS}
-    return [
-        pytest.param(case, id=str(case), marks=[pytest.mark.slow] * (case.row in options))
-        for case in cases
-    ]
+def every(cases: Sequence[Case], fast: Sequence[Row] = DEFAULTS) -> pytest.MarkDecorator:
+    """Most options share their method's path, and most pieces are parts of a method."""
+    names = {row.name for row in fast}
+    return pytest.mark.parametrize(
+        "case", slow_unless([case for case in cases if case.row in names], cases)
+    )
 
 
-@pytest.mark.parametrize("case", slow_for_options(CONTRIB))
+@every(CONTRIB)
 def test_contrib(case):
     case.run()
 
 
-@pytest.mark.parametrize("case", slow_for_options(ALIAS))
+@every(ALIAS)
 def test_alias(case):
     case.run()
 
 
-@pytest.mark.parametrize("case", STATE_DTYPE, ids=str)
+@every(STATE_DTYPE)
 def test_state_dtype(case):
     case.run()
 
 
-@pytest.mark.parametrize("case", SHARDING, ids=str)
+@every(SHARDING)
 def test_sharding(case):
     case.run()
 
 
-@pytest.mark.parametrize("case", FLOAT64, ids=str)
+@every(FLOAT64)
 def test_float64(case):
     case.run()
 

@@ -233,6 +233,7 @@ def test_no_array_is_kept():
     assert all(ref() is None for ref in known)
 
 
+@pytest.mark.slow
 def test_few_programs_are_kept():
     counted = Counted()
     step = fuse(counted.tx).step

@@ -13,38 +13,19 @@ import optax
 import pytest
 
 from pallas_kernels import explain, fuse
-from support.cases import CASES, METHODS
+from support.cases import CASE, CASES, METHODS, slow_unless
 from support.fused import RAGGED, SMALL, Race, assert_close, assert_trained
 from support.optax_battery import load
-from support.runs import CASE
 from support.strategies import shape
 
-# One row for every code path of a fused step: all methods, statistics of every kind and scope,
-# vectors of scalars, a select on another statistic, what is not elementwise.
-PATHS = [
+# Statistics of every kind and scope, vectors of scalars, a select on another statistic, and what is
+# not elementwise. All other cases are slow rows.
+RACED = [
     *METHODS,
-    CASE["fame-amsgrad_exact"],
-    CASE["vradam-tensor"],
-    CASE["invadam-scale_free"],
-    CASE["dualadam-crossing"],
-    CASE["novak-nadam_scheduled"],
-    CASE["novak-trust_effective"],
-    CASE["novak-autoscale"],
-    CASE["novak-full"],
+    *(CASE[name] for name in ("vradam-tensor", "dualadam-crossing", "novak-full")),
     CASE["caadam-schedules"],
 ]
-
-
-def slow_unless(fast, rows):
-    """Rows for tests of one race each: a worker runs all of its tests, and compiles it once."""
-    return [
-        pytest.param(
-            row,
-            id=str(row),
-            marks=[pytest.mark.xdist_group(str(row)), *([] if row in fast else [pytest.mark.slow])],
-        )
-        for row in rows
-    ]
+every_race = pytest.mark.parametrize("case", slow_unless(RACED, CASES, group=True))
 
 
 @functools.cache
@@ -52,23 +33,19 @@ def race(name: str) -> Race:
     return Race(CASE[name].build(), RAGGED)
 
 
-@pytest.mark.parametrize("case", slow_unless(PATHS, CASES))
+@every_race
 def test_trajectory(case):
+    """Of fused steps, and of a run that changes between them and the chain."""
     run = race(str(case))
+    expected = run.run([run.chain], run.grads())
     fused = run.run([run.fused], run.grads())
-    assert_close(fused, run.run([run.chain], run.grads()), run.tolerance)
+    assert_close(fused, expected, run.tolerance)
+    assert_close(run.run([run.fused, run.chain, run.chain], run.grads()), expected, run.tolerance)
     assert_trained(run.params, fused[0])
 
 
-@pytest.mark.parametrize("case", slow_unless(PATHS, CASES))
-def test_run_changes_between_chain_and_fused(case):
-    run = race(str(case))
-    mixed = run.run([run.fused, run.chain, run.chain], run.grads())
-    assert_close(mixed, run.run([run.chain], run.grads()), run.tolerance)
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("case", slow_unless(PATHS, CASES))
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+@every_race
 def test_gradient_that_is_not_finite(case, value):
     run = race(str(case))
     grads = run.grads(8)
@@ -79,7 +56,7 @@ def test_gradient_that_is_not_finite(case, value):
     assert_close(run.run([run.fused], grads), expected, run.tolerance)
 
 
-@pytest.mark.parametrize("case", METHODS, ids=str)
+@pytest.mark.parametrize("case", slow_unless([CASE["novak-default"]], METHODS))
 def test_update(case):
     """Optax's protocol, for loops that must have updates."""
     tx = case.build()
@@ -117,9 +94,8 @@ def optax_rows() -> dict[str, Mapping[str, Any]]:
 
 
 OPTAX = optax_rows()
-# Rows that run what no row of `PATHS` does: signs, maxima, several statistics of all leaves,
-# keys, matrix products, statistics of rows, extra arguments.
-OPTAX_PATHS = {"rprop", "adamax", "prodigy", "noisy_sgd", "muon", "sm3", "momo_adam", "lars"}
+# Rows that run what no row of `RACED` does: signs, maxima, extra arguments, keys.
+OPTAX_PATHS = {"rprop", "adamax", "momo_adam", "noisy_sgd"}
 # What the optimizers that need more than gradients are given.
 EXTRA = {
     "polyak_sgd": {"value": 2.0},
@@ -171,7 +147,10 @@ def test_optax_lists_its_optimizers():
 
 
 @pytest.mark.parametrize(
-    "case", slow_unless(METHODS, [case for case in PATHS if case.method != "vradam"])
+    "case",
+    slow_unless(
+        [CASE["novak-default"]], [case for case in RACED if case.method != "vradam"], group=True
+    ),
 )
 def test_bfloat16_is_exact(case):
     """Where nothing is summed, kernel and chain round alike."""
@@ -224,8 +203,12 @@ TREES = {
 }
 
 
-@pytest.mark.parametrize(("tx", "tree"), TREES.values(), ids=TREES)
-def test_leaves_of_every_kind(tx, tree):
+QUICK_TREES = "sizes", "mixed_dtypes", "one_number", "no_leaves", "masked", "accumulating"
+
+
+@pytest.mark.parametrize("name", slow_unless(QUICK_TREES, TREES))
+def test_leaves_of_every_kind(name):
+    tx, tree = TREES[name]
     run = Race(tx, tree)
     fused = run.run([run.fused], run.grads())
     expected = run.run([run.chain], run.grads())

@@ -11,6 +11,7 @@ import pytest
 from jax.dtypes import float0
 
 from pallas_kernels import explain, fuse
+from support.cases import slow_unless
 from support.fused import assert_close, chain_step
 
 PARAMS = {"layer": {"kernel": jnp.ones((2, 4)), "bias": jnp.ones(4)}}
@@ -152,7 +153,7 @@ def test_gradients_of_a_batch_that_the_chain_does_not_average(backend):
         step(PARAMS, optax.sgd(0.1).init(PARAMS), grads)
 
 
-@pytest.mark.parametrize("dtype", [jnp.int32, jnp.uint8, jnp.bool_], ids=lambda d: d.__name__)
+@pytest.mark.parametrize("dtype", slow_unless(["int32"], ["int32", "uint8", "bool"]))
 @in_and_out_of_jit
 @every_backend
 def test_leaves_that_are_not_floating_behave_as_in_the_chain(dtype, jit, backend):

@@ -129,14 +129,14 @@ given_chains = given(words=chains, tree=trees, bad=st.sampled_from([None, None, 
 
 
 @given_chains
-@settings(max_examples=8)
+@settings(max_examples=4)
 def test_chain(words, tree, bad):
     assert_fused_is_chain(words, tree, bad)
 
 
 @pytest.mark.slow
 @given_chains
-@settings(max_examples=15)
+@settings(max_examples=20)
 def test_many_chains(words, tree, bad):
     assert_fused_is_chain(words, tree, bad)
 

@@ -15,7 +15,7 @@ from jax import lax
 import optax_ext
 from pallas_kernels import explain, fuse
 from pallas_kernels.flax import FusedOptimizer, FusedTrainState
-from support.cases import CASES
+from support.cases import CASES, PATHS, slow_unless
 from support.fused import (
     SMALL,
     SUMMED,
@@ -40,7 +40,9 @@ GRADS = stream(SMALL, 4)
 STACKED = jax.tree.map(lambda *g: jnp.stack(g), *GRADS)
 
 # "auto" is what users run: on a CPU it is the chain, behind the same transformation rules.
-every_backend = pytest.mark.parametrize("backend", ["auto", "interpret"])
+every_backend = pytest.mark.parametrize(
+    "backend", slow_unless(["interpret"], ["auto", "interpret"])
+)
 
 
 def start():
@@ -82,16 +84,20 @@ def checkpointed(step):
     return scanned(jax.checkpoint(step))
 
 
+LOOPS = {loop.__name__: loop for loop in (compiled, scanned, looped, conditional, checkpointed)}
+
+
 @every_backend
-@pytest.mark.parametrize("loop", [compiled, scanned, looped, conditional, checkpointed])
-def test_loops(loop, backend):
+@pytest.mark.parametrize("name", slow_unless(["conditional", "checkpointed"], LOOPS))
+def test_loops(name, backend):
+    loop = LOOPS[name]
     ours = loop(fuse(TX, backend=backend).step)(*start())
     assert_close(ours, loop(chain_step(TX))(*start()), SUMMED)
     assert_trained(PARAMS, ours[0])
 
 
 @every_backend
-@pytest.mark.parametrize("shared_gradients", [True, False])
+@pytest.mark.parametrize("shared_gradients", slow_unless([True], [True, False]))
 def test_vmap(shared_gradients, backend):
     """An ensemble of seeds, each with its gradients or all with the same."""
     members = [in_dtypes_of(SMALL, parameters(SMALL, seed=seed)) for seed in range(3)]
@@ -119,8 +125,10 @@ def after_three_steps(make_step, params, rate):
 
 
 @every_backend
-@pytest.mark.parametrize("differentiate", [jax.grad, jax.jacfwd, jax.hessian])
-def test_derivative_by_learning_rate(differentiate, backend):
+@pytest.mark.parametrize("name", slow_unless(["grad"], ["grad", "jacfwd", "hessian"]))
+def test_derivative_by_learning_rate(name, backend):
+    differentiate = getattr(jax, name)
+
     def loss(make_step):
         return jax.jit(differentiate(lambda rate: after_three_steps(make_step, PARAMS, rate)))
 
@@ -369,7 +377,9 @@ def cuts_leaves(case) -> bool:
     return case.options.get("lookahead") == "rotating"
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if not cuts_leaves(case)], ids=str)
+@pytest.mark.parametrize(
+    "case", slow_unless(PATHS, [case for case in CASES if not cuts_leaves(case)])
+)
 def test_nothing_of_our_methods_is_left_to_xla(case):
     assert explain(case.build(), SMALL).fallback_reasons == ()
 

@@ -14,6 +14,7 @@ import optax_ext
 from pallas_kernels import arithmetic, fuse
 from pallas_kernels.layout import Form, Layout
 from pallas_kernels.program import Body
+from support.cases import slow_unless
 from support.fused import lowered
 
 INTERPRETS = hasattr(plgpu, "InterpretGPUParams")
@@ -115,7 +116,7 @@ def test_without_an_interpreter_an_error_says_so():
         both(CHAINS["adamw"], jnp.float32)
 
 
-@pytest.mark.parametrize("name", CHAINS)
+@pytest.mark.parametrize("name", slow_unless(["clip+adamw", "novak"], CHAINS))
 def test_chains_lower_for_a_gpu(name):
     tx = fuse(CHAINS[name], backend="mosaic", strict=True)
     params = jax.eval_shape(lambda: tree(0))

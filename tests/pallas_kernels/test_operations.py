@@ -128,7 +128,7 @@ def ones(dtype: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("backend", ["triton", "mosaic"])
-@each(OPERATIONS)
+@each(REWRITTEN)
 def test_each_lowers_for_a_gpu_or_is_left_to_xla(name, function, backend):
     del name
     tx = leaf_by_leaf(function)

@@ -17,7 +17,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import optax_ext
 from benchmarks.hlo import read_collectives
 from pallas_kernels import explain, fuse
-from support.cases import METHODS
+from support.cases import METHODS, slow_unless
 from support.fused import SUMMED, chain_step
 from support.runs import build
 from support.strategies import filled, shape
@@ -133,12 +133,12 @@ def largest_error(ours, expected) -> float:
 
 # One phase, two with one norm of all leaves, and two with norms of each.
 PATHS = ("fame", "vradam", "lamb")
+QUICK = {("vradam", "fully and by tensor"), ("lamb", "explicit")}
 
 
 def quick_where_broad(name: str, where: str) -> Any:
     """A case that is slow unless it shows what others would show too."""
-    quick = name in PATHS and where in BROADEST
-    return pytest.param(name, where, marks=[] if quick else [pytest.mark.slow])
+    return pytest.param(name, where, marks=[] if (name, where) in QUICK else [pytest.mark.slow])
 
 
 @pytest.mark.parametrize(
@@ -179,6 +179,7 @@ def test_a_fused_step(name, where):
     assert_scalar_sums(program)
 
 
+@pytest.mark.slow
 def test_what_is_left_to_xla():
     """Means along an axis that is cut have a shape that is not."""
     layout = LAYOUTS["fully sharded"]
@@ -191,7 +192,7 @@ def test_what_is_left_to_xla():
     assert largest_error(params, alone(tx)) <= SUMMED
 
 
-@pytest.mark.parametrize("name", UNFUSED)
+@pytest.mark.parametrize("name", slow_unless(["novak, offloaded"], UNFUSED))
 def test_explicit_axes_and_leaves_left_to_xla(name):
     """The chain runs."""
     layout, tx = LAYOUTS["explicit"], UNFUSED[name]
@@ -217,9 +218,9 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("layout", FORMS.values(), ids=FORMS)
-def test_meshes_of_any_form(layout):
-    tx = CLIPPED
+@pytest.mark.parametrize("name", slow_unless(list(FORMS)[:1], FORMS))
+def test_meshes_of_any_form(name):
+    tx, layout = CLIPPED, FORMS[name]
     told = None if layout.axis_type == AxisType.Explicit else layout.shardings
 
     def make_step(tx):
@@ -229,7 +230,9 @@ def test_meshes_of_any_form(layout):
     assert largest_error(params, alone(tx)) <= SUMMED
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
+@pytest.mark.parametrize(
+    "axis_type", slow_unless([AxisType.Auto], [AxisType.Auto, AxisType.Explicit])
+)
 def test_arrays_that_lie_elsewhere_are_brought(axis_type):
     """Parameters of the host, gradients whole on every device."""
     layout, tx = Layout(AXES, axis_type, BOTH), CLIPPED
@@ -242,12 +245,10 @@ def test_arrays_that_lie_elsewhere_are_brought(axis_type):
     assert largest_error(params, expected) <= SUMMED
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "tx",
-    [
-        optax.adafactor(0.1, min_dim_size_to_factor=4),
-        pytest.param(optax.contrib.muon(0.1), marks=pytest.mark.slow),
-    ],
+    [optax.adafactor(0.1, min_dim_size_to_factor=4), optax.contrib.muon(0.1)],
     ids=["adafactor", "muon"],
 )
 def test_leaves_that_are_not_fused_where_they_are_cut(tx):
@@ -292,6 +293,7 @@ def test_a_sharding_in_place_of_a_subtree():
     assert not any(cut[(5, 3)])
 
 
+@pytest.mark.slow
 def test_a_checkpoint_from_eight_devices_on_four(tmp_path):
     layout, tx = LAYOUTS["fully and by tensor"], optax_ext.novak(0.1, trust_ratio=True)
     params = jax.device_put(arrays(0), layout.shardings)
@@ -315,9 +317,9 @@ SPECS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("told", SPECS.values(), ids=SPECS)
-def test_how_a_fused_step_is_told(told):
-    layout, tx = LAYOUTS["fully sharded"], optax.lamb(0.1)
+@pytest.mark.parametrize("name", slow_unless(["the arrays themselves"], SPECS))
+def test_how_a_fused_step_is_told(name):
+    told, layout, tx = SPECS[name], LAYOUTS["fully sharded"], optax.lamb(0.1)
     place = partial(jax.device_put, device=layout.shardings)
     step = fuse(tx, backend="interpret", shardings=told).step
     with jax.set_mesh(layout.mesh):

@@ -5,16 +5,16 @@ property tests are parametrized with it. (A new method also needs an oracle of i
 `oracles.py`.) Parameters and gradients are NumPy, so that the caller chooses the precision.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from operator import itemgetter
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 import optax_ext
 
@@ -210,7 +210,33 @@ CASES: Sequence[Case] = [
         leaf_depth={"units": "leaf", "scaling": "depth", "strength": 2.0},
     ),
 ]
+CASE: Mapping[str, Case] = {str(case): case for case in CASES}
 METHODS: Sequence[Case] = [case for case in CASES if case.name == "default"]
+# One row for every code path that treats tensors in a way of its own.
+PATHS: Sequence[Case] = [
+    *METHODS,
+    *(CASE[name] for name in ("fame-tema_exact", "vradam-tensor", "dualadam-scale_free")),
+    *(CASE[name] for name in ("novak-full", "caadam-leaf")),
+]
+
+
+def slow_unless(fast: Iterable[Any], rows: Iterable[Any], *, group: bool = False) -> list[Any]:
+    """Return the rows as test parameters, those that are not among the fast ones marked slow.
+
+    With `group`, one worker runs all tests of a row, and compiles it once.
+    """
+    quick = [str(row) for row in fast]
+    return [
+        pytest.param(
+            row,
+            id=str(row),
+            marks=[
+                *([] if str(row) in quick else [pytest.mark.slow]),
+                *([pytest.mark.xdist_group(str(row))] if group else []),
+            ],
+        )
+        for row in rows
+    ]
 
 
 def _shape(*shape: int) -> jax.ShapeDtypeStruct:
@@ -273,16 +299,9 @@ def gradients(tree: Any, steps: int, *, seed: int = 1, dtype: Any = np.float64) 
 
 
 def trajectory(
-    optimizer: optax.GradientTransformation,
-    params: optax.Params,
-    grads: optax.Updates,
-    *,
-    jit: bool = True,
+    optimizer: optax.GradientTransformation, params: optax.Params, grads: optax.Updates
 ) -> Any:
-    """The parameters after each step of a stream of gradients, as float64 NumPy.
-
-    For a few steps of a small tree, compiling takes longer than to run without `jit`.
-    """
+    """The parameters after each step of a stream of gradients, as float64 NumPy."""
 
     def step(carry, gradient):
         params, state = carry
@@ -291,15 +310,9 @@ def trajectory(
         return (params, state), params
 
     params, grads = jax.tree.map(jnp.asarray, (params, grads))
-    carry = params, optimizer.init(params)
-    if jit:
-        _, after = jax.jit(partial(jax.lax.scan, step))(carry, grads)
-        return jax.tree.map(np.float64, after)
-    steps = []
-    for t in range(len(jax.tree.leaves(grads)[0])):
-        carry, params = step(carry, jax.tree.map(itemgetter(t), grads))
-        steps.append(params)
-    return jax.tree.map(lambda *xs: np.stack(xs).astype(np.float64), *steps)
+    start = params, optimizer.init(params)
+    _, after = jax.jit(partial(jax.lax.scan, step))(start, grads)
+    return jax.tree.map(np.float64, after)
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:

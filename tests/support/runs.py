@@ -8,9 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from support.cases import CASES, Case
-
-CASE = {str(case): case for case in CASES}
+from support.cases import Case
 
 
 def build(case: Case, **overrides: Any) -> optax.GradientTransformationExtraArgs:
