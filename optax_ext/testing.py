@@ -112,8 +112,8 @@ def check_vmap(init, step: Step, params: Any, grads: Sequence[Any], expected: An
     def double(tree):
         return jax.tree.map(lambda x: jnp.stack([x, x + x]), tree)
 
-    states = jax.vmap(init)(double(params))
-    both = _run(jax.vmap(step), double(params), states, [double(g) for g in grads])
+    states = jax.jit(jax.vmap(init))(double(params))
+    both = _run(jax.jit(jax.vmap(step)), double(params), states, [double(g) for g in grads])
     _assert_close(jax.tree.map(lambda x: x[0], both), expected)
 
 

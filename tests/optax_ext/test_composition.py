@@ -106,6 +106,7 @@ def test_step_that_is_not_finite_never_happened(case):
 def test_vmap_over_seeds_and_rates(case):
     """One program trains several models, each at a rate of its own."""
 
+    @jax.jit
     def final(params, rate, grads):
         return run(build(case, learning_rate=rate), params, grads)
 
@@ -123,6 +124,7 @@ def test_vmap_over_seeds_and_rates(case):
 def test_gradient_through_steps(case):
     """Of a loss after two steps, by parameters and rate: what meta-learning asks for."""
 
+    @jax.jit
     def outcome(params, rate):
         def loss(params):
             return jnp.sum(jnp.sin(params["kernel"]) ** 2) + jnp.sum(params["bias"] ** 4)
@@ -137,7 +139,7 @@ def test_gradient_through_steps(case):
         return float(f(h) - f(-h)) / (2 * h)
 
     params, direction = double((PARAMS, GRADS[0]))
-    by_params, by_rate = jax.grad(outcome, argnums=(0, 1))(params, 0.01)
+    by_params, by_rate = jax.jit(jax.grad(outcome, argnums=(0, 1)))(params, 0.01)
     along = slope(lambda h: outcome(optax.tree.add_scale(params, h, direction), 0.01))
     assert float(optax.tree.vdot(by_params, direction)) == pytest.approx(along, rel=1e-6)
     assert float(by_rate) == pytest.approx(slope(lambda h: outcome(params, 0.01 + h)), rel=1e-6)
@@ -149,14 +151,16 @@ INPUTS, TARGETS = filled(shape(8, 4), 0), filled(shape(8, 2), 1)
 def reference_run(optimizer, params):
     """Three steps of a two-layer network without any framework."""
 
-    def loss(params):
+    @jax.jit
+    @jax.grad
+    def gradient(params):
         first, last = params["conv2"], params["conv10"]
         hidden = jnp.tanh(INPUTS @ first["kernel"] + first["bias"][None])
         return jnp.mean((hidden @ last["kernel"] + last["bias"][None] - TARGETS) ** 2)
 
     state = optimizer.init(params)
     for _ in range(3):
-        params, state = step(optimizer, params, state, jax.grad(loss)(params))
+        params, state = step(optimizer, params, state, gradient(params))
     return params
 
 
@@ -170,14 +174,16 @@ class LinenNetwork(flax.linen.Module):
 @few_methods
 def test_linen_train_state(case):
     network = LinenNetwork()
-    params = network.init(jax.random.key(0), INPUTS)["params"]
+    params = jax.jit(network.init)(jax.random.key(0), INPUTS)["params"]
     state = TrainState.create(apply_fn=network.apply, params=params, tx=build(case))
 
-    def loss(params):
-        return jnp.mean((state.apply_fn({"params": params}, INPUTS) - TARGETS) ** 2)
+    @jax.jit
+    @jax.grad
+    def gradient(params):
+        return jnp.mean((network.apply({"params": params}, INPUTS) - TARGETS) ** 2)
 
     for _ in range(3):
-        state = state.apply_gradients(grads=jax.grad(loss)(state.params))
+        state = state.apply_gradients(grads=gradient(state.params))
     assert_equal(state.params, reference_run(build(case), params), rtol=1e-5)
 
 

@@ -16,7 +16,7 @@ from support.cases import CASE, METHODS, PATHS, SQUARES_GRADIENTS, slow_unless
 
 PARAMS = {
     "in": {"kernel": jnp.linspace(-1, 1, 6).reshape(2, 3), "bias": jnp.linspace(0.1, 1, 3)},
-    "out": [{"kernel": jnp.full((3, 2), 0.5)}, (), None],
+    "out": [{"kernel": jnp.full((2, 3), 0.5)}, (), None],
     "temperature": jnp.asarray(0.3),
     "empty": jnp.zeros((0, 3)),
 }

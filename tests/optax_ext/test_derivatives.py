@@ -41,11 +41,14 @@ def loss_after_steps(factory, params):
         return sum((jnp.sum(x**2) for x in jax.tree.leaves(alive)), jnp.zeros(()))
 
     def train(hyperparameters):
-        optimizer, trained = factory(**hyperparameters), jax.tree.map(jnp.asarray, params)
-        state = optimizer.init(trained)
-        for _ in range(STEPS):
+        optimizer, start = factory(**hyperparameters), jax.tree.map(jnp.asarray, params)
+
+        def advance(carry, _):
+            trained, state = carry
             updates, state = optimizer.update(jax.grad(loss)(trained), state, trained)
-            trained = optax.apply_updates(trained, updates)
+            return (optax.apply_updates(trained, updates), state), None
+
+        (trained, _), _ = jax.lax.scan(advance, (start, optimizer.init(start)), length=STEPS)
         return sum(map(jnp.sum, jax.tree.leaves(trained)))
 
     return train
