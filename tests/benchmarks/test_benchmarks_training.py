@@ -146,14 +146,6 @@ def test_the_table_fits_a_terminal():
     assert "…" not in capture.get()
 
 
-def test_a_run_replaces_its_own_rows_only(tmp_path):
-    before = measure(tmp_path, "adamw", "novak")
-    after = measure(tmp_path, "adamw")
-    assert before.keys() == after.keys()
-    assert before[f"{SMALL} / novak"] == after[f"{SMALL} / novak"]
-    assert before[f"{SMALL} / adamw"] != after[f"{SMALL} / adamw"]
-
-
 def test_history_has_times_and_shares(tmp_path):
     row = measure(tmp_path, "adamw")[f"{SMALL} / adamw"]
     lines = (tmp_path / "history.jsonl").read_text(encoding="utf-8").splitlines()

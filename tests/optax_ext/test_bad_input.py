@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import optax_ext
 from support.cases import METHODS
+from support.pieces import PIECES
 
 # What a caller may pass there can't be told by looking at it.
 FREE_FORM = {"mask", "params", "apply_fn", "example_inputs"}
@@ -401,14 +402,6 @@ def test_overridden_unit_must_exist():
         optimizer.init(PARAMS)
 
 
-def test_velocity_must_exist():
-    optimizer = optax_ext.velocity_regularized(
-        optax.sgd(0.1, momentum=0.9), beta3=1.0, lr_cutoff=10.0
-    )
-    with pytest.raises(ValueError, match="inner must keep a velocity"):
-        optimizer.init(PARAMS)
-
-
 def test_gate_per_tensor_needs_one_velocity_per_tensor():
     part = optax.masked(optax.adam(0.1), {"in": True, "out": False})
     optimizer = optax_ext.velocity_regularized(part, beta3=1.0, lr_cutoff=10.0, norm_scope="tensor")
@@ -432,15 +425,9 @@ def test_missing_params_raise_what_optax_raises(optimizer):
     assert message(optimizer) == message(optax.adamw(0.1))
 
 
-PIECES = {
-    **NEED_PARAMS,
-    "ema": optax_ext.ema(decay=0.9),
-    "ema_of_squares": optax_ext.ema_of_squares(decay=0.9),
-    "correct_bias": optax_ext.correct_bias(b1=0.9, b2=0.9),
-    "rectify": optax_ext.rectify(b2=0.99),
-    "autoscale": optax_ext.autoscale(INNER, decay=0.9),
-    "velocity_regularized": optax_ext.velocity_regularized(INNER, beta3=1.0, lr_cutoff=10.0),
-    "scale_by_moments": optax_ext.scale_by_moments(INNER, INNER, optax_ext.ratio(eps=0.1)),
+# `test_units.py` tests what connections say.
+BUILT = NEED_PARAMS | {
+    row.name: row.factory(**row.arguments) for row in PIECES if row.name != "connections"
 }
 
 
@@ -449,7 +436,7 @@ PIECES = {
     [jnp.zeros((), jnp.int32), jnp.ones(3, bool), jax.random.key(0), 3, "relu", jax.nn.relu],
     ids=["int32", "bool", "key", "int", "text", "function"],
 )
-@pytest.mark.parametrize("optimizer", PIECES.values(), ids=PIECES)
+@pytest.mark.parametrize("optimizer", BUILT.values(), ids=BUILT)
 def test_leaves_without_gradients_are_named_with_a_remedy(optimizer, leaf):
     params = PARAMS | {"norm": {"batches": leaf}}
     with pytest.raises(ValueError, match=r"params/norm/batches is .* optax\.masked"):

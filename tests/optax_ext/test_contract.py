@@ -1,6 +1,6 @@
 """Every piece, every method and Optax's own optimizers keep the contract of a transformation."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import chex
@@ -10,9 +10,9 @@ import optax
 import pytest
 from absl.testing import parameterized
 
-import optax_ext
 from optax_ext.testing import check_transformation, random_like
 from support.cases import CASE, METHODS, PATHS, SQUARES_GRADIENTS, slow_unless
+from support.pieces import PIECES
 
 PARAMS = {
     "in": {"kernel": jnp.linspace(-1, 1, 6).reshape(2, 3), "bias": jnp.linspace(0.1, 1, 3)},
@@ -20,32 +20,11 @@ PARAMS = {
     "temperature": jnp.asarray(0.3),
     "empty": jnp.zeros((0, 3)),
 }
-MOMENTS = optax_ext.ema(decay=0.9), optax_ext.ema_of_squares(decay=0.99)
-INNER = optax_ext.scale_by_moments(*MOMENTS, optax_ext.ratio(eps=1e-8))
-
-PIECES: Mapping[str, optax.GradientTransformation] = {
-    "ema": MOMENTS[0],
-    "ema_of_squares": MOMENTS[1],
-    "max_ema_of_squares": optax_ext.max_ema_of_squares(decay=0.9),
-    "triple_ema": optax_ext.triple_ema(decays=(0.9, 0.5, 0.5), bias_correction="exact"),
-    "triple_ema_of_squares": optax_ext.triple_ema_of_squares(decays=(0.9, 0.9, 0.9)),
-    "nesterov_ema": optax_ext.nesterov_ema(decay=0.9, variant="hybrid"),
-    "scheduled_nesterov_ema": optax_ext.scheduled_nesterov_ema(decay=0.9),
-    "scale_by_moments": INNER,
-    "correct_bias": optax_ext.correct_bias(b1=0.9, b2=0.99),
-    "rectify": optax_ext.rectify(b2=0.99),
-    "autoscale": optax_ext.autoscale(INNER, decay=0.9),
-    "scale_by_trust_ratio": optax_ext.scale_by_trust_ratio(max_ratio=10.0),
-    "velocity_regularized": optax_ext.velocity_regularized(INNER, beta3=1.0, lr_cutoff=10.0),
-    "scale_by_connections": optax_ext.scale_by_connections(scaling="additive"),
-    "lookahead": optax_ext.lookahead(INNER, sync_period=2, slow_step_size=0.5),
-    "rotating": optax_ext.lookahead(INNER, sync_period=2, slow_step_size=0.5, mode="rotating"),
-}
 
 
-@pytest.mark.parametrize("name", PIECES)
-def test_pieces(name):
-    check_transformation(PIECES[name], PARAMS)
+@pytest.mark.parametrize("piece", PIECES, ids=lambda piece: piece.name)
+def test_pieces(piece):
+    check_transformation(piece.factory(**piece.arguments), PARAMS)
 
 
 # Besides what decides the step, options that keep more in the state.

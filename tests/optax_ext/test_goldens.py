@@ -80,17 +80,13 @@ def test_oracle(case):
     assert_agrees(theirs, golden, 1e-12, start=PARAMS)
 
 
-@pytest.mark.usefixtures("x64")
-def test_float64(case):
+def test_trajectory(case):
     method, arguments, golden = case
-    ours = trajectory(getattr(optax_ext, method)(**arguments), PARAMS, GRADS)
+    optimizer = getattr(optax_ext, method)
+    with jax.enable_x64(True):
+        ours = trajectory(optimizer(**arguments), PARAMS, GRADS)
     assert_agrees(ours, golden, 1e-10)
     # A small rate must not hide a wrong step behind the size of the parameters.
     assert_agrees(ours, golden, 1e-10, start=PARAMS)
-
-
-def test_float32(case):
-    method, arguments, golden = case
-    params, grads = jax.tree.map(np.float32, (PARAMS, GRADS))
-    ours = trajectory(getattr(optax_ext, method)(**arguments), params, grads)
-    assert_agrees(ours, golden, 2e-5)
+    narrow = trajectory(optimizer(**arguments), *jax.tree.map(np.float32, (PARAMS, GRADS)))
+    assert_agrees(narrow, golden, 2e-5)

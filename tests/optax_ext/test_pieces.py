@@ -95,18 +95,6 @@ def test_velocity_is_a_field_of_the_state_not_a_parameter():
         optimizer.init({"mu": PARAMS["in"]["kernel"]})
 
 
-def test_rectification_is_in_the_state():
-    ratios = logged(optax_ext.novak(0.1, b2=0.999), "rectification", grads=GRADS[:1] * 10)
-    # Of rho_6 … rho_10 in exact arithmetic.
-    exact = [0.025821, 0.032739, 0.038738, 0.044105, 0.048998]
-    np.testing.assert_allclose(ratios, [1] * 5 + exact, atol=5e-7)
-
-
-def test_inverse_share_is_in_the_state():
-    shares = logged(optax_ext.dualadam(0.1, switch_rate=0.25), "inverse_share")
-    np.testing.assert_array_equal(shares, [0.75, 0.5, 0.25, 0, 0, 0])
-
-
 def test_scheduled_inverse_share_starts_at_count_0():
     schedule = optax.linear_schedule(1.0, 0.0, transition_steps=4)
     shares = logged(optax_ext.dualadam(0.1, switch_rate=schedule), "inverse_share")
@@ -144,16 +132,6 @@ def test_slow_weights_are_in_the_state():
     after = [PARAMS, *(params for params, _ in steps)]
     for t, (_, state) in enumerate(steps, 1):
         assert_close(optax.tree.get(state, "slow"), after[t - t % 2])
-
-
-def test_lookahead_around_sgd():
-    optimizer = optax_ext.lookahead(optax.sgd(0.1), sync_period=3, slow_step_size=0.25)
-    fast = slow = PARAMS
-    for t, (ours, _) in enumerate(history(optimizer, PARAMS, GRADS), 1):
-        fast = jax.tree.map(lambda x, g: x - 0.1 * g, fast, GRADS[t - 1])
-        if t % 3 == 0:
-            fast = slow = jax.tree.map(lambda s, x: s + 0.25 * (x - s), slow, fast)
-        assert_close(ours, fast)
 
 
 def scaled_by_extra_arg():

@@ -10,7 +10,6 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-import optax_ext
 from support.cases import (
     CASES,
     METHODS,
@@ -55,10 +54,6 @@ def problem(tree: Any, seed: int, steps: int) -> tuple[Any, list[Any]]:
 def assert_bitwise(ours, expected):
     assert jax.tree.structure(ours) == jax.tree.structure(expected)
     jax.tree.map(np.testing.assert_array_equal, ours, expected)
-
-
-def assert_finite(tree):
-    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(tree))
 
 
 def assert_stable(case, tree, seed):
@@ -180,7 +175,7 @@ def test_gradient_scale_cancels(case):
     optimizer = build(case, eps=0.0)
     plain = run(optimizer, params, grads)
     scaled = run(optimizer, params, jax.tree.map(lambda g: 1024 * g, grads))
-    assert_finite(plain)
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(plain))
     assert_bitwise(scaled, plain)
 
 
@@ -200,38 +195,15 @@ def constant(value: float) -> Any:
     return jax.tree.map(lambda x: np.full(x.shape, value, x.dtype), PAIR)
 
 
-def assert_stays_finite(optimizer, grads):
-    assert_finite(run(optimizer, filled(PAIR, seed=0), grads))
-
-
-@pytest.mark.parametrize(
-    "case", slow_unless(PATHS, [case for case in CASES if SQUARES_GRADIENTS not in case.tags])
-)
+@path_or_slow
 @given(grads=st.lists(powers_of_ten(-30, 30), min_size=3, max_size=3))
 @example(grads=[constant(1e30)] * 3)
 @example(grads=[constant(1e-30)] * 3)
 @example(grads=[constant(1e30), constant(0), constant(1e-30)])
 @settings(max_examples=3)
 def test_extreme_gradients_make_finite_steps(case, grads):
-    assert_stays_finite(build(case), grads)
-
-
-@pytest.mark.parametrize(
-    "case", [case for case in CASES if SQUARES_GRADIENTS in case.tags], ids=str
-)
-@given(grads=st.lists(powers_of_ten(-30, 18), min_size=3, max_size=3))
-@example(grads=[constant(1e18)] * 3)
-@settings(max_examples=3)
-def test_inverse_steps_are_finite_for_gradients_whose_squares_are(case, grads):
-    assert_stays_finite(case.build(), grads)
-
-
-def test_dualadam_is_finite_after_the_switch():
-    """Also where the product, of share 0 by then, overflows."""
-    optimizer = optax_ext.dualadam(0.01, switch_rate=0.5)
-    assert_stays_finite(optimizer, [constant(1.0), constant(1e30), constant(1e30)])
-
-
-def test_vradam_without_penalty_is_finite():
-    """AdamW is, at gradients whose norm overflows."""
-    assert_stays_finite(optax_ext.vradam(0.01, beta3=0.0), [constant(1e30)])
+    """Steps that grow with squares are finite where these are."""
+    largest = 1e18 if SQUARES_GRADIENTS in case.tags else 1e30
+    grads = jax.tree.map(lambda g: np.clip(g, -largest, largest), grads)
+    after = run(build(case), filled(PAIR, seed=0), grads)
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(after))
