@@ -76,11 +76,6 @@ def test_median_and_spread_are_of_the_turns_that_count():
     assert (times["b"].median, times["b"].spread) == pytest.approx((7, 0))
 
 
-def test_a_turn_of_many_steps_tells_the_time_of_one():
-    times, _ = time_fakes({"a": [3.0] * 4}, repeats=2, steps_per_turn=10)
-    assert times["a"].seconds == pytest.approx((3, 3))
-
-
 def test_a_row_is_a_calculation_by_hand():
     times = timing.Times((0.1, 0.2, 0.3))
     row = step.make_row(times, moved=2e9, parameters=10**8, bandwidth=4e10, reference=5e-11)
@@ -152,19 +147,14 @@ def test_on_a_gpu_the_fused_step_takes_turns_too(name, small):
     assert list(rows) == [f"{SMALL} / {name}", f"{SMALL} / {name}, fused"]
 
 
-def test_a_run_replaces_its_own_rows_only(small, tmp_path):
-    before = measure(tmp_path, "adamw", "novak")
-    after = measure(tmp_path, "adamw")
-    assert before.keys() == after.keys()
-    assert before[f"{SMALL} / novak"] == after[f"{SMALL} / novak"]
-    assert before[f"{SMALL} / adamw"] != after[f"{SMALL} / adamw"]
-
-
-def test_history_only_grows(small, tmp_path):
+def test_a_run_replaces_its_own_rows_and_history_only_grows(small, tmp_path):
     path = tmp_path / "history.jsonl"
-    measure(tmp_path, "adamw", "vradam")
+    first = measure(tmp_path, "adamw", "vradam")
     before = path.read_text(encoding="utf-8")
     latest = measure(tmp_path, "adamw")
+    assert latest.keys() == first.keys()
+    assert latest[f"{SMALL} / vradam"] == first[f"{SMALL} / vradam"]
+    assert latest[f"{SMALL} / adamw"] != first[f"{SMALL} / adamw"]
     after = path.read_text(encoding="utf-8")
     assert after.startswith(before)
     rows = [json.loads(line) for line in after.splitlines()]

@@ -58,12 +58,6 @@ def test_every_compilation_is_from_nothing(quick, caplog):
     assert not any("cache hit" in message.lower() for message in caplog.messages)
 
 
-def test_on_a_gpu_the_fused_step_takes_turns_too():
-    compiled = {"invadam": [1.0, 2.0], "invadam, fused": [3.0, 4.0]}
-    rows = scaling.Turns(Point(2, 8), "gpu", 2).measure("invadam", compiled)
-    assert {row["optimizer"]: row["compile_times_s"] for row in rows.values()} == compiled
-
-
 def measure(folder: Path, *arguments: str) -> dict[str, Any]:
     scaling.main(["--repeats=2", f"--out={folder}", "--optimizers=adamw", *arguments])
     return json.loads((folder / "scaling-cpu.json").read_text(encoding="utf-8"))

@@ -125,17 +125,6 @@ def measure(folder: Path, *names: str) -> dict[str, Any]:
     return json.loads((folder / "train-cpu.json").read_text(encoding="utf-8"))
 
 
-def test_the_table_shows_the_file(tmp_path, capsys):
-    rows = measure(tmp_path, "adamw", "novak, trust ratio")
-    printed = capsys.readouterr().out
-    assert rows[f"{SMALL} / adamw"]["to_adamw"] == 1
-    for case, row in rows.items():
-        name = case.removeprefix(f"{SMALL} / ")
-        line = next(x for x in printed.splitlines() if x.lstrip().startswith(f"{name}  "))
-        assert f"{row['to_adamw']:.2f} ± {row['to_adamw_spread']:.2f}" in line
-        assert f"{100 * row['share']:.1f} ± {100 * row['share_spread']:.1f}" in line
-
-
 def test_the_table_fits_a_terminal():
     gradient, whole = timing.Times((1.3, 1.35, 1.25, 1.6)), timing.Times((1.25, 1.3, 1.35, 1.7))
     row = train.make_row(whole, gradient, whole, whole)

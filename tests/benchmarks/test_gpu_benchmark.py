@@ -26,7 +26,6 @@ from benchmarks.gpu.tasks import (
     Found,
     Job,
     Message,
-    Task,
     by_worth,
 )
 from benchmarks.leaf_sets import LEAF_SETS, count, leaves
@@ -167,14 +166,6 @@ def test_everything_runs_and_what_cannot_is_a_row(tmp_path, monkeypatch):
     assert sorted(json.loads(line)["case"] for line in history) == sorted(timed)
 
 
-def test_good_numbers_are_no_failure(job, tmp_path):
-    status, rows, report, _ = run(tmp_path, job, {})
-    assert status == 0
-    assert list(rows) == names(job)
-    assert "Failed" not in report
-    assert "Not measured" not in report
-
-
 @pytest.mark.parametrize("case", ["numerics / adamw / mosaic", "tiny / adamw / triton, no graphs"])
 def test_wrong_numbers_are_in_the_report_and_the_exit_status(case, job, tmp_path):
     status, rows, report, _ = run(tmp_path, job, {case: {"passed": False}})
@@ -261,46 +252,6 @@ def test_a_run_is_resumed_where_it_was_cut_off(job, tmp_path):
     assert rows.keys() == set(names(job))
     assert "Not measured" not in report
     assert (tmp_path / "history.jsonl").read_text(encoding="utf-8").startswith(before)
-
-
-def test_every_result_is_written_at_once(job, tmp_path):
-    written = []
-
-    class Watching(Scripted):
-        def receive(self, seconds):
-            path = tmp_path / "gpu-cpu.json"
-            written.append(len(json.loads(path.read_text("utf-8"))) if path.exists() else 0)
-            return super().receive(seconds)
-
-    clock = Clock()
-    command.run(
-        job, jax.devices()[0], tmp_path, deadline=1e6, clock=clock, start=Watching({}, clock)
-    )
-    found = range(len(names(job)))
-    assert written == [n for known in found for n in (known, known)] + [len(names(job))]
-
-
-class Breaking:
-    """A bench whose second case raises when it runs."""
-
-    def measure(self, task: Task, programs: Any) -> Iterator[Message]:
-        for case in task.cases:
-            yield Began(case)
-            if case.kernels == "triton":
-                raise ValueError("no luck")
-            yield Found(case, {"passed": True})
-
-
-def test_an_error_of_one_case_is_no_other_cases():
-    task = Task(tuple(Case(TINY, "adamw", name) for name in WAYS))
-    sent: list[Message] = []
-    worker.measure(task, {}, Breaking(), sent.append)
-    found = {message.case.kernels: message.row for message in sent if isinstance(message, Found)}
-    assert found == {
-        CHAIN: {"passed": True},
-        "triton": {"passed": False, "error": "ValueError: no luck"},
-        "mosaic": {"passed": True},
-    }
 
 
 CHAIN_FOUND = [np.float32([1, -2]), np.int32(3)]
@@ -442,15 +393,6 @@ def test_a_missing_gpu_is_an_error_at_once(monkeypatch, capsys, tmp_path):
     assert exit_.value.code == 2
     assert "needs an NVIDIA GPU" in capsys.readouterr().err
     assert not (tmp_path / "results").exists()
-
-
-@pytest.mark.parametrize("name", CONTENDERS)
-def test_a_program_fits_the_arrays_that_it_will_be_given(name):
-    contender, shapes = CONTENDERS[name], LEAF_SETS[TINY]
-    params = contender.hold(jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), shapes))
-    expected = jax.eval_shape(contender.tx.init, jax.eval_shape(contender.hold, shapes))
-    found = contender.tx.init(params)
-    assert jax.tree.map(jax.typeof, found) == jax.tree.map(jax.typeof, expected)
 
 
 class Torch:

@@ -157,14 +157,6 @@ def test_inverse_share(switch_rate):
     np.testing.assert_allclose(share, expected, atol=1e-6)
 
 
-def test_inverse_share_of_a_traced_switch_rate():
-    optimizer = optax.inject_hyperparams(optax_ext.dualadam)(RATE, switch_rate=0.05)
-    _, states = history(optimizer, np.float32(1.0), np.ones(30, np.float32))
-    expected = np.maximum(0, 1 - 0.05 * np.arange(1, 31))
-    share = optax.tree.get(states, "inverse_share")
-    np.testing.assert_allclose(share, expected, atol=1e-6)
-
-
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("scaling", ["additive", "multiplicative", "signed"])
 @pytest.mark.parametrize("units", ["module", "leaf"])

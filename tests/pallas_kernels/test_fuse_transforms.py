@@ -164,29 +164,6 @@ def test_derivative_by_gradients_through_updates():
     assert_close(loss(fuse(tx, backend="interpret")), loss(tx), 1e-5)
 
 
-@pytest.mark.slow
-def test_without_jit():
-    tx = optax.lamb(0.1)
-    state = tx.init(PARAMS)
-    ours = fused_step(tx)(PARAMS, state, GRADS[0])
-    assert_close(ours, chain_step(tx)(PARAMS, state, GRADS[0]), SUMMED)
-
-
-def test_traced_learning_rate():
-    def train(make_step):
-        @jax.jit
-        def step(rate, params, state, gradient):
-            return make_step(optax.adamw(rate))(params, state, gradient)
-
-        params, state = PARAMS, optax.adamw(0.1).init(PARAMS)
-        for t, gradient in enumerate(GRADS):
-            params, state = step(0.1 / (1 + t), params, state, gradient)
-        return params, state
-
-    ours, expected = train(fused_step), train(chain_step)
-    assert_close(ours, expected, SUMMED)
-
-
 def test_injected_hyperparameters_change_during_a_run():
     tx = optax.inject_hyperparams(optax.adamw)(
         learning_rate=optax.exponential_decay(0.1, 1, 0.5), weight_decay=0.1
@@ -382,13 +359,6 @@ def cuts_leaves(case) -> bool:
 )
 def test_nothing_of_our_methods_is_left_to_xla(case):
     assert explain(case.build(), SMALL).fallback_reasons == ()
-
-
-def test_strict_passes_what_is_fused():
-    tx = optax_ext.vradam(0.1, norm_scope="tensor")
-    state = tx.init(PARAMS)
-    ours = fuse(tx, strict=True).step(PARAMS, state, GRADS[0])
-    assert_close(ours, chain_step(tx)(PARAMS, state, GRADS[0]), SUMMED)
 
 
 def test_unknown_backend():

@@ -159,6 +159,14 @@ def assert_close(ours: Any, expected: Any, error: float) -> None:
         np.testing.assert_allclose(x, y, rtol=0, atol=tolerance, err_msg=name)
 
 
+def assert_fused_is_chain(run: Race, grads: Sequence[Any] | None = None) -> tuple[Any, Any]:
+    """Both end alike after all gradients; returns where the kernels end."""
+    grads = run.grads() if grads is None else grads
+    fused = run.run([run.fused], grads)
+    assert_close(fused, run.run([run.chain], grads), run.tolerance)
+    return fused
+
+
 def _rounding(dtype: np.dtype) -> float:
     return float(jnp.finfo(dtype).eps) if dtype.itemsize < 4 else 0.0
 
