@@ -22,7 +22,9 @@ STATEFUL = [
 TREE = {"layers": [{"kernel": shape(3, 4), "bias": None}, (shape(4),)], "scale": shape()}
 
 
-@pytest.mark.parametrize("case", slow_unless(STATEFUL, [*METHODS, *STATEFUL]))
+@pytest.mark.parametrize(
+    "case", slow_unless([CASE["novak-full"], CASE["caadam-schedules"]], [*METHODS, *STATEFUL])
+)
 def test_resumed_run_is_the_uninterrupted_run(case, tmp_path):
     optimizer = case.build()
     train_step = jax.jit(partial(step, optimizer))

@@ -129,6 +129,7 @@ def test_resumed_on_a_mesh(options, axis_type, tmp_path):
         assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)  # memory included
 
 
+@pytest.mark.slow
 def test_a_fused_step_leaves_them_to_xla():
     tx, params = lookahead(), jax.tree.map(jnp.asarray, filled(TREE, 0))
     why = "cond moves it to host memory, or from there"

@@ -108,8 +108,8 @@ def optax_rows() -> dict[str, Mapping[str, Any]]:
 
 
 OPTAX = optax_rows()
-# Rows that run what no row of `RACED` does: signs, maxima, extra arguments, keys.
-OPTAX_PATHS = {"rprop", "adamax", "momo_adam", "noisy_sgd"}
+# Rows that run what no row of `RACED` does: signs, maxima, extra arguments.
+OPTAX_PATHS = {"rprop", "adamax", "momo_adam"}
 # What the optimizers that need more than gradients are given.
 EXTRA = {
     "polyak_sgd": {"value": 2.0},
@@ -215,7 +215,7 @@ TREES = {
 }
 
 
-QUICK_TREES = "sizes", "mixed_dtypes", "one_number", "no_leaves", "masked", "accumulating"
+QUICK_TREES = "sizes", "mixed_dtypes", "no_leaves", "masked"
 
 
 @pytest.mark.parametrize("name", slow_unless(QUICK_TREES, TREES))

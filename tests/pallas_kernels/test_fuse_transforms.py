@@ -88,7 +88,7 @@ LOOPS = {loop.__name__: loop for loop in (compiled, scanned, looped, conditional
 
 
 @every_backend
-@pytest.mark.parametrize("name", slow_unless(["conditional", "checkpointed"], LOOPS))
+@pytest.mark.parametrize("name", slow_unless(["conditional"], LOOPS))
 def test_loops(name, backend):
     loop = LOOPS[name]
     ours = loop(fuse(TX, backend=backend).step)(*start())

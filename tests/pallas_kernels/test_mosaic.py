@@ -71,7 +71,9 @@ def both(tx, dtype, **how):
 
     fused = fuse(tx, backend="interpret-mosaic", strict=True)
     # Else XLA leaves out roundings to bfloat16, other ones in a chain than in a kernel.
-    jit = partial(jax.jit, compiler_options={"xla_allow_excess_precision": False})
+    # Without LLVM's optimizations products and sums are contracted in one of them only.
+    options = {"xla_allow_excess_precision": False, "xla_backend_optimization_level": 3}
+    jit = partial(jax.jit, compiler_options=options)
     return run(jit(chain), tx, dtype, **how), run(jit(fused.step), tx, dtype, **how)
 
 
@@ -84,7 +86,7 @@ def assert_close(actual, expected, tolerance):
 
 
 @needs_interpreter
-@pytest.mark.parametrize("name", CHAINS)
+@pytest.mark.parametrize("name", slow_unless(["lamb", "novak"], CHAINS))
 def test_kernels_compute_what_the_chain_does(name):
     expected, actual = both(CHAINS[name], jnp.float32)
     assert_close(actual, expected, 1e-6)
@@ -94,7 +96,7 @@ def test_kernels_compute_what_the_chain_does(name):
 
 
 @needs_interpreter
-@pytest.mark.parametrize("name", ["adamw", "clip+adamw", "novak"])
+@pytest.mark.parametrize("name", slow_unless(["novak"], ["adamw", "clip+adamw", "novak"]))
 def test_bfloat16_is_exact(name):
     expected, actual = both(CHAINS[name], jnp.bfloat16)
     assert_close(actual, expected, 0)
