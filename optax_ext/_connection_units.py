@@ -75,7 +75,7 @@ class _Leaf(NamedTuple):
         return math.prod(self.shape)
 
 
-def _named_floats(params: optax.Params) -> list[tuple[str, Any]]:
+def _named_floats(params: optax.Params | None) -> list[tuple[str, Any]]:
     if params is None:
         raise ValueError("params must be a tree of arrays, got None")
     named = _module_tree.named_arrays(params)
