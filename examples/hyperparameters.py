@@ -1,48 +1,58 @@
-"""Many learning rates and seeds at once, each run's rate a number in the state of its optimizer.
+"""Many learning rates and seeds, trained side by side: copy this file and make it yours.
 
-    python examples/hyperparameters.py
-    python examples/hyperparameters.py --rates 5 --seeds 20 --data mine.npz
-    python examples/hyperparameters.py --checkpoints run1
+    pip install "optax-ext[examples]"
+    python hyperparameters.py
+    python hyperparameters.py --rates 5 --seeds 20
+    python hyperparameters.py --checkpoints run1
 
-`optax.inject_hyperparams` keeps the rate in the state, so the training loop changes it whenever it
-likes, and one compiled step serves all rates. Here the loop restarts the rates warm (SGDR), and
-each new round of trainings looks closer around the rate that was best. All runs of a round train
-side by side, by `vmap`. After Ctrl-C, the same line goes on from its `--checkpoints`, to the bit.
+`optax.inject_hyperparams` keeps the learning rate in the optimizer's state. So the training loop
+can change it at any step, here for warm restarts (SGDR), and one compiled step, mapped over rates
+and seeds by `vmap`, serves them all. Each round of training searches closer around the rate that
+was best in the round before. After an interruption, the last command resumes bit-exactly from its
+newest checkpoint.
 """
 
 import argparse
+import tempfile
 from collections.abc import Sequence
-from functools import partial
 from itertools import pairwise
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 from flax.training.train_state import TrainState
-from jax.typing import ArrayLike
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 from scipy.stats import t as student
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
 
 import optax_ext
-from _command_line import add_data, add_numbers, make_parser, positive
-from _data import Dataset, Split, draw, load_data
-from _resume import open_checkpoints, steps_to
 
+BATCH = 64
 MIDDLE, REACH = 5e-3, 27.0  # the first round's rates: from MIDDLE / REACH to MIDDLE * REACH
+
+
+class Split(NamedTuple):
+    """Images, one a row, and their labels."""
+
+    images: np.ndarray
+    labels: np.ndarray
 
 
 class Sweep(NamedTuple):
     """All that a checkpoint holds.
 
     Attributes:
-      runs: of the current round, stacked by rate and seed.
-      rates: of each round.
-      scores: accuracy on the validation images, by round, rate and seed.
+      runs: the current round's models, stacked by rate and seed.
+      rates: learning rates, by round.
+      scores: validation accuracy, by round, rate and seed.
     """
 
     runs: TrainState
@@ -50,51 +60,36 @@ class Sweep(NamedTuple):
     scores: jax.Array
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    options, data = parse(argv)
-    new_runs = make_runs(data, options.rates, options.seeds)
-    rates = jnp.zeros((options.rounds, options.rates))
-    sweep = Sweep(new_runs, rates, jnp.zeros((*rates.shape, options.seeds)))
-    restarts = warm_restarts(options.steps)
-
-    with open_checkpoints("hyperparameters", options) as checkpoints:
-        sweep = checkpoints.restore(sweep) or sweep
-        with steps_to(options.rounds * options.steps, checkpoints) as steps:
-            for step_of_all in steps:
-                number, step = divmod(step_of_all, options.steps)
-                if step == 0:
-                    rates = sweep.rates.at[number].set(choose_rates(sweep, number))
-                    sweep = sweep._replace(runs=new_runs, rates=rates)
-                    steps.note(f"rates {rates[number, 0]:.2g} to {rates[number, -1]:.2g}")
-
-                batches = draw_batches(step, data.train, options)
-                runs = set_rates(sweep.runs, sweep.rates[number] * restarts(step))
-                sweep = sweep._replace(runs=train_step(runs, data.train, batches))
-
-                if step + 1 == options.steps:
-                    scores = sweep.scores.at[number].set(accuracy(sweep.runs, data.validation))
-                    sweep = sweep._replace(scores=scores)
-                checkpoints.save(step_of_all + 1, sweep, force=steps.ending)
-    print_results(sweep, accuracy(sweep.runs, data.test))
+def load_data() -> list[Split]:
+    """Return images to train on, to choose a rate by, and to test with."""
+    x, y = load_digits(return_X_y=True)
+    x, test_x, y, test_y = train_test_split(x / 16, y, test_size=0.2, stratify=y, random_state=0)
+    x, held_x, y, held_y = train_test_split(x, y, test_size=0.25, stratify=y, random_state=0)
+    return [Split(x, y), Split(held_x, held_y), Split(test_x, test_y)]
 
 
-def make_runs(data: Dataset, rates: int, seeds: int) -> TrainState:
-    """New networks and states: another for each seed, the same for each rate."""
-    flatten = partial(jnp.reshape, shape=(-1, data.train.images[0].size))
-    layers = (flatten, nn.Dense(64), nn.relu, nn.Dense(64), nn.relu, nn.Dense(data.classes))
-    network = nn.Sequential(layers)
-    tx = optax.inject_hyperparams(optax_ext.fame)(learning_rate=0.0)  # the loop sets it
+def draw_batches(step: int, images: int, seeds: int) -> np.ndarray:
+    """Return the indices of each seed's images, which depend on nothing but the arguments."""
+    epoch, i = divmod(step, images // BATCH)
+    orders = [np.random.default_rng([seed, epoch]).permutation(images) for seed in range(seeds)]
+    return np.stack(orders)[:, i * BATCH : (i + 1) * BATCH]
+
+
+def make_runs(rates: int, seeds: int) -> TrainState:
+    """Return new networks and optimizer states: different for each seed, equal for each rate."""
+    network = nn.Sequential([nn.Dense(64), nn.relu, nn.Dense(64), nn.relu, nn.Dense(10)])
+    tx = optax.inject_hyperparams(optax_ext.fame)(learning_rate=0.0)  # the loop sets the rate
 
     def make_run(seed: jax.Array) -> TrainState:
-        params = network.init(jax.random.key(seed), data.train.images[:1])["params"]
+        params = network.init(jax.random.key(seed), jnp.ones((1, 64)))["params"]
         return TrainState.create(apply_fn=network.apply, params=params, tx=tx)
 
-    of_seeds = jax.vmap(make_run)(jnp.arange(seeds))
-    return jax.tree.map(lambda x: jnp.broadcast_to(x, (rates, *x.shape)), of_seeds)
+    by_seed = jax.vmap(make_run)(jnp.arange(seeds))
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (rates, *x.shape)), by_seed)
 
 
 def warm_restarts(steps: int) -> optax.Schedule:
-    """From the whole rate to nothing, three times, each time twice as slowly as before."""
+    """Return factors of the rate: three cosines from 1 to 0, each twice as long as the last."""
     ends = [round(steps * share / 7) for share in (0, 1, 3, 7)]
     cycles = [
         {"init_value": 1.0, "peak_value": 1.0, "warmup_steps": 0, "decay_steps": end - begin}
@@ -105,99 +100,138 @@ def warm_restarts(steps: int) -> optax.Schedule:
 
 
 def choose_rates(sweep: Sweep, number: int) -> jax.Array:
-    """Those of a round, at equal ratios around the best rate of the round before."""
-    middle = best(sweep, number - 1)[1] if number else MIDDLE
+    """Return a round's rates, at equal ratios around the best one of the round before."""
+    middle = sweep.rates[number - 1, find_best(sweep, number - 1)] if number else MIDDLE
     half = sweep.rates.shape[1] // 2
     return middle * REACH ** (np.arange(-half, half + 1) / max(half, 1) / 3**number)
 
 
-def best(sweep: Sweep, number: int) -> tuple[int, jax.Array]:
-    """The place and the value of the rate that scored best in a round, on average."""
-    i = int(sweep.scores[number].mean(axis=1).argmax())
-    return i, sweep.rates[number, i]
+def find_best(sweep: Sweep, number: int) -> int:
+    """Return the index of the rate with a round's highest mean score."""
+    return int(sweep.scores[number].mean(axis=1).argmax())
 
 
 def set_rates(runs: TrainState, rates: jax.Array) -> TrainState:
-    """The same runs with other rates: no shape changes, so nothing is compiled anew."""
+    """Return the runs with other learning rates; as no shape changes, nothing is recompiled."""
     old = optax.tree.get(runs.opt_state, "learning_rate")
     new = jnp.broadcast_to(rates[:, None], old.shape)
     return runs.replace(opt_state=optax.tree.set(runs.opt_state, learning_rate=new))
 
 
-def draw_batches(step: int, data: Split, options: argparse.Namespace) -> np.ndarray:
-    """Which images each seed takes."""
-    images = len(data.labels)
-    return np.stack([draw(step, images, options.batch, seed) for seed in range(options.seeds)])
-
-
 @jax.jit
-def train_step(runs: TrainState, data: Split, batches: ArrayLike) -> TrainState:
-    def step(run: TrainState, batch: ArrayLike) -> TrainState:
+def train_step(runs: TrainState, images: jax.Array, labels: jax.Array) -> TrainState:
+    """Return all runs after one step, on a batch for each seed."""
+
+    def step(run: TrainState, images: jax.Array, labels: jax.Array) -> TrainState:
         def loss_of(params: optax.Params) -> jax.Array:
-            logits = run.apply_fn({"params": params}, data.images[batch])
-            labels = data.labels[batch]
+            logits = run.apply_fn({"params": params}, images)
             return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
         return run.apply_gradients(grads=jax.grad(loss_of)(run.params))
 
-    of_seeds = jax.vmap(step)
-    return jax.vmap(of_seeds, in_axes=(0, None))(runs, batches)
+    return jax.vmap(jax.vmap(step), in_axes=(0, None, None))(runs, images, labels)
 
 
 @jax.jit
 def accuracy(runs: TrainState, data: Split) -> jax.Array:
-    """The share of images that each run is right about."""
+    """Return the share of images that each run classifies correctly."""
 
-    def of_run(run: TrainState) -> jax.Array:
+    def accuracy_of(run: TrainState) -> jax.Array:
         logits = run.apply_fn({"params": run.params}, data.images)
         return (logits.argmax(axis=-1) == data.labels).mean()
 
-    return jax.vmap(jax.vmap(of_run))(runs)
-
-
-def print_results(sweep: Sweep, test: jax.Array) -> None:
-    rounds, _, seeds = sweep.scores.shape
-    table = Table(box=SIMPLE_HEAD, caption=f"Mean and 95 % interval over {seeds} seeds.")
-    for title in ("rate", "validation accuracy", "behind the round's best"):
-        table.add_column(title, justify="right")
-    for number in range(rounds):
-        leader, _ = best(sweep, number)
-        for i, (rate, scores) in enumerate(
-            zip(sweep.rates[number], sweep.scores[number], strict=True)
-        ):
-            # Seed by seed: their luck is the same at all rates.
-            behind = "" if i == leader else percent(sweep.scores[number, leader] - scores)
-            table.add_row(f"{rate:.2g}", percent(scores), behind, style="bold" * (i == leader))
-        table.add_section()
-    Console().print(table)
-    winner, rate = best(sweep, rounds - 1)
-    print(f"rate {rate:.2g} won; on the test images, which had no say: {percent(test[winner])}")
+    return jax.vmap(jax.vmap(accuracy_of))(runs)
 
 
 def percent(shares: jax.Array) -> str:
-    """Mean and 95 % interval, by Student's distribution."""
+    """Return mean and 95 % interval over seeds, by Student's distribution."""
     values = 100 * np.asarray(shares)
     half = student.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
     return f"{values.mean():.1f} ± {half:.1f} %"
 
 
-def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Dataset]:
-    parser = make_parser(__doc__)
-    add_data(parser)
-    add_numbers(
-        parser,
-        ("--rates", positive, 7, "in a round, an odd number"),
-        ("--seeds", positive, 8, "of each rate, 2 or more"),
-        ("--rounds", positive, 2, "each closer around the best rate"),
-        ("--steps", positive, 210, "of a training"),
-        ("--batch", positive, 64, "images in a step"),
+def print_results(sweep: Sweep, test_accuracy: jax.Array) -> None:
+    """Print a table of all rounds, and what the last one's best rate reaches on test images."""
+    table = Table("rate", "validation accuracy", "less than the best rate")
+    for number, (rates, scores) in enumerate(zip(sweep.rates, sweep.scores, strict=True)):
+        best = find_best(sweep, number)
+        for rate, score in zip(rates, scores, strict=True):
+            # A difference seed by seed: both rates have the same initial weights and batches.
+            table.add_row(f"{rate:.2g}", percent(score), percent(scores[best] - score))
+        table.add_section()
+    Console().print(table)
+    best = find_best(sweep, -1)
+    print(f"best rate {sweep.rates[-1, best]:.2g}, test accuracy {percent(test_accuracy[best])}")
+
+
+def restore(checkpoints: ocp.CheckpointManager, settings: dict[str, Any], new: Any) -> Any:
+    """Return the step and the state of the newest checkpoint, or 0 and the new state."""
+    saved = checkpoints.metadata().custom_metadata
+    if saved != settings:
+        raise SystemExit(f"{checkpoints.directory} has checkpoints of {saved}, not of {settings}")
+    step = checkpoints.latest_step()
+    if step is None:
+        return 0, new
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, new)
+    try:
+        return step, checkpoints.restore(step, args=ocp.args.StandardRestore(abstract))
+    except Exception as error:
+        message = f"step {step} can't be read; move it away to resume from an earlier one"
+        raise SystemExit(f"{checkpoints.directory}: {message} ({error!s:.200})") from error
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train all rounds, with a checkpoint every few steps."""
+    options = parse(argv)
+    train, validation, test = load_data()
+    new_runs = make_runs(options.rates, options.seeds)
+    rates = jnp.zeros((options.rounds, options.rates))
+    sweep = Sweep(new_runs, rates, jnp.zeros((*rates.shape, options.seeds)))
+    restarts, total = warm_restarts(options.steps), options.rounds * options.steps
+
+    folder = options.checkpoints or Path(tempfile.mkdtemp())
+    settings = {k: v for k, v in vars(options).items() if k not in ("checkpoints", "every")}
+    keep = ocp.CheckpointManagerOptions(max_to_keep=2)
+    with (
+        ocp.CheckpointManager(folder.absolute(), options=keep, metadata=settings) as checkpoints,
+        Progress() as bar,
+    ):
+        done, sweep = restore(checkpoints, settings, sweep)
+        bar.console.print(f"{done} steps done, checkpoints in {folder}")
+        for i in bar.track(range(done, total), total, done):
+            number, step = divmod(i, options.steps)
+            if step == 0:
+                rates = sweep.rates.at[number].set(choose_rates(sweep, number))
+                sweep = sweep._replace(runs=new_runs, rates=rates)
+
+            runs = set_rates(sweep.runs, sweep.rates[number] * restarts(step))
+            batches = draw_batches(step, len(train.labels), options.seeds)
+            runs = train_step(runs, train.images[batches], train.labels[batches])
+            sweep = sweep._replace(runs=runs)
+
+            if step + 1 == options.steps:
+                scores = sweep.scores.at[number].set(accuracy(runs, validation))
+                sweep = sweep._replace(scores=scores)
+            if (i + 1) % options.every == 0 or i + 1 == total:
+                checkpoints.save(i + 1, args=ocp.args.StandardSave(sweep))
+    print_results(sweep, accuracy(sweep.runs, test))
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--rates", type=int, default=7, help="in a round, an odd number")
+    parser.add_argument("--seeds", type=int, default=8, help="of each rate, 2 or more")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=210, help="of a round")
+    parser.add_argument("--every", type=int, default=50, help="steps between checkpoints")
+    parser.add_argument("--checkpoints", type=Path, help="folder (default: a temporary one)")
     options = parser.parse_args(argv)
-    if options.rates % 2 == 0:
-        parser.error(f"--rates must be odd, so that one is in the middle, got {options.rates}")
-    if options.seeds < 2:
-        parser.error(f"--seeds must be 2 or more for an interval, got {options.seeds}")
-    return options, load_data(parser, options)
+    if options.rates % 2 == 0 or options.seeds < 2:
+        parser.error("--rates must be odd, and --seeds 2 or more")
+    return options
 
 
 if __name__ == "__main__":

@@ -1,92 +1,89 @@
-"""A language model in bfloat16 with Flax linen, to copy and make your own.
+"""A language model in bfloat16, trained with Flax linen: copy this file and make it yours.
 
-    python examples/language_model.py
-    python examples/language_model.py --text mine.txt --steps 2000
-    python examples/language_model.py --checkpoints run1
+    pip install "optax-ext[examples]"
+    python language_model.py
+    python language_model.py --text mine.txt --steps 2000
+    python language_model.py --checkpoints run1
 
-It learns a text byte by byte, by default Python's own standard library, and writes some of its own
-at the end. After Ctrl-C, the same line goes on from its `--checkpoints`, to the bit.
+A small transformer learns a text byte by byte, by default Python's standard library, and writes
+some text of its own at the end. After an interruption, the last command resumes bit-exactly from
+its newest checkpoint.
 
-Parameters are in bfloat16, which has 8 significant bits: a step of less than 1/512 of a parameter
-is lost when the sum is rounded, and at the low rates of late training most are. So the optimizer
-keeps master weights in float32, which the parameters are rounded from. `--no-master-weights` saves
-their 4 bytes per parameter, and the loss shows what they are for. On an NVIDIA GPU all this is one
-pass over memory by kernels, elsewhere the chain that it is.
+Parameters are in bfloat16, which has 8 significant bits: an update below 1/512 of a parameter is
+lost when the sum is rounded, and late in training most updates are that small. So the optimizer
+keeps master weights in float32, from which the parameters are rounded. `--no-master-weights` saves
+their 4 bytes per parameter, and the loss shows the price. On an NVIDIA GPU the whole optimizer runs
+as fused kernels in one pass over memory, elsewhere as the chain of transformations that it is.
 """
 
 import argparse
+import hashlib
+import sysconfig
+import tempfile
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
+from rich.progress import Progress
 
 import optax_ext
-from _command_line import above_zero, add_numbers, make_parser, not_negative, positive
-from _language import HEADS, LENGTH, Transformer, draw, read_text
-from _resume import open_checkpoints, steps_to
 from pallas_kernels import fuse
 from pallas_kernels.flax import FusedTrainState
 
-HELD_OUT = 0.05  # of the text, at its end
+BATCH, LENGTH, HEADS = 32, 64, 8  # sequences in a step, bytes in a sequence, heads of attention
+HELD_OUT = 0.05  # share of the text, at its end
+TEMPERATURE = 0.7
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    options, text = parse(argv)
-    training, held_out = np.split(text, [int((1 - HELD_OUT) * len(text))])
-    state = begin(options)
-
-    with open_checkpoints("language_model", options) as checkpoints:
-        state = checkpoints.restore(state) or state
-        with steps_to(options.steps, checkpoints) as steps:
-            for step in steps:
-                state, loss = train_step(state, draw(training, step, options.batch))
-                if (step + 1) % options.log_every == 0:
-                    steps.note(f"loss {loss:.3f}")
-                    score = bits_per_byte(state, draw(held_out, step=0, batch=128))
-                    steps.log(f"step {step + 1:>4}: {score:.3f} bits per held-out byte")
-                checkpoints.save(step + 1, state, force=steps.ending)
-
-    prompt = held_out[:LENGTH]
-    written = write(state, prompt, jax.random.key(0), options.temperature, options.write)
-    print(f"{decode(prompt)}▸{decode(written)}")
+def load_text(path: Path | None) -> np.ndarray:
+    """Return the bytes of a file, by default of the modules of Python's standard library."""
+    library = Path(sysconfig.get_path("stdlib"))
+    files = [path] if path else sorted(library.glob("*.py"))
+    return np.frombuffer(b"".join(file.read_bytes() for file in files), np.uint8)
 
 
-def begin(options: argparse.Namespace) -> FusedTrainState:
-    """A new model, and the state of its optimizer."""
-    model = Transformer(options.width, options.layers)
-    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, LENGTH), jnp.int32))
-    return FusedTrainState.create(
-        apply_fn=model.apply,
-        params=optax.tree.cast(variables["params"], jnp.bfloat16),
-        tx=fuse(make_optimizer(options)),
-    )
+def draw_batch(text: np.ndarray, step: int) -> np.ndarray:
+    """Return a step's sequences, which depend on nothing but the arguments."""
+    starts = np.random.default_rng(step).integers(len(text) - LENGTH, size=BATCH)
+    return np.stack([text[i : i + LENGTH + 1] for i in starts]).astype(np.int32)
 
 
-def make_optimizer(options: argparse.Namespace) -> optax.GradientTransformation:
-    schedule = optax.warmup_cosine_decay_schedule(
-        init_value=0.0,
-        peak_value=options.rate,
-        warmup_steps=options.steps // 10,
-        decay_steps=options.steps,
-    )
-    # Averages of bfloat16 would soon stand still: 0.999 v + 0.001 g² is rounded to v.
-    method = optax_ext.fame(schedule, mu_dtype=jnp.float32, nu_dtype=jnp.float32)
-    tx = optax.chain(optax.clip_by_global_norm(1.0), method)
-    return with_master_weights(tx) if options.master_weights else tx
+class Transformer(nn.Module):
+    """A causal transformer on bytes, whose output layer shares the embedding's weights."""
+
+    width: int
+    layers: int
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        embed = nn.Embed(256, self.width)
+        positions = self.param("positions", nn.initializers.normal(0.02), (LENGTH, self.width))
+        x = embed(tokens) + positions[None]
+        mask = nn.make_causal_mask(tokens)
+        for _ in range(self.layers):
+            attention = nn.MultiHeadDotProductAttention(num_heads=HEADS)
+            x += attention(nn.LayerNorm()(x), mask=mask)
+            hidden = nn.gelu(nn.Dense(4 * self.width)(nn.LayerNorm()(x)))
+            x += nn.Dense(self.width)(hidden)
+        return embed.attend(nn.LayerNorm()(x))
 
 
 class MasterWeightsState(NamedTuple):
+    """Float32 weights, and the state of the optimizer that updates them."""
+
     master: optax.Params
     inner_state: optax.OptState
 
 
 def with_master_weights(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Lets `tx` move weights in float32, and the parameters follow, each rounded to its dtype."""
+    """Let `tx` update weights in float32; the parameters follow, rounded to their own dtype."""
 
     def init(params):
         master = optax.tree.cast(params, jnp.float32)
@@ -96,84 +93,122 @@ def with_master_weights(tx: optax.GradientTransformation) -> optax.GradientTrans
         gradients = optax.tree.cast(updates, jnp.float32)
         updates, inner_state = tx.update(gradients, state.inner_state, state.master)
         master = optax.apply_updates(state.master, updates)
-        # In float32, in which `optax.apply_updates` adds and rounds the sum.
+        # `optax.apply_updates` adds this in float32, and then rounds the sum.
         return optax.tree.sub(master, params), MasterWeightsState(master, inner_state)
 
     return optax.GradientTransformation(init, update)
 
 
+def make_optimizer(rate: float, steps: int, master_weights: bool) -> optax.GradientTransformation:
+    """Return FAME with gradient clipping and a schedule."""
+    schedule = optax.warmup_cosine_decay_schedule(0.0, rate, steps // 10, steps)
+    # An average in bfloat16 soon stands still: 0.999 v + 0.001 g² is rounded to v.
+    method = optax_ext.fame(schedule, mu_dtype=jnp.float32, nu_dtype=jnp.float32)
+    tx = optax.chain(optax.clip_by_global_norm(1.0), method)
+    return with_master_weights(tx) if master_weights else tx
+
+
+def make_state(options: argparse.Namespace) -> FusedTrainState:
+    """Return new parameters in bfloat16, and the state of their optimizer."""
+    model = Transformer(options.width, options.layers)
+    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, LENGTH), jnp.int32))
+    return FusedTrainState.create(
+        apply_fn=model.apply,
+        params=optax.tree.cast(variables["params"], jnp.bfloat16),
+        tx=fuse(make_optimizer(options.rate, options.steps, options.master_weights)),
+    )
+
+
 def loss_of(params: optax.Params, state: FusedTrainState, batch: jax.Array) -> jax.Array:
-    """In nats per byte; the network is in bfloat16, its loss in float32."""
+    """Return the cross-entropy in nats per byte, computed in float32."""
     logits = state.apply_fn({"params": params}, batch[:, :-1]).astype(jnp.float32)
     return optax.softmax_cross_entropy_with_integer_labels(logits, batch[:, 1:]).mean()
 
 
 @partial(jax.jit, donate_argnames="state")
-def train_step(state: FusedTrainState, batch: jax.Array) -> tuple[FusedTrainState, jax.Array]:
-    loss, gradients = jax.value_and_grad(loss_of)(state.params, state, batch)
-    return state.apply_gradients(grads=gradients), loss
+def train_step(state: FusedTrainState, batch: jax.Array) -> FusedTrainState:
+    """Return the state after one step."""
+    return state.apply_gradients(grads=jax.grad(loss_of)(state.params, state, batch))
 
 
 @jax.jit
 def bits_per_byte(state: FusedTrainState, batch: jax.Array) -> jax.Array:
+    """Return the loss in bits per byte."""
     return loss_of(state.params, state, batch) / jnp.log(2)
 
 
 @partial(jax.jit, static_argnames="length")
-def write(
-    state: FusedTrainState, prompt: jax.Array, key: jax.Array, temperature: float, length: int
-) -> jax.Array:
-    """Draws bytes one by one, each from what the model makes of the last `LENGTH`.
-
-    The logit that is highest with noise of Gumbel's is a draw; without any, the likeliest byte.
-    """
+def write(state: FusedTrainState, prompt: jax.Array, key: jax.Array, length: int) -> jax.Array:
+    """Sample bytes one by one, each given the `LENGTH` bytes before it."""
 
     def write_byte(window: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits = state.apply_fn({"params": state.params}, window[None])[0, -1]
-        noise = temperature * jax.random.gumbel(key, logits.shape)
-        byte = jnp.argmax(logits.astype(jnp.float32) + noise)
+        byte = jax.random.categorical(key, logits.astype(jnp.float32) / TEMPERATURE)
         return jnp.append(window[1:], byte), byte
 
-    window = jnp.asarray(prompt, jnp.int32)
-    return jax.lax.scan(write_byte, window, jax.random.split(key, length))[1]
+    return jax.lax.scan(write_byte, prompt.astype(jnp.int32), jax.random.split(key, length))[1]
 
 
-def decode(text: Any) -> str:
-    return bytes(np.asarray(text, np.uint8)).decode(errors="replace")
-
-
-def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, np.ndarray]:
-    parser = make_parser(__doc__)
-    parser.add_argument(
-        "--text", type=Path, metavar="FILE", help="to learn from (default: Python's library)"
-    )
-    parser.add_argument(
-        "--master-weights",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="in float32 (default: yes)",
-    )
-    add_numbers(
-        parser,
-        ("--rate", above_zero, 3e-3, "learning rate, at its peak"),
-        ("--steps", positive, 300, "in all"),
-        ("--batch", positive, 32, "sequences in a step"),
-        ("--width", positive, 128, "of the model"),
-        ("--layers", positive, 2, "of the model"),
-        ("--log-every", positive, 50, "steps between reports"),
-        ("--write", positive, 400, "bytes, at the end"),
-        ("--temperature", not_negative, 0.7, "of what is written; at 0, the likeliest bytes"),
-    )
-    options = parser.parse_args(argv)
-    if options.width % HEADS:
-        parser.error(f"--width must be a multiple of {HEADS}, got {options.width}")
+def restore(checkpoints: ocp.CheckpointManager, settings: dict[str, Any], new: Any) -> Any:
+    """Return the step and the state of the newest checkpoint, or 0 and the new state."""
+    saved = checkpoints.metadata().custom_metadata
+    if saved != settings:
+        raise SystemExit(f"{checkpoints.directory} has checkpoints of {saved}, not of {settings}")
+    step = checkpoints.latest_step()
+    if step is None:
+        return 0, new
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, new)
     try:
-        text = np.frombuffer(options.text.read_bytes(), np.uint8) if options.text else read_text()
-    except OSError as error:
-        parser.error(f"--text {options.text}: {error.strerror}")
-    if HELD_OUT * len(text) < LENGTH + 2:
-        parser.error(f"--text {options.text}: {len(text)} bytes are too few to hold some out")
-    return options, text
+        return step, checkpoints.restore(step, args=ocp.args.StandardRestore(abstract))
+    except Exception as error:
+        message = f"step {step} can't be read; move it away to resume from an earlier one"
+        raise SystemExit(f"{checkpoints.directory}: {message} ({error!s:.200})") from error
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train, with a report and a checkpoint every few steps, then write."""
+    options = parse(argv)
+    text = load_text(options.text)
+    train, held_out = np.split(text, [int((1 - HELD_OUT) * len(text))])
+    if len(held_out) <= LENGTH:
+        raise SystemExit(f"{len(text)} bytes of text are too few")
+
+    folder = options.checkpoints or Path(tempfile.mkdtemp())
+    settings = {k: v for k, v in vars(options).items() if k not in ("checkpoints", "every")}
+    settings["text"] = hashlib.sha256(text).hexdigest()
+    keep = ocp.CheckpointManagerOptions(max_to_keep=2)
+    with (
+        ocp.CheckpointManager(folder.absolute(), options=keep, metadata=settings) as checkpoints,
+        Progress() as bar,
+    ):
+        done, state = restore(checkpoints, settings, make_state(options))
+        bar.console.print(f"{done} steps done, checkpoints in {folder}")
+        for step in bar.track(range(done + 1, options.steps + 1), options.steps, done):
+            state = train_step(state, draw_batch(train, step))
+            if step % options.every == 0 or step == options.steps:
+                score = bits_per_byte(state, draw_batch(held_out, 0))
+                bar.console.print(f"step {step}: {score:.3f} bits per held-out byte")
+                checkpoints.save(step, args=ocp.args.StandardSave(state))
+
+    prompt = held_out[:LENGTH]
+    written = np.asarray(write(state, prompt, jax.random.key(0), length=400), np.uint8)
+    print(prompt.tobytes().decode(errors="replace"), written.tobytes().decode(errors="replace"))
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--text", type=Path, help="file (default: Python's standard library)")
+    parser.add_argument("--rate", type=float, default=3e-3, help="highest learning rate")
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--width", type=int, default=128, help=f"a multiple of {HEADS}")
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--master-weights", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--every", type=int, default=50, help="steps from report to report")
+    parser.add_argument("--checkpoints", type=Path, help="folder (default: a temporary one)")
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

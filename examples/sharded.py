@@ -1,119 +1,91 @@
-"""A language model on many devices: parameters, optimizer state and batches all sharded.
+"""A language model on many devices, with parameters, optimizer state and batches sharded.
 
-On all GPUs or on a TPU slice; without them, on eight virtual devices of the CPU:
+It runs on all GPUs or on a TPU slice; without them, on eight virtual devices of the CPU:
 
-    python examples/sharded.py
-    python examples/sharded.py --optimizer novak --layout replicated
-    python examples/sharded.py --model-parallel 2
+    pip install "optax-ext[examples]"
+    python sharded.py
+    python sharded.py --optimizer novak --layout replicated
+    python sharded.py --model-parallel 2 --checkpoints run1
 
-Interrupted, the same line goes on from the last checkpoint, be it on other devices:
-
-    python examples/sharded.py --checkpoints run1
-
-In two processes on one machine, and, with the same line on each of its machines, on a cluster:
+In two processes on one machine, and, with one command for all of its machines, on a cluster:
 
     both="--coordinator localhost:9911 --processes 2 --checkpoints run2"
-    python examples/sharded.py $both --process 0 & python examples/sharded.py $both --process 1
-    srun python examples/sharded.py --cluster --checkpoints /shared/run3
+    python sharded.py $both --process 0 & python sharded.py $both --process 1
+    srun python sharded.py --cluster --checkpoints /shared/run3
 
-If one process dies, the others end with an error within `--give-up-after` seconds: start all again.
+After an interruption, the same command resumes bit-exactly from its newest checkpoint; on other
+devices or in another layout it resumes up to rounding. If a process dies, the others end with an
+error after `--give-up-after` seconds: start all of them again.
 
-The text is Python's own standard library. The optimizer is fused: on NVIDIA GPUs its step runs as
-kernels on each device's shards, elsewhere as the chain.
+The text is Python's standard library. The optimizer is fused: on NVIDIA GPUs its step runs as
+kernels on each device's shards, elsewhere as the chain of transformations that it is.
 """
 
 import argparse
 import hashlib
-import itertools
 import math
-import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import sysconfig
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.progress import Progress
 
 import optax_ext
-from _command_line import above_zero, natural, positive
-from _language import HEADS, LENGTH, Transformer, draw, read_text
-from _resume import Checkpoints, open_checkpoints
 from pallas_kernels import FusedTransformation, fuse
 
-VIRTUAL_CPU_DEVICES = 8
-
-OPTIMIZERS = {
-    "fame": optax_ext.fame,
-    "vradam": optax_ext.vradam,
-    "dualadam": optax_ext.dualadam,
-    "novak": optax_ext.novak,
-    "caadam": optax_ext.caadam,
-    "adamw": optax.adamw,
-}
-
-# What a run may go on with: on other devices it is the same up to rounding.
-MAY_CHANGE = {
-    "steps",
-    "layout",
-    "model_parallel",
-    "cpu_devices",
-    "cluster",
-    "coordinator",
-    "processes",
-    "process",
-    "give_up_after",
-}
+LENGTH, HEADS = 64, 8  # bytes in a sequence, heads of attention
+OPTIMIZERS = "fame", "vradam", "dualadam", "novak", "caadam"
+# A run may resume with other values of all other options.
+SETTINGS = "optimizer", "rate", "batch", "width", "layers"
 
 Tree = Any
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    options = parse(argv)
-    start_jax(options)
-    mesh = make_mesh(options.model_parallel, options.batch)
-    model = Transformer(options.width, options.layers)
-    params = lay_out(model, mesh, by_data=options.layout == "fully-sharded")
-    shardings = jax.tree.map(lambda x: x.sharding, params)
-    tx = fuse(OPTIMIZERS[options.optimizer](options.rate), shardings=shardings)
+def load_text() -> np.ndarray:
+    """Return the bytes of the modules of Python's standard library."""
+    library = Path(sysconfig.get_path("stdlib"))
+    return np.frombuffer(b"".join(f.read_bytes() for f in sorted(library.glob("*.py"))), np.uint8)
 
-    checkpoints = None
-    if options.checkpoints:
-        checkpoints = open_checkpoints("sharded", options, may_change=MAY_CHANGE)
-    first, params, state = begin(model, tx, params, checkpoints)
-    console = Console(quiet=jax.process_index() > 0)
-    console.print(placement(params, state, mesh))
-    if first:
-        console.print(f"resumed after step {first}")
 
-    train_step = make_step(model, tx, in_use=lay_out(model, mesh, by_data=False))
-    text, batches = read_text(), NamedSharding(mesh, PartitionSpec("data"))
-    loss = None
-    with progress_bar(console, first, options.steps, options.batch * LENGTH) as advance:
-        for step in range(first, options.steps):
-            batch = spread(draw(text, step, options.batch), batches)
-            params, state, loss = train_step(params, state, batch)
-            advance(step + 1, loss)
-            if checkpoints is not None:
-                arrays = {"params": params, "state": state}
-                checkpoints.save(step + 1, arrays, force=step + 1 == options.steps)
-    if checkpoints is not None:
-        checkpoints.close()
-    final = fingerprint(params)  # by all processes together
-    last = "" if loss is None else f"loss {loss:.4f}, "  # nothing was left to do
-    console.print(f"step {max(first, options.steps)}: {last}parameters {final}")
+def draw_batch(text: np.ndarray, step: int, batch: int, sharding: NamedSharding) -> jax.Array:
+    """Return a step's sequences; each process fills the shards of its own devices."""
+    starts = np.random.default_rng(step).integers(len(text) - LENGTH, size=batch)
+    sequences = np.stack([text[i : i + LENGTH + 1] for i in starts]).astype(np.int32)
+    return jax.make_array_from_callback(sequences.shape, sharding, lambda i: sequences[i])
+
+
+class Transformer(nn.Module):
+    """A causal transformer on bytes, whose output layer shares the embedding's weights."""
+
+    width: int
+    layers: int
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        embed = nn.Embed(256, self.width)
+        positions = self.param("positions", nn.initializers.normal(0.02), (LENGTH, self.width))
+        x = embed(tokens) + positions[None]
+        mask = nn.make_causal_mask(tokens)
+        for i in range(self.layers):
+            attention = nn.MultiHeadDotProductAttention(num_heads=HEADS, name=f"attention_{i}")
+            x += attention(nn.LayerNorm()(x), mask=mask)
+            hidden = nn.gelu(nn.Dense(4 * self.width)(nn.LayerNorm()(x)))
+            x += nn.Dense(self.width)(hidden)
+        return embed.attend(nn.LayerNorm()(x))
 
 
 def start_jax(options: argparse.Namespace) -> None:
-    """This process's devices, and the other processes; before JAX is asked for anything."""
+    """Connect to the other processes, before JAX is asked for its devices."""
     jax.config.update("jax_num_cpu_devices", options.cpu_devices)
     if options.coordinator or options.cluster:
         jax.distributed.initialize(
@@ -126,149 +98,99 @@ def start_jax(options: argparse.Namespace) -> None:
 
 
 def make_mesh(model_parallel: int, batch: int) -> Mesh:
-    """All devices of all processes, in rows of those that share a layer and a part of the batch."""
+    """Return a mesh of all devices: along "data" batches differ, along "model" layers are cut."""
     devices = jax.device_count()
-    if math.gcd(devices, HEADS) % model_parallel:
+    if math.gcd(devices, HEADS) % model_parallel or batch % (devices // model_parallel):
         raise SystemExit(
-            f"--model-parallel must divide {devices} devices and {HEADS} heads,"
-            f" got {model_parallel}"
+            f"--model-parallel must divide {devices} devices and {HEADS} heads, and --batch must be"
+            " a multiple of the devices divided by it"
         )
-    parts = devices // model_parallel
-    if batch % parts:
-        raise SystemExit(
-            f"--batch must be a multiple of {parts}, the devices that have different data,"
-            f" got {batch}"
-        )
-    return jax.make_mesh(
-        (parts, model_parallel), ("data", "model"), axis_types=(AxisType.Auto,) * 2
-    )
+    shape = devices // model_parallel, model_parallel
+    return jax.make_mesh(shape, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
 
 
-def lay_out(model: Transformer, mesh: Mesh, *, by_data: bool) -> Tree:
-    """The parameters' shapes, and how each is cut.
+def abstract_params(model: Transformer, mesh: Mesh, *, fully_sharded: bool) -> Tree:
+    """Return the parameters' shapes and shardings.
 
-    "model" cuts what is inside of layers, so that their devices need to add up only what they hand
-    on to each other; `by_data`, "data" cuts the parameters along that.
+    "model" cuts heads, hidden units and bytes, which stay inside of a layer, so that devices
+    communicate only what layers pass on. "data" cuts the width, if parameters are `fully_sharded`.
     """
     batch = jnp.zeros((1, LENGTH), jnp.int32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), batch)
+    inside = HEADS, 4 * model.width, 256
 
     def place(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        spec: list[str | None] = [None] * len(x.shape)
-        if by_data and model.width % mesh.shape["data"] == 0 and model.width in x.shape:
-            spec[x.shape.index(model.width)] = "data"
-        inside = [i for i, size in enumerate(x.shape) if size in model.inside and spec[i] is None]
-        if inside and x.shape[inside[0]] % mesh.shape["model"] == 0:
-            spec[inside[0]] = "model"
-        sharding = NamedSharding(mesh, PartitionSpec(*spec))
+        axes: list[str | None] = [None] * x.ndim
+        if fully_sharded and model.width in x.shape and model.width % mesh.shape["data"] == 0:
+            axes[x.shape.index(model.width)] = "data"
+        cut = [i for i, size in enumerate(x.shape) if size in inside and axes[i] is None]
+        if cut and x.shape[cut[0]] % mesh.shape["model"] == 0:
+            axes[cut[0]] = "model"
+        sharding = NamedSharding(mesh, PartitionSpec(*axes))
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
     return jax.tree.map(place, shapes)
 
 
-def begin(
-    model: Transformer,
-    tx: FusedTransformation,
-    params: Tree,
-    checkpoints: Checkpoints | None,
-) -> tuple[int, Tree, Tree]:
-    """Steps done, parameters and state: the newest checkpoint's that can be read, or new ones.
+def abstract_state(tx: FusedTransformation, params: Tree) -> Tree:
+    """Return shapes and shardings of the optimizer's state."""
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        jax.eval_shape(tx.init, params),
+        optax_ext.state_shardings(tx, params),
+    )
 
-    Both are made where they will lie: no device ever holds a whole parameter that is sharded.
-    """
-    places = optax_ext.state_shardings(tx, params)
-    if checkpoints is not None:
-        state = jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-            jax.eval_shape(tx.init, params),
-            places,
-        )
-        if restored := checkpoints.restore({"params": params, "state": state}):
-            return checkpoints.done, restored["params"], restored["state"]
 
+def initialize(model: Transformer, tx: FusedTransformation, params: Tree, state: Tree) -> Tree:
+    """Return new parameters and optimizer state; no device ever holds more than its shards."""
     batch = jnp.zeros((1, LENGTH), jnp.int32)
-    shardings = jax.tree.map(lambda x: x.sharding, params)
-    new = jax.jit(lambda: model.init(jax.random.key(0), batch), out_shardings=shardings)()
-    return 0, new, jax.jit(tx.init, out_shardings=places)(new)
+    make = jax.jit(lambda: model.init(jax.random.key(0), batch), out_shardings=shardings(params))
+    new = make()
+    return {"params": new, "state": jax.jit(tx.init, out_shardings=shardings(state))(new)}
 
 
-def spread(batch: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    """An array of all processes, of which each puts in its devices' share."""
-    return jax.make_array_from_callback(batch.shape, sharding, lambda index: batch[index])
+def shardings(tree: Tree) -> Tree:
+    """Return the sharding of each leaf."""
+    return jax.tree.map(lambda x: x.sharding, tree)
 
 
-def make_step(model: Transformer, tx: FusedTransformation, in_use: Tree) -> Any:
-    """A training step in place; XLA sees to what the devices tell each other.
+def make_step(model: Transformer, tx: FusedTransformation, gathered: Tree) -> Any:
+    """Return a training step that updates its arguments in place.
 
-    What "data" cuts is whole while it is `in_use`; left alone, XLA may gather activations instead.
+    The forward pass gathers what "data" cuts; without this constraint, XLA may gather activations.
     """
-    whole = jax.tree.map(lambda x: x.sharding, in_use)
 
     def loss_of(params: Tree, batch: jax.Array) -> jax.Array:
-        params = jax.lax.with_sharding_constraint(params, whole)
+        params = jax.lax.with_sharding_constraint(params, gathered)
         logits: Any = model.apply(params, batch[:, :-1])
-        targets = batch[:, 1:]
-        return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch[:, 1:]).mean()
 
-    def step(params, state, batch):
-        loss, gradients = jax.value_and_grad(loss_of)(params, batch)
-        params, state = tx.step(params, state, gradients)
-        return params, state, loss
+    def step(arrays: Tree, batch: jax.Array) -> tuple[Tree, jax.Array]:
+        loss, gradients = jax.value_and_grad(loss_of)(arrays["params"], batch)
+        params, state = tx.step(arrays["params"], arrays["state"], gradients)
+        return {"params": params, "state": state}, loss
 
-    return jax.jit(step, donate_argnums=(0, 1))
-
-
-def placement(params: Tree, state: Tree, mesh: Mesh) -> Table:
-    """Where each array lies."""
-    arrays = {name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
-    beside, rest = defaultdict(list), []
-    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-        owner = next((x for x in arrays if name(path).endswith(x)), None)
-        alike = owner is not None and leaf.sharding == arrays[owner].sharding
-        (beside[owner] if alike else rest).append(leaf)
-
-    processes = jax.process_count()
-    table = Table(
-        title=f"{mesh.size} devices ({mesh.shape['data']} data × {mesh.shape['model']} model) in"
-        f" {processes} process{'es' if processes > 1 else ''}; a device holds of",
-        title_justify="left",
-        title_style="",
-        box=SIMPLE_HEAD,
-        show_footer=True,
-    )
-    table.add_column("array", "all", no_wrap=True)
-    table.add_column("shape, cut along", no_wrap=True)
-    table.add_column("bytes", f"{held(params):,}", justify="right")
-    table.add_column("of state", f"{held(state):,}", justify="right")
-    for key, x in arrays.items():
-        row = key.removeprefix("params/"), describe(x), f"{held(x):,}", f"{held(beside[key]):,}"
-        table.add_row(*row)
-    table.add_row("rest of state", f"{len(rest)} arrays", "", f"{held(rest):,}")
-    return table
+    return jax.jit(step, donate_argnums=0)
 
 
-def describe(x: Any) -> str:
-    """Its shape, and the axes of the mesh that it is cut along."""
-    sizes = x.sharding.mesh.shape
-    return " × ".join(
-        f"{size}/{axis}" if sizes.get(axis, 1) > 1 else f"{size}"
-        for size, axis in itertools.zip_longest(x.shape, x.sharding.spec)
-    )
+def describe(mesh: Mesh, params: Tree, state: Tree) -> str:
+    """Return each parameter's sharding, the mesh and the memory on each device."""
 
+    def size(tree: Tree) -> int:
+        leaves = jax.tree.leaves(tree)
+        return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
-def name(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def held(tree: Tree) -> int:
-    """Bytes on each device."""
-    return sum(
-        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
-    )
+    lines = [
+        f"{jax.tree_util.keystr(path, simple=True, separator='/')}: {x.shape} {x.sharding.spec}"
+        for path, x in jax.tree.leaves_with_path(params)
+    ]
+    lines.append(f"{mesh.size} devices, {dict(mesh.shape)}, processes: {jax.process_count()}")
+    lines.append(f"on each: {size(params):,} bytes of parameters, {size(state):,} of state")
+    return "\n".join(lines)
 
 
 def fingerprint(params: Tree) -> str:
-    """Equal for parameters that are equal to the bit."""
+    """Return a hash that is equal only for bit-exactly equal parameters."""
     mesh = jax.tree.leaves(params)[0].sharding.mesh
     gather = jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, PartitionSpec()))
     digest = hashlib.sha256()
@@ -277,91 +199,81 @@ def fingerprint(params: Tree) -> str:
     return digest.hexdigest()[:16]
 
 
-@contextmanager
-def progress_bar(
-    console: Console, first: int, steps: int, size: int
-) -> Iterator[Callable[[int, jax.Array], None]]:
-    """A bar; what it yields takes the steps done and the loss. Compiling counts as no time."""
-    columns = (
-        TextColumn("training"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    with Progress(*columns, console=console, disable=console.quiet or first >= steps) as progress:
-        task = progress.add_task("", total=steps, completed=first, note="compiling")
-        begun = time.perf_counter()
+def restore(checkpoints: ocp.CheckpointManager, settings: dict[str, Any], abstract: Tree) -> Any:
+    """Return the step and the arrays of the newest checkpoint, or 0 and `None`."""
+    saved = checkpoints.metadata().custom_metadata
+    if saved != settings:
+        raise SystemExit(f"{checkpoints.directory} has checkpoints of {saved}, not of {settings}")
+    step = checkpoints.latest_step()
+    if step is None:
+        return 0, None
+    try:
+        return step, checkpoints.restore(step, args=ocp.args.StandardRestore(abstract))
+    except Exception as error:
+        message = f"step {step} can't be read; move it away to resume from an earlier one"
+        raise SystemExit(f"{checkpoints.directory}: {message} ({error!s:.200})") from error
 
-        def advance(done: int, loss: jax.Array) -> None:
-            nonlocal begun
-            if done == first + 1:
-                jax.block_until_ready(loss)
-                begun = time.perf_counter()
-                progress.update(task, completed=done, note=f"loss {loss:.3f}")
-            elif done % 10 == 0 or done == steps:
-                note = f"loss {loss:.3f}"  # waits for the step
-                speed = (done - first - 1) * size / (time.perf_counter() - begun)
-                progress.update(task, completed=done, note=f"{note}, {speed:,.0f} bytes/s")
 
-        yield advance
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train, with a checkpoint every few steps, and print a fingerprint of the parameters."""
+    options = parse(argv)
+    start_jax(options)
+    mesh = make_mesh(options.model_parallel, options.batch)
+    model, text = Transformer(options.width, options.layers), load_text()
+    params = abstract_params(model, mesh, fully_sharded=options.layout == "fully-sharded")
+    tx = fuse(getattr(optax_ext, options.optimizer)(options.rate), shardings=shardings(params))
+    state = abstract_state(tx, params)
+    gathered = shardings(abstract_params(model, mesh, fully_sharded=False))
+    train_step, by_data = make_step(model, tx, gathered), NamedSharding(mesh, PartitionSpec("data"))
+
+    console = Console(quiet=jax.process_index() > 0)
+    console.print(describe(mesh, params, state), soft_wrap=True)
+
+    folder = options.checkpoints or Path(tempfile.mkdtemp())
+    settings = {name: getattr(options, name) for name in SETTINGS}
+    keep = ocp.CheckpointManagerOptions(max_to_keep=2)
+    with (
+        ocp.CheckpointManager(folder.absolute(), options=keep, metadata=settings) as checkpoints,
+        Progress(console=console, disable=console.quiet) as bar,
+    ):
+        done, arrays = restore(checkpoints, settings, {"params": params, "state": state})
+        arrays = arrays or initialize(model, tx, params, state)
+        console.print(f"{done} steps done, checkpoints in {folder}")
+        for step in bar.track(range(done + 1, options.steps + 1), options.steps, done):
+            batch = draw_batch(text, step, options.batch, by_data)
+            arrays, loss = train_step(arrays, batch)
+            if step % options.every == 0 or step == options.steps:
+                console.print(f"step {step}: loss {loss:.4f}")
+                checkpoints.save(step, args=ocp.args.StandardSave(arrays))
+    final = fingerprint(arrays["params"])  # all processes take part
+    console.print(f"parameters {final}")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="fame")
-    parser.add_argument(
-        "--rate", type=above_zero, default=1e-3, help="learning rate (default: 1e-3)"
-    )
-    parser.add_argument("--steps", type=positive, default=100, help="in all, resumed ones included")
-    parser.add_argument("--batch", type=positive, default=32, help="sequences in a step")
-    parser.add_argument("--width", type=positive, default=128)
-    parser.add_argument("--layers", type=positive, default=2)
-    parser.add_argument(
-        "--layout",
-        choices=("fully-sharded", "replicated"),
-        default="fully-sharded",
-        help="of parameters and state, on devices that have different data",
-    )
-    parser.add_argument(
-        "--model-parallel",
-        type=positive,
-        default=1,
-        metavar="N",
-        help="devices that share the heads, the hidden units and the same data",
-    )
-    parser.add_argument("--checkpoints", type=Path, metavar="FOLDER", help="save, and go on from")
-    parser.add_argument("--save-every", type=positive, default=20, metavar="STEPS")
-    parser.add_argument(
-        "--cpu-devices",
-        type=positive,
-        default=VIRTUAL_CPU_DEVICES,
-        metavar="N",
-        help="virtual ones of each process, where there is no accelerator",
-    )
-    parser.add_argument("--cluster", action="store_true", help="find the other processes by itself")
-    parser.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0")
-    parser.add_argument("--processes", type=positive, metavar="N")
-    parser.add_argument("--process", type=natural, metavar="I", help="this one's number, from 0")
-    parser.add_argument(
-        "--give-up-after",
-        type=positive,
-        default=100,
-        metavar="SECONDS",
-        help="how long a process that died may be silent before the others end (default: 100)",
-    )
+    parser.add_argument("--rate", type=float, default=1e-3, help="learning rate")
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--batch", type=int, default=32, help="sequences in a step")
+    parser.add_argument("--width", type=int, default=128, help=f"a multiple of {HEADS}")
+    parser.add_argument("--layers", type=int, default=2)
+    layouts = "fully-sharded", "replicated"
+    parser.add_argument("--layout", choices=layouts, default=layouts[0], help='along "data"')
+    parser.add_argument("--model-parallel", type=int, default=1, help='devices along "model"')
+    parser.add_argument("--every", type=int, default=20, help="steps from report to report")
+    parser.add_argument("--checkpoints", type=Path, help="folder (default: a temporary one)")
+    parser.add_argument("--cpu-devices", type=int, default=8, help="virtual ones of each process")
+    parser.add_argument("--cluster", action="store_true", help="let JAX find the other processes")
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
+    parser.add_argument("--processes", type=int)
+    parser.add_argument("--process", type=int, help="index of this process")
+    parser.add_argument("--give-up-after", type=int, default=100, help="seconds of silence")
     options = parser.parse_args(argv)
-    number, of = options.process, options.processes
-    if options.coordinator and None in (number, of):
-        parser.error("--coordinator needs --processes and --process")
-    if not options.coordinator and not options.cluster and (number, of) != (None, None):
-        parser.error("--processes and --process need --coordinator")
-    if number is not None and of is not None and number >= of:
-        parser.error(f"--process must be below {of}, got {number}")
-    if options.width % HEADS:
-        parser.error(f"--width must be a multiple of {HEADS}, got {options.width}")
+    if (options.coordinator or options.cluster) and not options.checkpoints:
+        parser.error("several processes need --checkpoints, a folder that all of them see")
     return options
 
 

@@ -1,79 +1,59 @@
-"""A convolutional network on images with Flax nnx, to copy and make your own.
+"""A convolutional network, trained on images with Flax nnx: copy this file and make it yours.
 
-    python examples/train_nnx.py
-    python examples/train_nnx.py --optimizer novak --rate 3e-3 --data mine.npz
-    python examples/train_nnx.py --checkpoints run1
+    pip install "optax-ext[examples]"
+    python train_nnx.py
+    python train_nnx.py --optimizer novak --rate 3e-3
+    python train_nnx.py --checkpoints run1
 
-After Ctrl-C, the same line goes on from its `--checkpoints`, and ends with what it would have ended
-with, to the bit: weights, statistics of the batches, random numbers, state of the optimizer. On an
-NVIDIA GPU the optimizer runs as kernels, elsewhere as the chain that it is.
+It shows gradient clipping, a learning rate for each group of parameters, weight decay on kernels
+only, and how to log what an optimizer keeps in its state. On an NVIDIA GPU the optimizer runs as
+fused kernels, elsewhere as the chain of transformations that it is.
+
+After an interruption, the last command resumes bit-exactly from its newest checkpoint: weights,
+batch statistics, random numbers, optimizer state and the order of the images.
 """
 
 import argparse
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 from flax import nnx
+from rich.progress import Progress
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
 
 import optax_ext
-from _command_line import (
-    above_zero,
-    add_data,
-    add_numbers,
-    make_parser,
-    natural,
-    not_negative,
-    positive,
-)
-from _data import Dataset, Split, draw, load_data
-from _resume import open_checkpoints, steps_to
 from pallas_kernels import fuse
 from pallas_kernels.flax import FusedOptimizer
 
-# Each with the name of what to watch in its state.
-METHODS = {"vradam": (optax_ext.vradam, "gate"), "novak": (optax_ext.novak, "rectification")}
+BATCH, WEIGHT_DECAY, HEAD_RATE = 64, 1e-2, 0.5
+# Each optimizer with the field of its state to log.
+OPTIMIZERS = {"vradam": (optax_ext.vradam, "gate"), "novak": (optax_ext.novak, "rectification")}
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    options, data = parse(argv)
-    model = Network(data.train.images.shape[-1], data.classes, rngs=nnx.Rngs(options.seed))
-    optimizer = FusedOptimizer(model, fuse(make_optimizer(options)), wrt=nnx.Param)
-
-    with open_checkpoints("train_nnx", options) as checkpoints:
-        if restored := checkpoints.restore(nnx.state((model, optimizer))):
-            nnx.update((model, optimizer), restored)
-        with steps_to(options.steps, checkpoints) as steps:
-            for step in steps:
-                batch = draw(step, len(data.train.labels), options.batch, options.seed)
-                loss = train_step(model, optimizer, data.train, batch)
-                if (step + 1) % options.log_every == 0:
-                    steps.note(f"loss {loss:.3f}")
-                    steps.log(report(step + 1, model, optimizer, data.validation, options))
-                checkpoints.save(step + 1, nnx.state((model, optimizer)), force=steps.ending)
-    print(f"test accuracy {accuracy(model, data.test):.1%}")
+def load_data() -> list[np.ndarray]:
+    """Return training images, test images, training labels and test labels."""
+    images, labels = load_digits(return_X_y=True)
+    images = images.reshape(-1, 8, 8, 1).astype(np.float32) / 16
+    return train_test_split(images, labels, stratify=labels, random_state=0)
 
 
-class Network(nnx.Module):
-    """Three convolutions, each normalized, and a dense layer on their mean over space."""
-
-    def __init__(self, channels: int, classes: int, *, rngs: nnx.Rngs):
-        self.features = nnx.Sequential(
-            Convolution(channels, 16, strides=1, rngs=rngs),
-            Convolution(16, 32, strides=2, rngs=rngs),
-            Convolution(32, 32, strides=1, rngs=rngs),
-        )
-        self.dropout = nnx.Dropout(0.1, rngs=rngs)
-        self.head = nnx.Linear(32, classes, rngs=rngs)
-
-    def __call__(self, images: jax.Array) -> jax.Array:
-        x = self.features(images).mean(axis=(1, 2))
-        return self.head(self.dropout(x))
+def draw_batch(step: int, images: int, seed: int) -> np.ndarray:
+    """Return the indices of a step's images, which depend on nothing but the arguments."""
+    epoch, i = divmod(step - 1, images // BATCH)
+    order = np.random.default_rng([seed, epoch]).permutation(images)
+    return order[i * BATCH : (i + 1) * BATCH]
 
 
 class Convolution(nnx.Module):
+    """A convolution, batch normalization and ReLU."""
+
     def __init__(self, inputs: int, outputs: int, *, strides: int, rngs: nnx.Rngs):
         self.conv = nnx.Conv(inputs, outputs, (3, 3), strides=strides, use_bias=False, rngs=rngs)
         self.norm = nnx.BatchNorm(outputs, momentum=0.9, rngs=rngs)
@@ -82,35 +62,44 @@ class Convolution(nnx.Module):
         return nnx.relu(self.norm(self.conv(x)))
 
 
-def make_optimizer(options: argparse.Namespace) -> optax.GradientTransformation:
-    """Clipping, then one optimizer for each group of parameters.
+class Network(nnx.Module):
+    """Three convolutions, a mean over space, dropout and a dense layer."""
 
-    A group has a state of its own: a gate of VRAdam's, say, is of the group's velocity.
-    """
-    method, _ = METHODS[options.optimizer]
-
-    def of_group(relative_rate: float) -> optax.GradientTransformation:
-        schedule = optax.warmup_cosine_decay_schedule(
-            init_value=0.0,
-            peak_value=options.rate * relative_rate,
-            warmup_steps=options.steps // 10,
-            decay_steps=options.steps,
+    def __init__(self, *, rngs: nnx.Rngs):
+        self.features = nnx.Sequential(
+            Convolution(1, 16, strides=1, rngs=rngs),
+            Convolution(16, 32, strides=2, rngs=rngs),
+            Convolution(32, 32, strides=1, rngs=rngs),
         )
-        return method(schedule, weight_decay=options.decay, mask=is_kernel)
+        self.dropout = nnx.Dropout(0.1, rngs=rngs)
+        self.head = nnx.Linear(32, 10, rngs=rngs)
 
-    groups = optax.partition(
-        {"features": of_group(1.0), "head": of_group(options.head_rate)}, group_of
-    )
-    return optax.chain(optax.clip_by_global_norm(1.0), groups)
+    def __call__(self, images: jax.Array) -> jax.Array:
+        return self.head(self.dropout(self.features(images).mean(axis=(1, 2))))
+
+
+def make_optimizer(name: str, rate: float, steps: int) -> optax.GradientTransformation:
+    """Return gradient clipping, followed by one optimizer for each group of parameters.
+
+    Each group has its own optimizer state: VRAdam's gate, for instance, follows the group's norm.
+    """
+    method, _ = OPTIMIZERS[name]
+
+    def for_group(peak: float) -> optax.GradientTransformation:
+        schedule = optax.warmup_cosine_decay_schedule(0.0, peak, steps // 10, steps)
+        return method(schedule, weight_decay=WEIGHT_DECAY, mask=is_kernel)
+
+    groups = {"features": for_group(rate), "head": for_group(rate * HEAD_RATE)}
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.partition(groups, group_of))
 
 
 def is_kernel(params: optax.Params) -> Any:
-    """Which parameters decay: no biases, and no scales of normalizations."""
+    """Mark the parameters that decay: neither biases nor the scales of normalizations."""
     return jax.tree.map(lambda x: x.ndim > 1, params)
 
 
 def group_of(params: optax.Params) -> Any:
-    """The group of each parameter, by where the model keeps it: "features/layers/0/conv/kernel"."""
+    """Return each parameter's group, by its path in the model: "features/layers/0/conv/kernel"."""
 
     def group(path: Any, _: jax.Array) -> str:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -121,12 +110,12 @@ def group_of(params: optax.Params) -> Any:
 
 @nnx.jit(donate_argnames=("model", "optimizer"))
 def train_step(
-    model: Network, optimizer: FusedOptimizer, data: Split, batch: np.ndarray
+    model: Network, optimizer: FusedOptimizer, images: jax.Array, labels: jax.Array
 ) -> jax.Array:
+    """Update model and optimizer in place, and return the loss."""
+
     def loss_of(model: Network) -> jax.Array:
-        logits = model(data.images[batch])
-        labels = data.labels[batch]
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+        return optax.softmax_cross_entropy_with_integer_labels(model(images), labels).mean()
 
     loss, gradients = nnx.value_and_grad(loss_of)(model)
     optimizer.update(model, gradients)
@@ -134,40 +123,79 @@ def train_step(
 
 
 @nnx.jit
-def accuracy(model: Network, data: Split) -> jax.Array:
+def accuracy(model: Network, images: jax.Array, labels: jax.Array) -> jax.Array:
+    """Return the share of images that the model classifies correctly."""
     model.eval()
-    right = model(data.images).argmax(axis=-1) == data.labels
-    model.train()  # as it was, for `train_step` is compiled for that
-    return right.mean()
+    correct = model(images).argmax(axis=-1) == labels
+    model.train()  # `train_step` was compiled for this mode
+    return correct.mean()
 
 
-def report(
-    step: int, model: Network, optimizer: FusedOptimizer, data: Split, options: argparse.Namespace
-) -> str:
-    """How well the model does, and what its optimizer is doing in each group."""
-    _, watched = METHODS[options.optimizer]
+def describe_state(optimizer: FusedOptimizer, field: str) -> str:
+    """Return a field of the optimizer's state for each group of parameters."""
     groups = optax.tree.get(nnx.as_pure(optimizer.opt_state), "inner_states")
-    values = [f"{name} {optax.tree.get(state, watched):.3f}" for name, state in groups.items()]
-    validation = f"{accuracy(model, data):.1%}"
-    return f"step {step:>4}: validation accuracy {validation:>6}, {watched} {', '.join(values)}"
+    values = [f"{name} {optax.tree.get(state, field):.3f}" for name, state in groups.items()]
+    return f"{field}: {', '.join(values)}"
 
 
-def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Dataset]:
-    parser = make_parser(__doc__)
-    add_data(parser)
-    parser.add_argument("--optimizer", choices=METHODS, default="vradam")
-    add_numbers(
-        parser,
-        ("--rate", above_zero, 1e-2, "learning rate, at its peak"),
-        ("--head-rate", not_negative, 0.5, "that of the head, relative to it"),
-        ("--decay", not_negative, 1e-2, "of kernels"),
-        ("--steps", positive, 300, "in all"),
-        ("--batch", positive, 64, "images in a step"),
-        ("--seed", natural, 0, "of weights, order and dropout"),
-        ("--log-every", positive, 50, "steps between reports"),
+def restore(checkpoints: ocp.CheckpointManager, settings: dict[str, Any], new: Any) -> Any:
+    """Return the step and the state of the newest checkpoint, or 0 and the new state."""
+    saved = checkpoints.metadata().custom_metadata
+    if saved != settings:
+        raise SystemExit(f"{checkpoints.directory} has checkpoints of {saved}, not of {settings}")
+    step = checkpoints.latest_step()
+    if step is None:
+        return 0, new
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, new)
+    try:
+        return step, checkpoints.restore(step, args=ocp.args.StandardRestore(abstract))
+    except Exception as error:
+        message = f"step {step} can't be read; move it away to resume from an earlier one"
+        raise SystemExit(f"{checkpoints.directory}: {message} ({error!s:.200})") from error
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train, with a report and a checkpoint every few steps."""
+    options = parse(argv)
+    images, test_images, labels, test_labels = load_data()
+    model = Network(rngs=nnx.Rngs(options.seed))
+    tx = make_optimizer(options.optimizer, options.rate, options.steps)
+    optimizer = FusedOptimizer(model, fuse(tx), wrt=nnx.Param)
+    _, field = OPTIMIZERS[options.optimizer]
+
+    folder = options.checkpoints or Path(tempfile.mkdtemp())
+    settings = {k: v for k, v in vars(options).items() if k not in ("checkpoints", "every")}
+    keep = ocp.CheckpointManagerOptions(max_to_keep=2)
+    with (
+        ocp.CheckpointManager(folder.absolute(), options=keep, metadata=settings) as checkpoints,
+        Progress() as bar,
+    ):
+        done, state = restore(checkpoints, settings, nnx.state((model, optimizer)))
+        nnx.update((model, optimizer), state)
+        bar.console.print(f"{done} steps done, checkpoints in {folder}")
+        for step in bar.track(range(done + 1, options.steps + 1), options.steps, done):
+            batch = draw_batch(step, len(images), options.seed)
+            loss = train_step(model, optimizer, images[batch], labels[batch])
+            if step % options.every == 0 or step == options.steps:
+                watched = describe_state(optimizer, field)
+                bar.console.print(f"step {step}: loss {loss:.3f}, {watched}")
+                state = nnx.state((model, optimizer))
+                checkpoints.save(step, args=ocp.args.StandardSave(state))
+    print(f"test accuracy {accuracy(model, test_images, test_labels):.1%}")
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    options = parser.parse_args(argv)
-    return options, load_data(parser, options)
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="vradam")
+    parser.add_argument("--rate", type=float, default=1e-2, help="highest learning rate")
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--seed", type=int, default=0, help="of weights, dropout and batches")
+    parser.add_argument("--every", type=int, default=50, help="steps from report to report")
+    parser.add_argument("--checkpoints", type=Path, help="folder (default: a temporary one)")
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
