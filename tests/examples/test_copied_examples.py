@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -103,9 +104,8 @@ def test_resumes_bit_exactly_and_refuses_what_it_cannot(
 
     with pytest.raises(SystemExit, match=r"resumed has checkpoints of \{.*\}, not of \{"):
         run(name, "resumed", SMALL[name][1])
-    for path in (tmp_path / f"resumed/{STEPS}").rglob("d/*"):
-        os.truncate(path, path.stat().st_size // 2)
-    with pytest.raises(SystemExit, match=rf"resumed: step {STEPS} can't be read; .*OUT_OF_RANGE"):
+    (tmp_path / f"resumed/{STEPS}/default/_METADATA").write_bytes(b"")
+    with pytest.raises(SystemExit, match=rf"resumed: step {STEPS} can't be read; move it away"):
         run(name, "resumed")
     # As the message says, without that step the run resumes from an earlier one.
     shutil.move(tmp_path / f"resumed/{STEPS}", tmp_path / "aside")
@@ -148,7 +148,7 @@ def test_master_weights_keep_what_bfloat16_loses(load_module):
     wrap = load_module("language_model").with_master_weights
     params = {"w": jnp.full((3,), 1.0, jnp.bfloat16), "v": jnp.full((), -2.0, jnp.bfloat16)}
 
-    @jax.jit
+    @partial(jax.jit, static_argnames="tx")
     def train(params, tx):
         def step(carry, _):
             params, state = carry
@@ -158,7 +158,6 @@ def test_master_weights_keep_what_bfloat16_loses(load_module):
         return jax.lax.scan(step, (params, tx.init(params)), length=512)[0][0]
 
     small = optax.sgd(2**-10)
-    train = jax.jit(train, static_argnums=1)
     jax.tree.map(np.testing.assert_array_equal, train(params, small), params)
     moved = train(params, wrap(small))
     assert optax.tree.dtype(moved) == jnp.bfloat16
@@ -198,7 +197,7 @@ def test_rates_change_without_recompiling_and_train_like_a_schedule(load_module)
     for batch in batches:
         alone = module.train_step(alone, data.images[batch[1:]], data.labels[batch[1:]])
     in_sweep = jax.tree.map(lambda x: x[1:2, 1:2], runs.params)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), in_sweep, alone.params)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4), in_sweep, alone.params)
 
 
 def test_restarts_are_warm(load_module):
