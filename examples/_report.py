@@ -1,4 +1,4 @@
-"""What the comparison prints, and the same as JSON."""
+"""The results as a printed table and as JSON."""
 
 import json
 import math
@@ -19,13 +19,13 @@ from rich.table import Table
 from _data import Dataset
 from _training import BATCH_SIZE, Curves, Plan, draw_batches, make_network
 
-# Of the validation images.
+# Share of the validation images.
 TARGET = 0.95
 VERSIONS = {module.__name__: module.__version__ for module in (jax, flax, optax)}
 
 
 class Result(NamedTuple):
-    """One contender's.
+    """The result of one contender.
 
     Attributes:
       label: its name.
@@ -119,7 +119,7 @@ def _notes(results: Mapping[str, Result], data: Dataset) -> str:
 
 
 def save_json(results: Mapping[str, Result], data: Dataset, plan: Plan, path: Path) -> None:
-    """The table with all that it was made of: every seed, and every rate tried."""
+    """Save the table with every seed, and the score of every rate."""
     rows = {
         name: {
             "label": result.label,

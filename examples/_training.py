@@ -1,4 +1,4 @@
-"""The network, and training it many times side by side: one run for each seed and rate."""
+"""The network, and many trainings of it in parallel: one run for each seed and rate."""
 
 import math
 import time
@@ -19,19 +19,19 @@ from _data import Dataset, Split
 from pallas_kernels import FusedTransformation
 
 BATCH_SIZE = 64
-# Evaluations are this many steps apart or a multiple of it: NOVAK's lookahead syncs at multiples of
-# 5, so that it is always seen at rest. Long trainings have no more of them than a figure can show.
+# Evaluations are a multiple of this many steps apart. NOVAK's lookahead synchronizes every 5 steps,
+# so it is always evaluated right after that. A figure can't show more than this many evaluations.
 STEPS_PER_EVALUATION = 5
 MOST_EVALUATIONS = 200
-# Of which the shortest counts.
+# Number of times, of which the shortest counts.
 TIMINGS = 40
 
-# Makes an optimizer for a learning rate, which is a tracer here.
+# Returns an optimizer for a learning rate, which is a tracer here.
 Factory = Callable[[Any], optax.GradientTransformation]
 
 
 def convolve(images, kernel, strides, padding, **_):
-    """A convolution as one matrix product: XLA's own is ten times slower in a scan on CPU."""
+    """Compute a convolution as a matrix product: in a scan on CPU, XLA's is ten times slower."""
     images = jnp.pad(images, ((0, 0), *padding, (0, 0)))
     (height, width), outputs = kernel.shape[:2], kernel.shape[-1]
     rows, columns = images.shape[1] - height + 1, images.shape[2] - width + 1
@@ -71,7 +71,7 @@ class ConvNet(nnx.Module):
 
 
 class Plan(NamedTuple):
-    """How much each contender trains.
+    """The number of runs of each contender, and their length.
 
     Attributes:
       epochs: passes over the training images in a run.
@@ -87,7 +87,7 @@ class Plan(NamedTuple):
 
 
 class Curves(NamedTuple):
-    """What runs side by side went through; the first axis of an array is the run's.
+    """The learning curves of parallel runs; the first axis of each array is the run.
 
     Attributes:
       steps: number of updates at each evaluation.
@@ -101,17 +101,17 @@ class Curves(NamedTuple):
 
     @property
     def late_validation(self) -> NDArray[np.float64]:
-        """Validation accuracy over the second half of training; a single one is coarse."""
+        """Mean validation accuracy of the second half of training; a single one is coarse."""
         return self.validation[:, self.validation.shape[1] // 2 :].mean(axis=1)
 
     def steps_to(self, accuracy: float) -> list[int | None]:
-        """The first evaluation of each run with this validation accuracy; `None` without one."""
+        """Return the step at which each run first reached this validation accuracy, or `None`."""
         reached = self.validation >= accuracy
         return [int(self.steps[run.argmax()]) if run.any() else None for run in reached]
 
 
 def make_network(data: Dataset) -> tuple[nnx.GraphDef, nnx.State]:
-    """The network's structure and the shapes of its parameters."""
+    """Return the network's structure and the shapes of its parameters."""
     channels = data.train.images.shape[-1]
     return nnx.split(nnx.eval_shape(lambda: ConvNet(channels, data.classes, rngs=nnx.Rngs(0))))
 
@@ -125,10 +125,10 @@ def train(
     epochs: int,
     on_progress: Callable[[float], object],
 ) -> Curves:
-    """Trains one run for each pair of a rate and a seed, all in step.
+    """Train one run for each pair of a rate and a seed, all in parallel.
 
-    A seed decides the initial weights and the batches, for every optimizer alike. `on_progress` is
-    told each share of the work that is done.
+    A seed decides the initial weights and the batches, equally for every optimizer. `on_progress`
+    is called with each share of the work that is done.
     """
     go_on, params, states = prepare(factory, rates, seeds, data)
     batches = np.stack([draw_batches(seed, len(data.train.labels), epochs) for seed in seeds], 1)
@@ -152,10 +152,10 @@ def time_steps(
     data: Dataset,
     on_progress: Callable[[float], object],
 ) -> dict[str, float]:
-    """Seconds of a step for each factory and rate, one run's share of runs side by side.
+    """Return the seconds of a step for each contender, divided by the number of parallel runs.
 
-    It is the shortest of several times: whatever else the machine does only makes them longer. The
-    contenders take turns, so that a busy spell falls on all of them.
+    It is the shortest of several times, since other load only makes them longer. The contenders
+    take turns, so that such load affects all of them.
     """
     prepared = {
         name: prepare(factory, [rate] * runs, range(runs), data)
@@ -175,7 +175,7 @@ def time_steps(
 def prepare(
     factory: Factory, rates: Sequence[float], seeds: Sequence[int], data: Dataset
 ) -> tuple[Callable[..., Any], optax.Params, optax.OptState]:
-    """What takes the runs some batches further, and what they start from."""
+    """Return a function that trains on some batches, initial parameters and optimizer states."""
     network, _ = make_network(data)
     traced_rates = jnp.asarray(rates, jnp.float32)
     params = initialize(data.train.images.shape[-1], data.classes, jnp.asarray(seeds))
@@ -185,7 +185,7 @@ def prepare(
 
 
 def draw_batches(seed: int, images: int, epochs: int) -> NDArray[np.int64]:
-    """Indices of images, of shape (evaluations, steps between them, images in a batch)."""
+    """Return indices of images, of shape (evaluations, steps between them, images in a batch)."""
     size = min(BATCH_SIZE, images)
     per_epoch = images // size
     steps = epochs * per_epoch
@@ -203,7 +203,7 @@ def draw_batches(seed: int, images: int, epochs: int) -> NDArray[np.int64]:
 
 @partial(jax.jit, static_argnames=("channels", "classes"))
 def initialize(channels: int, classes: int, seeds: jax.Array) -> nnx.State:
-    """Fresh parameters for each seed, stacked."""
+    """Return new parameters for each seed, stacked."""
 
     def initialize_one(seed):
         # JAX's default generator takes seven times as long to compile.
@@ -224,7 +224,7 @@ def advance(
     batches: ArrayLike,
     data: Split,
 ) -> tuple[optax.Params, optax.OptState]:
-    """Takes every run on by as many steps as it has batches."""
+    """Train each run for as many steps as there are batches."""
 
     def loss(params, batch):
         logits = nnx.merge(network, params)(data.images[batch])
@@ -252,7 +252,7 @@ def apply_gradients(
     state: optax.OptState,
     gradients: optax.Updates,
 ) -> tuple[optax.Params, optax.OptState]:
-    """One step of the optimizer."""
+    """Return parameters and state after one step of the optimizer."""
     if isinstance(optimizer, FusedTransformation):
         return optimizer.step(params, state, gradients)
     updates, state = optimizer.update(gradients, state, params)
@@ -261,7 +261,7 @@ def apply_gradients(
 
 @partial(jax.jit, static_argnames="network")
 def accuracy(network: nnx.GraphDef, params: optax.Params, data: Split) -> jax.Array:
-    """The share of images that each run classifies rightly."""
+    """Return the share of images that each run classifies correctly."""
 
     def accuracy_one(params):
         def is_right(example: Split) -> jax.Array:

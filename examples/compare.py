@@ -1,4 +1,4 @@
-"""Six methods beside AdamW, SGD and two controls, on real images.
+"""A comparison of six methods with AdamW, SGD and two controls, on real images.
 
     python examples/compare.py
     python examples/compare.py --methods fame,novak,adamw --seeds 10 --epochs 50
@@ -6,12 +6,15 @@
     python examples/compare.py --fused
 
 Every optimizer trains the same small convolutional network without skip connections, from the same
-initial weights on the same batches. Each first tries the same number of learning rates, on two
-seeds apart; the one with the best validation accuracy then runs on all seeds.
+initial weights and on the same batches. Each first tries the same number of learning rates on two
+other seeds; the rate with the best validation accuracy then runs on all seeds.
 """
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+import errno
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,16 +22,9 @@ from typing import Any
 
 import numpy as np
 import optax
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from _command_line import (
-    add_data,
-    add_numbers,
-    make_folder,
-    positive,
-    progress_bar,
-    writing_to,
-)
-from _data import Dataset, load_data
+from _data import DataError, Dataset, load
 from _plot import save_figure
 from _report import Result, print_header, print_table, save_json
 from _training import Curves, Factory, Plan, make_network, time_steps, train
@@ -37,7 +33,7 @@ from pallas_kernels import fuse
 
 
 def adam_with_warm_up(learning_rate: Any) -> optax.GradientTransformation:
-    """Adam whose rate grows like DualAdam's share of Adam: linearly for 1/switch_rate steps."""
+    """Return Adam, with a rate that grows like DualAdam's share of Adam: linearly, in 100 steps."""
     return optax.adam(optax.linear_schedule(0.01 * learning_rate, learning_rate, 99))
 
 
@@ -48,8 +44,8 @@ class Contender:
     Attributes:
       label: its name in the table and the figure.
       factory: makes the optimizer for a learning rate.
-      middle: the middle one of the rates to try; `None`: CaAdam's rate times its mean scale.
-      controls: the method that it is a control of, and comes along with.
+      middle: the middle of the rates to try; `None` means CaAdam's rate times its mean scale.
+      controls: the method that it is a control of, and is trained with.
     """
 
     label: str
@@ -58,7 +54,7 @@ class Contender:
     controls: str | None = None
 
     def fused(self) -> "Contender":
-        """The same, its whole step made into kernels."""
+        """Return the contender with its whole step fused into kernels."""
         return replace(self, factory=lambda rate: fuse(self.factory(rate)))
 
 
@@ -76,19 +72,19 @@ CONTENDERS = {
 }
 METHODS = [name for name, contender in CONTENDERS.items() if contender.controls is None]
 
-# Rates to try are this many times apart.
+# Ratio between neighbouring rates.
 GRID_RATIO = 3.0
-# The results' seeds are 0, 1, …: no rate is chosen for its luck on one of them.
+# Results are from seeds 0, 1, …, so that no rate is chosen for its luck on one of these.
 SEARCH_SEEDS = (1000, 1001)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser()
     arguments = parser.parse_args(argv)
-    data = load_data(parser, arguments)
     try:
+        data = load(arguments.data)
         figure = prepare_output(arguments.out)
-    except OSError as error:
+    except (DataError, OSError) as error:
         parser.error(str(error))
     contenders = {
         name: contender.fused() if arguments.fused else contender
@@ -101,14 +97,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     print_header(data, plan)
     results = compare(contenders, data, plan)
     print_table(results, data)
-    with writing_to(arguments.out):
+    try:
         save_json(results, data, plan, figure.with_suffix(".json"))
         save_figure(results, data, figure)
+    except OSError as error:
+        raise SystemExit(f"--out {arguments.out}: can't be written to ({error})") from error
     print(f"Wrote {figure} and {figure.with_suffix('.json').name}.")
 
 
 def compare(contenders: Mapping[str, Contender], data: Dataset, plan: Plan) -> dict[str, Result]:
-    """Searches a rate for each contender, then trains at it from every seed."""
+    """Search a rate for each contender, then train at it with every seed."""
     _, params = make_network(data)
     mean_scale = connection_table(params, scaling="additive").mean_scale
     results: dict[str, Result] = {}
@@ -141,7 +139,7 @@ def compare(contenders: Mapping[str, Contender], data: Dataset, plan: Plan) -> d
 def search(
     run: Callable[[Sequence[float], Sequence[int]], Curves], middle: float, trials: int
 ) -> tuple[float, dict[float, float]]:
-    """The best of a logarithmic grid of rates, and the score of each."""
+    """Return the best of a logarithmic grid of rates, and the score of each."""
     rates = [middle * GRID_RATIO ** (i - (trials - 1) / 2) for i in range(trials)]
     late = [run(rates, [seed] * trials).late_validation for seed in SEARCH_SEEDS]
     scores = dict(zip(rates, np.mean(late, axis=0).tolist(), strict=True))
@@ -152,7 +150,13 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add_data(parser)
+    parser.add_argument(
+        "--data",
+        type=Path,
+        metavar="FILE.npz",
+        help="images x of shape (N, H, W) or (N, H, W, C) and integer labels y of shape (N,);"
+        " bytes are divided by 255, anything else is standardized (default: the bundled digits)",
+    )
     parser.add_argument(
         "--methods",
         type=method_names,
@@ -160,12 +164,14 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="NAME,…",
         help=f"what to compare, of {', '.join(METHODS)}; controls come along (default: all)",
     )
-    add_numbers(
-        parser,
-        ("--seeds", positive, 5, "runs of each method at its best rate"),
-        ("--trials", positive, 5, "learning rates that each method tries"),
-        ("--epochs", positive, 20, "passes over the training images in each run"),
-    )
+    numbers = {
+        "--seeds": (5, "runs of each method at its best rate"),
+        "--trials": (5, "learning rates that each method tries"),
+        "--epochs": (20, "passes over the training images in each run"),
+    }
+    for name, (default, what) in numbers.items():
+        help_ = f"{what} (default: {default})"
+        parser.add_argument(name, type=positive, default=default, metavar="N", help=help_)
     parser.add_argument(
         "--fused",
         action="store_true",
@@ -182,6 +188,13 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def positive(text: str) -> int:
+    """Return a whole number above 0."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number above 0, got {text!r}")
+    return int(text)
+
+
 def method_names(text: str) -> list[str]:
     names = text.split(",")
     unknown = [name for name in names if name not in METHODS]
@@ -193,11 +206,33 @@ def method_names(text: str) -> list[str]:
 
 
 def prepare_output(path: Path) -> Path:
-    """The figure's path, in a directory that is made now and not after minutes of training."""
+    """Return the figure's path, and make its folder before minutes of training."""
     if path.suffix != ".png" or path.is_dir():
         path = path / "compare.png"
-    make_folder(path.parent)
+    folder = path.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
     return path
+
+
+@contextmanager
+def progress_bar(total: int) -> Iterator[Callable[[str, float], None]]:
+    """Show a bar; yield a function that takes a label and how much more work is done."""
+    columns = (
+        TextColumn("{task.description:<20}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, transient=True) as progress:
+        task = progress.add_task("", total=total)
+
+        def advance(label: str, share: float) -> None:
+            progress.update(task, description=label, advance=share)
+
+        yield advance
 
 
 if __name__ == "__main__":
