@@ -42,8 +42,8 @@ MIDDLE, REACH = 5e-3, 27.0  # the first round's rates: from MIDDLE / REACH to MI
 class Split(NamedTuple):
     """Images, one a row, and their labels."""
 
-    images: np.ndarray
-    labels: np.ndarray
+    images: Any
+    labels: Any
 
 
 class Sweep(NamedTuple):

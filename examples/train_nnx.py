@@ -37,7 +37,7 @@ BATCH, WEIGHT_DECAY, HEAD_RATE = 64, 1e-2, 0.5
 OPTIMIZERS = {"vradam": (optax_ext.vradam, "gate"), "novak": (optax_ext.novak, "rectification")}
 
 
-def load_data() -> list[np.ndarray]:
+def load_data() -> list[Any]:
     """Return training images, test images, training labels and test labels."""
     images, labels = load_digits(return_X_y=True)
     images = images.reshape(-1, 8, 8, 1).astype(np.float32) / 16
@@ -89,8 +89,10 @@ def make_optimizer(name: str, rate: float, steps: int) -> optax.GradientTransfor
         schedule = optax.warmup_cosine_decay_schedule(0.0, peak, steps // 10, steps)
         return method(schedule, weight_decay=WEIGHT_DECAY, mask=is_kernel)
 
-    groups = {"features": for_group(rate), "head": for_group(rate * HEAD_RATE)}
-    return optax.chain(optax.clip_by_global_norm(1.0), optax.partition(groups, group_of))
+    groups = optax.partition(
+        {"features": for_group(rate), "head": for_group(rate * HEAD_RATE)}, group_of
+    )
+    return optax.chain(optax.clip_by_global_norm(1.0), groups)
 
 
 def is_kernel(params: optax.Params) -> Any:

@@ -37,21 +37,41 @@ eigenvalue of H, of Adam that of P^-1 H.
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import lax
+from jax.typing import ArrayLike
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from numpy.typing import ArrayLike
 
 import _evidence as evidence
-from _evidence import Estimate, Finding, Verdict
-from _figures import BLUE, GREEN, ORANGE, PINK, entitle, log_ticks, tidy
-from _full_batch import B1, MEASURED_EVERY, Run, Train, cross_entropy, squared_error, trainer
+from _evidence import (
+    BLUE,
+    GREEN,
+    ORANGE,
+    PINK,
+    Estimate,
+    Finding,
+    Verdict,
+    apply_smooth,
+    entitle,
+    initialize_smooth,
+    load_digits,
+    log_ticks,
+    scale_of_adam,
+    sharpness,
+    tidy,
+)
+from optax_ext import vradam
 
+B1, B2, EPS = 0.9, 0.999, 1e-8
+HIDDEN, MEASURED_EVERY = 32, 50
 RATE = 0.02
 # Curvatures that steps of 1 are still stable at: of gradient descent, and of Adam after P.
 OF_DESCENT, OF_ADAM = 2, (2 + 2 * B1) / (1 - B1)
@@ -85,6 +105,84 @@ STYLES: dict[str, dict[str, Any]] = {
 Cells = dict[str, Estimate]
 
 
+class Run(NamedTuple):
+    """A training.
+
+    Attributes:
+      loss: before each step.
+      rate: of each step, the gate's factor included.
+      sharpness: largest eigenvalue of the Hessian, after every `MEASURED_EVERY` steps.
+      preconditioned: likewise of P^-1 H.
+    """
+
+    loss: Any
+    rate: Any
+    sharpness: Any
+    preconditioned: Any
+
+    @property
+    def late_loss(self) -> float:
+        """Decimal logarithm; the mean over the last tenth, since a loss at the edge jumps."""
+        return float(np.log10(self.loss[-len(self.loss) // 10 :]).mean())
+
+
+Train = Callable[..., Run]
+
+
+def squared_error(outputs: jax.Array, labels: jax.Array) -> jax.Array:
+    return jnp.sum((outputs - jax.nn.one_hot(labels, 10)) ** 2, axis=-1).mean() / 2
+
+
+def cross_entropy(outputs: jax.Array, labels: jax.Array) -> jax.Array:
+    return optax.softmax_cross_entropy_with_integer_labels(outputs, labels).mean()
+
+
+def trainer(error: Callable[[Any, Any], jax.Array], options: argparse.Namespace) -> Train:
+    """What trains with AdamW, or VRAdam, at a rate or at one for each step."""
+    data = load_digits().train
+    x, labels = data.images[: options.images].reshape(-1, 64), data.labels[: options.images]
+
+    def loss(params):
+        return error(apply_smooth(params, x), labels)
+
+    run = jax.jit(partial(run_training, loss), static_argnames=("gated", "measured"))
+
+    def train(seed: int, rates: ArrayLike, beta3: float | None = None, measured=True) -> Run:
+        params = initialize_smooth(jax.random.key(seed), [x.shape[1], HIDDEN, HIDDEN, 10])
+        rates = jnp.broadcast_to(jnp.asarray(rates, jnp.float32), (options.steps,))
+        gated = beta3 is not None
+        found = run(params, rates, beta3 or 0.0, gated=gated, measured=measured)
+        return jax.tree.map(np.asarray, found)
+
+    return train
+
+
+def run_training(loss, params, rates, beta3, *, gated: bool, measured: bool) -> Run:
+    make = partial(vradam, beta3=beta3) if gated else optax.adamw
+    tx = make(lambda count: rates[count], b1=B1, b2=B2, eps=EPS, weight_decay=0.0)
+
+    def step(run, rate):
+        params, state = run
+        value, gradient = jax.value_and_grad(loss)(params)
+        updates, state = tx.update(gradient, state, params)
+        gate = optax.tree.get(state, "gate", 1.0)
+        return (optax.apply_updates(params, updates), state), (value, gate * rate)
+
+    def interval(run, inputs):
+        rates, count = inputs
+        run, curves = lax.scan(step, run, rates)
+        params, state = run
+        if not measured:
+            return run, (curves, (jnp.nan, jnp.nan))
+        scale = scale_of_adam(optax.tree.get(state, "nu"), count, b1=B1, b2=B2, eps=EPS)
+        return run, (curves, (sharpness(loss, params), sharpness(loss, params, scale)))
+
+    counts = jnp.arange(MEASURED_EVERY, len(rates) + 1, MEASURED_EVERY)
+    inputs = rates.reshape(-1, MEASURED_EVERY), counts
+    _, ((losses, rates), found) = lax.scan(interval, (params, tx.init(params)), inputs)
+    return Run(losses.ravel(), rates.ravel(), *found)
+
+
 class Plan(NamedTuple):
     """Trainings to come: a rate, or one for each step, for each seed; gated if there is a beta3."""
 
@@ -99,6 +197,23 @@ class Tuned(NamedTuple):
     rate: float
     beta3: float | None
     losses: Any
+
+
+# They decide the results, and are recorded with them.
+CONSTANTS = {
+    "B1": B1,
+    "MEASURED_EVERY": MEASURED_EVERY,
+    "RATE": RATE,
+    "OF_DESCENT": OF_DESCENT,
+    "OF_ADAM": OF_ADAM,
+    "DEFAULT": DEFAULT,
+    "STRONG": STRONG,
+    "LOWEST_RATE": LOWEST_RATE,
+    "HIGHEST_RATE": HIGHEST_RATE,
+    "UNTUNED": UNTUNED,
+    "FIRST_SEED": FIRST_SEED,
+    "FIRST_SEARCH_SEED": FIRST_SEARCH_SEED,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -119,7 +234,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     figures = {"edge_of_stability": draw(runs, edge)}
     findings = [*judge_edges(edge), judge_steadiness(edge), judge_losses(best, default)]
-    evidence.publish("edge_of_stability", options, findings, tables, figures)
+    evidence.publish("edge_of_stability", options, findings, tables, figures, CONSTANTS)
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -28,10 +28,19 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import _evidence as evidence
-from _command_line import progress_bar
-from _digits import Factory
-from _evidence import Estimate, Finding, Verdict
-from _figures import BLUE, GREEN, ORANGE, entitle, log_ticks, tidy
+from _evidence import (
+    BLUE,
+    GREEN,
+    ORANGE,
+    Estimate,
+    Factory,
+    Finding,
+    Verdict,
+    entitle,
+    log_ticks,
+    progress_bar,
+    tidy,
+)
 from optax_ext import dualadam, invadam
 
 # Depth of all wells, their curvatures, and B.
@@ -71,6 +80,16 @@ ESCAPING = {
 }
 
 
+# They decide the results, and are recorded with them.
+CONSTANTS = {
+    "BARRIER": BARRIER,
+    "CURVATURES": CURVATURES,
+    "BATCH": BATCH,
+    "LONGEST": LONGEST,
+    "PASSED": PASSED,
+}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     options = make_parser().parse_args(argv)
     escapes = {}
@@ -81,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     title = "ΔL / T as the times in the widest and in the sharpest well tell it, and p"
     rows = {name: row(ESCAPING[name], found) for name, found in escapes.items()}
     evidence.publish(
-        "escapes", options, [judge(escapes)], {title: rows}, {"escapes": draw(escapes)}
+        "escapes", options, [judge(escapes)], {title: rows}, {"escapes": draw(escapes)}, CONSTANTS
     )
 
 

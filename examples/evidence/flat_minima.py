@@ -26,21 +26,28 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import _evidence as evidence
-import _smooth as smooth
-from _curvature import sharpness
-from _digits import (
+from _evidence import (
     CLASSES,
+    GREEN,
+    ORANGE,
+    PINK,
     SEARCH_SEED,
+    Estimate,
     Factory,
+    Finding,
     Network,
     Runs,
+    Verdict,
+    apply_smooth,
     best,
     cross_entropy,
-    load_once,
+    entitle,
+    initialize_smooth,
+    load_digits,
+    sharpness,
+    tidy,
     train,
 )
-from _evidence import Estimate, Finding, Verdict
-from _figures import GREEN, ORANGE, PINK, entitle, tidy
 from optax_ext import dualadam, invadam
 
 HIDDEN = 32
@@ -86,13 +93,29 @@ TRAINING = {
 }
 
 
+# They decide the results, and are recorded with them.
+CONSTANTS = {
+    "CLASSES": CLASSES,
+    "SEARCH_SEED": SEARCH_SEED,
+    "HIDDEN": HIDDEN,
+    "SHORT": SHORT,
+    "LONG": LONG,
+    "RATES": RATES,
+}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     options = make_parser().parse_args(argv)
     trained = evidence.side_by_side(partial(judge_one, options), TRAINING)
     title = "On the digits; − is less another's, seed by seed"
     rows = {name: row(name, trained) for name in trained}
     evidence.publish(
-        "flat_minima", options, [judge(trained)], {title: rows}, {"flat_minima": draw(trained)}
+        "flat_minima",
+        options,
+        [judge(trained)],
+        {title: rows},
+        {"flat_minima": draw(trained)},
+        CONSTANTS,
     )
 
 
@@ -134,16 +157,16 @@ def judge_one(options: argparse.Namespace, contender: Training) -> Judged:
 
 
 def apply(params: Any, images: jax.Array) -> jax.Array:
-    return smooth.apply(params, images.reshape(len(images), -1))
+    return apply_smooth(params, images.reshape(len(images), -1))
 
 
-NETWORK = Network(partial(smooth.initialize, widths=(64, HIDDEN, HIDDEN, CLASSES)), apply)
+NETWORK = Network(partial(initialize_smooth, widths=(64, HIDDEN, HIDDEN, CLASSES)), apply)
 
 
 @jax.jit
 def sharpness_of_each(params: Any) -> jax.Array:
     """The largest eigenvalue of the Hessian of the loss on all that was trained on."""
-    train = load_once().train
+    train = load_digits().train
     return lax.map(partial(sharpness, lambda p: cross_entropy(apply, p, train)), params)
 
 

@@ -27,9 +27,18 @@ from matplotlib.figure import Figure
 from scipy.linalg import solve_discrete_lyapunov
 
 import _evidence as evidence
-from _command_line import progress_bar
-from _evidence import Estimate, Finding, Verdict
-from _figures import BLUE, GREEN, ORANGE, PINK, entitle, tidy
+from _evidence import (
+    BLUE,
+    GREEN,
+    ORANGE,
+    PINK,
+    Estimate,
+    Finding,
+    Verdict,
+    entitle,
+    progress_bar,
+    tidy,
+)
 from optax_ext import ema, triple_ema
 
 # The decays of the cascade's stages: one makes an EMA, two a DEMA, three a TEMA.
@@ -50,6 +59,10 @@ COLOURS = dict(zip(AVERAGES, ("0.2", ORANGE, ORANGE, PINK, BLUE, BLUE, GREEN, GR
 TITLE = "Lag in steps, noise as the share of its variance that comes through"
 
 
+# They decide the results, and are recorded with them.
+CONSTANTS = {"SETTLED": SETTLED}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     options = make_parser().parse_args(argv)
     measured = {}
@@ -58,7 +71,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             measured[name] = measure(make(decays), options.seeds, options.steps)
             on_progress(name, 1)
     rows = {name: row(AVERAGES[name], found) for name, found in measured.items()}
-    evidence.publish("lag", options, judge(measured), {TITLE: rows}, {"lag": draw(measured)})
+    evidence.publish(
+        "lag", options, judge(measured), {TITLE: rows}, {"lag": draw(measured)}, CONSTANTS
+    )
 
 
 def make(decays: Sequence[float]) -> optax.GradientTransformation:

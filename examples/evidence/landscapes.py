@@ -30,9 +30,7 @@ from matplotlib.figure import Figure
 
 import _evidence as evidence
 import optax_ext
-from _command_line import progress_bar
-from _evidence import Estimate, Finding, Verdict
-from _figures import ORANGE, entitle, tidy
+from _evidence import ORANGE, Estimate, Finding, Verdict, entitle, progress_bar, tidy
 
 METHODS = {
     "adamw": optax.adamw,
@@ -105,6 +103,10 @@ class Outcome(NamedTuple):
     path: Any
 
 
+# They decide the results, and are recorded with them.
+CONSTANTS = {"LOWEST_RATE": LOWEST_RATE, "HIGHEST_RATE": HIGHEST_RATE, "REACHED": REACHED}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     options = make_parser().parse_args(argv)
     # CaAdam is Adam here, as the page says.
@@ -120,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 on_progress(method, 1)
     tables = {f"{name}, {options.steps} steps": table(outcomes, name) for name in LANDSCAPES}
     figures = {f"landscape-{name}": draw(outcomes, name) for name in METHODS if name != "adamw"}
-    evidence.publish("landscapes", options, judge(outcomes), tables, figures)
+    evidence.publish("landscapes", options, judge(outcomes), tables, figures, CONSTANTS)
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -47,7 +47,7 @@ def test_escapes(load_module, p, verdict):
     ],
 )
 def test_flat_minima(load_module, sharpness, accuracy, warmed_up, verdict):
-    script, digits = load_module("flat_minima"), load_module("_digits")
+    script, digits = load_module("flat_minima"), load_module("_evidence")
 
     def judged(sharpness: float, accuracy: float) -> Any:
         runs = digits.Runs(None, 0.1 + SEEDS, None, None, None, accuracy + SEEDS)
@@ -86,12 +86,12 @@ def plain_depth(script: ModuleType, digits: ModuleType, **changes: tuple[int, fl
     ],
 )
 def test_plain_depth(load_module, changes, expected):
-    script, digits = load_module("plain_depth"), load_module("_digits")
+    script, digits = load_module("plain_depth"), load_module("_evidence")
     assert verdicts(script.judge(plain_depth(script, digits, **changes))) == expected
 
 
 def test_parts_of_novak(load_module):
-    script, digits = load_module("plain_depth"), load_module("_digits")
+    script, digits = load_module("plain_depth"), load_module("_evidence")
     changes = {"no lookahead": (3, 90.0), "Nesterov: nadam": (3, 70.0)}
     _, parts = script.judge(plain_depth(script, digits, **changes))
     assert "better in both ways: no lookahead; worse: Nesterov: nadam." in parts.shown
@@ -110,7 +110,7 @@ def test_parts_of_novak(load_module):
 )
 @pytest.mark.parametrize("how", ["as written", "as it ran"])
 def test_connections(load_module, how, tuned, untuned, verdict):
-    script, digits = load_module("connections"), load_module("_digits")
+    script, digits = load_module("connections"), load_module("_evidence")
 
     def runs(tuned: float, untuned: float) -> Any:
         noise = 0.1 * SEEDS

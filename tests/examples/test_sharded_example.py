@@ -1,7 +1,6 @@
 """The example for many devices, in two processes that talk over loopback, one killed on the way."""
 
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -33,7 +32,7 @@ def start(tmp_path):
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
         run = [f"--coordinator=localhost:{port}", "--processes=2", f"--checkpoints={folder}"]
-        run += [f"--steps={STEPS}", f"--save-every={PERIOD}", *SMALL, *options]
+        run += [f"--steps={STEPS}", f"--every={PERIOD}", *SMALL, *options]
         environment = os.environ | {
             "XLA_FLAGS": "",
             "JAX_PLATFORMS": "cpu",
@@ -91,23 +90,9 @@ def test_one_process_killed_and_both_restarted_end_where_one_run_ends(
     options, victim, start: Start, tmp_path
 ):
     whole = finish(start(tmp_path / "whole", *options))
-    assert any(line.startswith("4 devices") and "in 2 processes" in line for line in whole)
+    assert any(line.startswith("4 devices") and "processes: 2" in line for line in whole)
     kill_after_a_checkpoint(start(tmp_path / "killed", *options), victim, tmp_path / "killed")
     resumed = finish(start(tmp_path / "killed", *options))
-    assert any(line.startswith("resumed after step") for line in resumed)
-    assert resumed[-1].startswith(f"step {STEPS}: loss")
+    assert any(line.startswith(f"{PERIOD} steps done") for line in resumed)
+    assert resumed[-1].startswith("parameters")
     assert resumed[-1] == whole[-1]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("damaged", ["d", "ocdbt.process_1/d"], ids=["for both", "for one"])
-def test_both_processes_end_where_one_cannot_read(damaged, start, tmp_path):
-    folder = tmp_path / "run"
-    options = ["--model-parallel=2"]
-    finish(start(folder, *options))
-    shutil.rmtree(folder / f"{STEPS}/default/{damaged}")
-    processes = start(folder, *options)
-    said = "".join(process.communicate(timeout=60)[0] for process in processes)
-    assert all(process.returncode not in (0, None) for process in processes)
-    assert f"{folder} can't be gone on from: step {STEPS} can't be read (" in said
-    assert (folder / str(STEPS)).is_dir()
