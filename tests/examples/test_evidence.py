@@ -297,6 +297,7 @@ def test_no_seed_chooses_its_own_rate(load_module):
     assert digits.best_on_others(runs).tolist() == [0, 1, 1]
 
 
+@pytest.mark.slow
 def test_trainings_side_by_side_are_those_alone(load_module):
     digits, plain_depth = load_module("_evidence"), load_module("plain_depth")
     network = plain_depth.make_network(2)
