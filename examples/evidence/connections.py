@@ -93,7 +93,7 @@ def initialize(key: jax.Array) -> dict[str, Any]:
 
 
 def apply(params: Any, images: jax.Array) -> jax.Array:
-    """Two residual blocks, the second with a projection beside it; no normalization."""
+    """Apply two residual blocks without normalization, the second with a projection shortcut."""
 
     def conv(name: str, x: jax.Array) -> jax.Array:
         window, *_, stride = CONVOLUTIONS[name]
@@ -128,14 +128,14 @@ COLOURS = {
 
 
 class Contender(NamedTuple):
-    """An optimizer for a rate, and the mean of its scales, weighted by parameters."""
+    """A method: an optimizer for a rate, and the mean of its scales, weighted by parameters."""
 
     factory: Factory
     mean_scale: float
 
 
 class Judged(NamedTuple):
-    """What a contender came to.
+    """The results of one contender.
 
     Attributes:
       rate: the best one.
@@ -232,7 +232,7 @@ def judge_one(options: argparse.Namespace, contender: Contender) -> Judged:
 
 
 def less(found: Runs, other: Runs, which: int) -> Estimate:
-    """Of the test loss, seed by seed."""
+    """Return the difference of the test losses, seed by seed."""
     return evidence.mean(found.test[which] - other.test[which])
 
 
@@ -255,7 +255,7 @@ def judge(judged: Mapping[str, Judged]) -> list[Finding]:
 
 
 def finding(judged: Mapping[str, Judged], scaling: str, claim: str) -> Finding:
-    """On all contenders with this scaling; the formulas as they ran are but another rate."""
+    """Judge all contenders with this scaling; the formulas as they ran only change the rate."""
     mine = with_scaling(judged, scaling)
     claimed = [how for how in mine if how != "as it ran"]
     adam = judged[ADAM].runs
@@ -284,7 +284,7 @@ def finding(judged: Mapping[str, Judged], scaling: str, claim: str) -> Finding:
 
 
 def with_scaling(judged: Mapping[str, Judged], scaling: str) -> dict[str, Judged]:
-    """Those, by what sets them apart."""
+    """Return the contenders by what distinguishes them."""
     return {
         name.partition(", ")[2]: found for name, found in judged.items() if name.startswith(scaling)
     }
@@ -312,7 +312,7 @@ def draw(judged: Mapping[str, Judged]) -> Figure:
 
 
 def draw_searches(axes: Axes, judged: Mapping[str, Judged]) -> dict[str, Any]:
-    """At the rates of Adam that are theirs: where a scaling is but a rate, the curves coincide."""
+    """Draw losses at equivalent rates of Adam; its curve is that of a mere change of the rate."""
     lines = {}
     for how, found in judged.items():
         losses = found.search.validation.mean(axis=1)
@@ -327,7 +327,7 @@ def draw_searches(axes: Axes, judged: Mapping[str, Judged]) -> dict[str, Any]:
 
 
 def draw_gains(axes: Axes, judged: Mapping[str, Judged]) -> None:
-    """The intervals of the differences that decide."""
+    """Draw the intervals of the differences that decide."""
     axes.axvline(0, color="0.6", linewidth=1)
     adam = judged[ADAM].runs
     names = [name for name in judged if name != ADAM]

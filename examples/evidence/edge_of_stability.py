@@ -106,7 +106,7 @@ Cells = dict[str, Estimate]
 
 
 class Run(NamedTuple):
-    """A training.
+    """The curves of one run.
 
     Attributes:
       loss: before each step.
@@ -138,7 +138,7 @@ def cross_entropy(outputs: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def trainer(error: Callable[[Any, Any], jax.Array], options: argparse.Namespace) -> Train:
-    """What trains with AdamW, or VRAdam, at a rate or at one for each step."""
+    """Return a function that trains with AdamW or VRAdam, at one rate or at one for each step."""
     data = load_digits().train
     x, labels = data.images[: options.images].reshape(-1, 64), data.labels[: options.images]
 
@@ -184,7 +184,7 @@ def run_training(loss, params, rates, beta3, *, gated: bool, measured: bool) -> 
 
 
 class Plan(NamedTuple):
-    """Trainings to come: a rate, or one for each step, for each seed; gated if there is a beta3."""
+    """Planned runs: for each seed one rate, or one for each step; gated if there is a beta3."""
 
     rates: Sequence[ArrayLike]
     beta3: float | None = None
@@ -251,7 +251,7 @@ def make_parser() -> argparse.ArgumentParser:
 def at_the_edge(
     train: Train, train_other: Train, options: argparse.Namespace
 ) -> dict[str, list[Run]]:
-    """Of every contender, a run for each seed."""
+    """Return a run of every contender for each seed."""
     seeds = range(FIRST_SEED, FIRST_SEED + options.seeds)
 
     def run(plan: Plan) -> list[Run]:
@@ -284,7 +284,7 @@ def at_the_edge(
 def tune(
     train: Train, options: argparse.Namespace
 ) -> tuple[tuple[Tuned, Tuned], tuple[Tuned, Tuned]]:
-    """AdamW and VRAdam at the best trial of each, and both as they are without a search."""
+    """Return AdamW and VRAdam at the best trial of each, then both without a search."""
 
     def late_losses(first_seed: int, seeds: int, trial: tuple[float, float | None]) -> Any:
         rate, beta3 = trial
@@ -315,7 +315,7 @@ def grid(rates: int) -> list[float]:
 
 
 def row(runs: Sequence[Run]) -> Cells:
-    """Over seeds."""
+    """Return the table's cells, over seeds."""
     late = slice(len(runs[0].sharpness) // 2, None)
     of_edge = np.array([run.preconditioned * RATE / OF_ADAM for run in runs])
     of_own = np.array([run.preconditioned * thin(run.rate) / OF_ADAM for run in runs])
@@ -336,18 +336,18 @@ def columns(rows: Mapping[str, Cells], *names: str) -> dict[str, Cells]:
 
 
 def rises(loss: Any) -> float:
-    """In which share of the steps of the second half the loss grows."""
+    """Return the share of the second half's steps in which the loss grows."""
     return float((np.diff(loss[len(loss) // 2 :]) > 0).mean())
 
 
 def peaks(loss: Any) -> Any:
-    """Decades from the median of as many steps as lie between two measurements to their worst."""
+    """Return the decades from the median to the worst loss between two measurements, on average."""
     parts = np.log10(loss).reshape(-1, MEASURED_EVERY)
     return parts.max(axis=1) - np.median(parts, axis=1)
 
 
 def compare(adamw: Tuned, vradam: Tuned) -> dict[str, dict[str, Any]]:
-    """Differences are paired, seed by seed."""
+    """Return the table of both; differences are paired, seed by seed."""
     return {
         name: {
             "rate": in_words(found.rate),
@@ -385,7 +385,7 @@ def judge_edges(edge: Mapping[str, Cells]) -> list[Finding]:
 
 
 def judge_steadiness(edge: Mapping[str, Cells]) -> Finding:
-    """It has to be steadier than its controls, and than slow ones without a higher loss."""
+    """Judge whether VRAdam is steadier than its controls, and than slow ones of no higher loss."""
     gated, published = edge[STRONGER], edge[VRADAM]
 
     def beats(one: Cells, other: Cells, columns: Sequence[str] = (PEAKS, LOSS)) -> bool:
@@ -440,12 +440,12 @@ def judge_losses(best: Mapping[str, Any], default: Mapping[str, Any]) -> Finding
 
 
 def thin(curve: Any) -> Any:
-    """Means over as many steps as lie between two measurements."""
+    """Return means over the steps between two measurements."""
     return curve.reshape(*curve.shape[:-1], -1, MEASURED_EVERY).mean(axis=-1)
 
 
 def draw(runs: Mapping[str, Sequence[Run]], edge: Mapping[str, Cells]) -> Figure:
-    """Curves are medians over the seeds, in their range; points have intervals."""
+    """Draw medians over the seeds with their range, and points with intervals."""
     figure = Figure(figsize=(evidence.WIDTH, 7.8), layout="constrained")
     panels: Any = figure.subplot_mosaic(
         [["edge", "H"], ["rate", "loss"], ["peaks", "peaks"]], height_ratios=[1, 1, 1.15]
@@ -481,7 +481,7 @@ def draw(runs: Mapping[str, Sequence[Run]], edge: Mapping[str, Cells]) -> Figure
 
 
 def draw_curve(axes: Axes, name: str, each: Any) -> None:
-    """Where a style has no line, nothing but the entry of the legend."""
+    """Draw a line, or only the entry of the legend for a style without one."""
     style = STYLES[name]
     if style.get("linestyle") == "none":
         axes.plot([], [], label=name, markersize=4, **style)

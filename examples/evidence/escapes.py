@@ -68,7 +68,7 @@ class Escaping(NamedTuple):
 
 
 def half_dualadam(rate: Any) -> optax.GradientTransformation:
-    """DualAdam in the middle of its first phase, for good."""
+    """Return DualAdam, kept in the middle of its first phase."""
     return dualadam(rate, switch_rate=lambda count: jnp.full_like(count, 0.5, jnp.float32))
 
 
@@ -114,7 +114,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 class Escape(NamedTuple):
-    """Of one method, for each well (and each group of trajectories).
+    """The escapes of one method, for each well (and each group of trajectories).
 
     Attributes:
       times: mean steps until they have left.
@@ -147,7 +147,7 @@ def escape(method: Escaping, groups: int, trajectories: int, steps: int) -> Esca
 
 @partial(jax.jit, static_argnames=("factory", "number", "steps"))
 def leave(factory: Factory, rate: Any, number: int, steps: int) -> tuple[Any, Any]:
-    """Whether each trajectory leaves its well, and its steps until then, or the end.
+    """Return whether each trajectory leaves its well, and its steps until then or until the end.
 
     The wells are those of ΔL (1 - cos(x / w)) / 2, of curvature ΔL / 2 w² at their bottom; all
     methods here are elementwise, so that all trajectories are one vector of parameters.
@@ -235,7 +235,7 @@ def draw(escapes: Mapping[str, Escape]) -> Figure:
 
 
 def draw_groups(axes: Axes, values: Any, colour: str, **look: Any) -> None:
-    """Means over the groups of each well, and their intervals."""
+    """Draw the means over the groups of each well, and their intervals."""
     estimates = [evidence.mean(of_groups) for of_groups in values]
     evidence.draw_estimates(axes, CURVATURES, estimates, color=colour, **look)
     axes.set_xscale("log")

@@ -56,12 +56,12 @@ RATES = np.geomspace(1e-3, 0.128, 8)
 
 
 def warm_up(steps: int) -> Factory:
-    """Adam whose rate grows as DualAdam's share of Adam does."""
+    """Return Adam, with a rate that grows like DualAdam's share of Adam."""
     return lambda rate: optax.adam(optax.linear_schedule(rate / steps, rate, steps - 1))
 
 
 def dual(steps: int) -> Factory:
-    """DualAdam whose first phase has this length."""
+    """Return DualAdam, with a first phase of this length."""
     return partial(dualadam, switch_rate=1 / steps)
 
 
@@ -129,7 +129,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 class Judged(NamedTuple):
-    """What a contender came to.
+    """The results of one contender.
 
     Attributes:
       rate: the best one.
@@ -165,7 +165,7 @@ NETWORK = Network(partial(initialize_smooth, widths=(64, HIDDEN, HIDDEN, CLASSES
 
 @jax.jit
 def sharpness_of_each(params: Any) -> jax.Array:
-    """The largest eigenvalue of the Hessian of the loss on all that was trained on."""
+    """Return the largest eigenvalue of the Hessian of the loss on all training images."""
     train = load_digits().train
     return lax.map(partial(sharpness, lambda p: cross_entropy(apply, p, train)), params)
 
@@ -185,12 +185,12 @@ def row(name: str, trained: Mapping[str, Judged]) -> dict[str, Estimate | float 
 
 
 def flatter(found: Judged, other: Judged) -> Estimate:
-    """In decades of the sharpness, seed by seed."""
+    """Return the difference in decades of the sharpness, seed by seed."""
     return evidence.mean(np.log10(found.sharpness) - np.log10(other.sharpness))
 
 
 def better(found: Judged, other: Judged) -> Estimate:
-    """In points of test accuracy, seed by seed."""
+    """Return the difference in points of test accuracy, seed by seed."""
     return evidence.mean(found.runs.accuracy - other.runs.accuracy)
 
 
@@ -256,7 +256,7 @@ def draw_gains(axes: Axes, trained: Mapping[str, Judged]) -> None:
 
 
 def style(name: str) -> dict[str, Any]:
-    """A control is open, and large enough to be seen around what it controls."""
+    """Draw all seeds; a control's dots are open, and visible around those of its method."""
     control = "warm-up" in name
     return {
         "color": TRAINING[name].colour,

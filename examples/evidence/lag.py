@@ -77,14 +77,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def make(decays: Sequence[float]) -> optax.GradientTransformation:
-    """The estimator, without the bias correction: that is 1 once the start is forgotten."""
+    """Return the estimator without bias correction, which tends to 1."""
     if len(decays) == 1:
         return ema(decay=decays[0], bias_correction="none")
     return triple_ema(decays=decays, bias_correction="none")
 
 
 class Responses(NamedTuple):
-    """What an estimator makes of its inputs.
+    """The responses of an estimator to its inputs.
 
     Attributes:
       step: to a gradient that jumps from 0 to 1, by the steps after.
@@ -108,7 +108,7 @@ def measure(tx: optax.GradientTransformation, seeds: int, steps: int) -> Respons
 
 @partial(jax.jit, static_argnames="tx")
 def respond(tx: optax.GradientTransformation, gradients: jax.Array) -> Any:
-    """The estimates, of shape (steps, series) like the gradients."""
+    """Return the estimates, of shape (steps, series) like the gradients."""
 
     def update(state, gradient):
         estimate, state = tx.update(gradient, state)
@@ -130,13 +130,13 @@ def row(decays: Sequence[float], found: Responses) -> dict[str, Estimate | float
 
 
 def lag(decays: Sequence[float]) -> float:
-    """In steps: L for one stage, L1 - L2 for two, L1 - 2 L2 + L3 for three."""
+    """Return the lag in steps: L for one stage, L1 - L2 for two, L1 - 2 L2 + L3 for three."""
     weights = {1: [1], 2: [1, -1], 3: [1, -2, 1]}[len(decays)]
     return float(np.dot(weights, [b / (1 - b) for b in decays]))
 
 
 def noise_gain(decays: Sequence[float]) -> float:
-    """The variance of the estimate, for white noise of variance 1.
+    """Return the variance of the estimate, for white noise of variance 1.
 
     The stages follow x = A x + b g, so their covariance is P = A P A^T + b b^T; the estimate is
     c x, with c = (3, -3, 1) for three.
@@ -151,7 +151,7 @@ def noise_gain(decays: Sequence[float]) -> float:
 
 
 def lag_of_plain(gain: float) -> float:
-    """Of the plain average with this noise gain, which is (1 - b) / (1 + b)."""
+    """Return the lag of the plain average with this noise gain, which is (1 - b) / (1 + b)."""
     return lag([(1 - gain) / (1 + gain)])
 
 

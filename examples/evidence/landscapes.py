@@ -74,7 +74,7 @@ def rastrigin(p: jax.Array) -> jax.Array:
 
 
 def valley(p: jax.Array) -> jax.Array:
-    """Curvatures of 1 and 1000 along the diagonals, which no scale per parameter can even out."""
+    """Return a parabola of curvatures 1 and 1000 along the diagonals, which no scales can undo."""
     return ((p[0] + p[1]) ** 2 + 1000 * (p[0] - p[1]) ** 2) / 4
 
 
@@ -86,7 +86,7 @@ LANDSCAPES = {
 
 
 class Outcome(NamedTuple):
-    """Of one method on one landscape.
+    """The outcome of one method on one landscape.
 
     Attributes:
       rate: the best one.
@@ -135,7 +135,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def tune_and_run(run: Callable[..., Any], landscape: Landscape, rates: Any, starts: int) -> Outcome:
-    """The trial that is best from one set of starts, and what it does from another."""
+    """Return the outcome of the trial that is best from one set of starts, from another set."""
     trials = jnp.tile(rates, 2), jnp.repeat(jnp.array([False, True]), len(rates))
     low, high = jnp.array(landscape.low), jnp.array(landscape.high)
     draws = jax.random.uniform(jax.random.key(0), (2 * starts, 2), minval=low, maxval=high)
@@ -159,7 +159,7 @@ def descend(
     starts: jax.Array,
     steps: int,
 ) -> tuple[Any, Any]:
-    """Runs from every start in every trial, which is a rate and whether it follows a cosine.
+    """Run from every start in every trial, which is a rate and whether it follows a cosine.
 
     Returns:
       The last losses, of shape (trials, starts), and the paths from the first start, of shape
@@ -185,7 +185,7 @@ def descend(
 
 
 def log(losses: jax.Array) -> jax.Array:
-    """Decimal, within reason: no more is made of what is as good as 0, or of what diverges."""
+    """Return decimal logarithms, clipped where a loss is as good as 0 or diverges."""
     return jnp.log10(jnp.clip(jnp.nan_to_num(losses, nan=jnp.inf), REACHED, 1e6))
 
 
@@ -203,12 +203,12 @@ def table(outcomes: Mapping[str, Mapping[str, Outcome]], name: str) -> evidence.
 
 
 def less_adamw(found: Outcome, adamw: Outcome) -> Estimate:
-    """In decades of the loss; paired, start by start."""
+    """Return the difference in decades of the loss, start by start."""
     return evidence.mean(log(found.losses) - log(adamw.losses))
 
 
 def judge(outcomes: Mapping[str, Mapping[str, Outcome]]) -> list[Finding]:
-    """On every method but CaAdam, which is Adam here."""
+    """Judge every method except CaAdam, which is Adam here."""
     differences = {
         f"{method} on {name}": less_adamw(outcomes[method][name], outcomes["adamw"][name])
         for method in METHODS
@@ -247,7 +247,7 @@ def draw(outcomes: Mapping[str, Mapping[str, Outcome]], method: str) -> Figure:
 
 
 def draw_contours(axes: Axes, landscape: Landscape, visited: Any) -> None:
-    """Of where starts are, and what was visited from there."""
+    """Return the box of the starts and of the points visited from there."""
     low = np.minimum(landscape.low, visited.min(axis=0) - 0.1)
     high = np.maximum(landscape.high, visited.max(axis=0) + 0.1)
     x, y = (np.linspace(*ends, 181) for ends in zip(low, high, strict=True))

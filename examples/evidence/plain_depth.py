@@ -68,12 +68,12 @@ TRAINED = 50
 
 
 def make_network(depth: int) -> Network:
-    """So many convolutions, ReLU after each, no normalization, and a dense layer."""
+    """Return a network of `depth` convolutions with ReLU and a dense layer, not normalized."""
     return Network(partial(initialize, depth), apply)
 
 
 def initialize(depth: int, key: jax.Array) -> Any:
-    """He's weights; all 3 × 3 kernels are one leaf."""
+    """Return weights after He et al.; all 3 × 3 kernels are one leaf."""
     first, hidden, last = jax.random.split(key, 3)
     he = jax.nn.initializers.he_normal()
     kernels = [he(k, (3, 3, CHANNELS, CHANNELS)) for k in jax.random.split(hidden, depth - 1)]
@@ -85,21 +85,21 @@ def initialize(depth: int, key: jax.Array) -> Any:
 
 
 def apply(params: Any, images: jax.Array) -> jax.Array:
-    """Logits of images of shape (N, 8, 8, 1)."""
+    """Return the logits of images of shape (N, 8, 8, 1)."""
     x = jax.nn.relu(embed(params["first"], images))
     x, _ = lax.scan(lambda x, layer: (jax.nn.relu(convolve(layer, x)), None), x, params["hidden"])
     return x.reshape(len(x), -1) @ params["last"]["kernel"] + params["last"]["bias"][None]
 
 
 def embed(params: Any, images: jax.Array) -> jax.Array:
-    """A convolution whose stride is its kernel's side; of shape (N, pixels, channels)."""
+    """Convolve with a stride of the kernel's side; the result is (N, pixels, channels)."""
     patches = images.reshape(-1, SIDE, STEM, SIDE, STEM).swapaxes(2, 3)
     kernel = params["kernel"].reshape(STEM * STEM, CHANNELS)
     return patches.reshape(-1, SIDE * SIDE, STEM * STEM) @ kernel + params["bias"][None, None]
 
 
 def convolve(params: Any, x: jax.Array) -> jax.Array:
-    """With a 3 × 3 kernel, beside zeros, by the matrix between all pixels of all channels.
+    """Convolve with a 3 × 3 kernel and zero padding, by a matrix between all pixels and channels.
 
     XLA's convolutions, of many networks with a kernel each, take a CPU ten times as long.
     """
@@ -118,7 +118,7 @@ TAPS = find_taps()
 
 
 def radam(rate: Any) -> optax.GradientTransformation:
-    """RAdam, with AdamW's decay."""
+    """Return RAdam with AdamW's decay."""
     return optax.chain(
         optax.scale_by_radam(),
         optax.add_decayed_weights(DECAY),
@@ -151,7 +151,7 @@ COLOURS = {ADAMW: "0.2", RADAM: BLUE, NOVAK: ORANGE}
 
 
 class Cell(NamedTuple):
-    """A contender, by its name, and what it trains."""
+    """A contender's name, and the network that it trains."""
 
     network: Network
     depth: int
@@ -256,19 +256,19 @@ def row(found: Judged, by_name: Mapping[str, Judged]) -> dict[str, Estimate | fl
 
 
 def rates_in_words(chosen: Any) -> str:
-    """Those that seeds were given."""
+    """Return the range of the rates chosen for the seeds."""
     indices = np.unique(chosen)
     text = " to ".join(f"{RATES[i]:.2g}" for i in sorted({indices[0], indices[-1]}))
     return text + ", the last" * bool({0, len(RATES) - 1}.intersection(indices))
 
 
 def more_accurate(found: Judged, other: Judged) -> Estimate:
-    """In points on the test images, seed by seed; those that did not train included."""
+    """Return the difference in points of test accuracy, also of seeds that did not train."""
     return evidence.mean(found.at_best(found.runs.accuracy) - other.at_best(other.runs.accuracy))
 
 
 def more_accurate_anywhere(found: Judged, other: Judged) -> Estimate:
-    """Likewise for the mean over all rates."""
+    """Return the same difference for the mean over all rates."""
     return evidence.mean((found.runs.accuracy - other.runs.accuracy).mean(axis=0))
 
 
@@ -276,13 +276,13 @@ MEASURES = more_accurate, more_accurate_anywhere
 
 
 def more_often(found: Judged, other: Judged) -> Estimate:
-    """What more of the seeds train, at the best rates."""
+    """Return the difference of the shares of seeds that train, at the best rates."""
     mine, others = (np.float64(x.at_best(x.trained)) for x in (found, other))
     return evidence.mean(mine - others)
 
 
 def wider(found: Judged, other: Judged) -> Estimate:
-    """By how many decades of rates."""
+    """Return the difference in decades of rates."""
     return evidence.mean(found.decades - other.decades)
 
 
@@ -292,7 +292,7 @@ def judge(outcomes: Outcomes) -> list[Finding]:
 
 
 def judge_whole(depth: int, deepest: Mapping[str, Judged]) -> Finding:
-    """Beside both controls."""
+    """Judge NOVAK against both controls."""
     labels = {NOVAK: NOVAK, FALLBACK: f"NOVAK with {FALLBACK}", ADAMW: ADAMW, RADAM: RADAM}
 
     def better(measure: Callable[[Judged, Judged], Estimate]) -> bool:
@@ -314,7 +314,7 @@ def judge_whole(depth: int, deepest: Mapping[str, Judged]) -> Finding:
 
 
 def judge_parts(depth: int, deepest: Mapping[str, Judged]) -> Finding:
-    """The claim with a number: what decay at the effective rate costs.
+    """Judge the claim that has a number: the cost of decay at the effective rate.
 
     All changes are measured in two ways, for at its best rate many a part does as well as another.
     """
@@ -373,7 +373,7 @@ def draw_rates(axes: Axes, deepest: Mapping[str, Judged]) -> None:
 
 
 def draw_parts(axes: Axes, deepest: Mapping[str, Judged]) -> None:
-    """What each change makes of NOVAK."""
+    """Draw the difference that each change of NOVAK makes."""
     axes.axvline(0, color="0.6", linewidth=1)
     others = [name for name in deepest if name != NOVAK]
     for i, name in enumerate(others):

@@ -47,7 +47,7 @@ def load(folder: Path) -> dict[str, Document]:
 
 
 def table(documents: Mapping[str, Document]) -> str:
-    """README's, in Markdown: a row for each claim."""
+    """Return README's table in Markdown, a row for each claim."""
     lines = ["| claim | verdict | figure | `python examples/evidence/…` |", "|---|---|---|---|"]
     for script, found in documents.items():
         figures = ", ".join(
@@ -61,7 +61,7 @@ def table(documents: Mapping[str, Document]) -> str:
 
 
 def page(documents: Mapping[str, Document]) -> str:
-    """All there is to see, in Markdown, a section for each script."""
+    """Return the page with all figures and tables in Markdown, a section for each script."""
     sections = [section(script, found) for script, found in documents.items()]
     intro = (
         "Written by `python examples/evidence/summary.py` from the files beside it, which the"
@@ -71,7 +71,7 @@ def page(documents: Mapping[str, Document]) -> str:
 
 
 def section(script: str, found: Document) -> str:
-    """What is asked and how, in the script's own words; verdicts, figures, and tables."""
+    """Return a section: the script's docstring, verdicts, figures and tables."""
     title, _, how = read_docstring(script).partition("\n\n")
     command, _, how = how.partition("\n\n")
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
@@ -88,7 +88,7 @@ def section(script: str, found: Document) -> str:
 
 
 def read_docstring(script: str) -> str:
-    """Without importing it."""
+    """Return a script's docstring without importing it."""
     tree = ast.parse((FOLDER / f"{script}.py").read_text(encoding="utf-8"))
     return ast.get_docstring(tree) or ""
 
@@ -102,14 +102,14 @@ def table_of(title: str, rows: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def in_words(cell: Any) -> str:
-    """As the script prints it; an estimate is a list of its mean and its ends, if there are any."""
+    """Return a cell as the script prints it; an estimate is a list of its mean and its ends."""
     if isinstance(cell, list):
         return str(Estimate(*(math.nan if x is None else x for x in cell)))
     return cell if isinstance(cell, str) else f"{cell:.3g}"
 
 
 def takes(seconds: float) -> str:
-    """In the unit that a reader would say it in."""
+    """Return a time in seconds or minutes."""
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} min"
 
 
