@@ -1,6 +1,5 @@
 """Many learning rates and seeds, trained side by side: copy this file and make it yours.
 
-    pip install "optax-ext[examples]"
     python hyperparameters.py
     python hyperparameters.py --rates 5 --seeds 20
     python hyperparameters.py --checkpoints run1

@@ -1,6 +1,5 @@
 """A language model in bfloat16, trained with Flax linen: copy this file and make it yours.
 
-    pip install "optax-ext[examples]"
     python language_model.py
     python language_model.py --text mine.txt --steps 2000
     python language_model.py --checkpoints run1

@@ -2,7 +2,6 @@
 
 It runs on all GPUs or on a TPU slice; without them, on eight virtual devices of the CPU:
 
-    pip install "optax-ext[examples]"
     python sharded.py
     python sharded.py --optimizer novak --layout replicated
     python sharded.py --model-parallel 2 --checkpoints run1

@@ -1,6 +1,5 @@
 """A convolutional network, trained on images with Flax nnx: copy this file and make it yours.
 
-    pip install "optax-ext[examples]"
     python train_nnx.py
     python train_nnx.py --optimizer novak --rate 3e-3
     python train_nnx.py --checkpoints run1
