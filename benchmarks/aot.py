@@ -11,7 +11,7 @@ import importlib.util
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -222,7 +222,7 @@ def ptx(step: Step, params: Any, state: Any) -> str:
 
 
 @contextlib.contextmanager
-def compiled_anew() -> Iterator[None]:
+def compiled_anew() -> Generator[None]:
     """Disable JAX's persistent cache.
 
     A program from the cache is not compiled: it takes no time and writes no PTX.

@@ -110,7 +110,7 @@ class Curves(NamedTuple):
         return [int(self.steps[run.argmax()]) if run.any() else None for run in reached]
 
 
-def make_network(data: Dataset) -> tuple[nnx.GraphDef, nnx.State]:
+def make_network(data: Dataset) -> tuple[nnx.GraphDef[Any], nnx.State[Any, Any]]:
     """Return the network's structure and the shapes of its parameters."""
     channels = data.train.images.shape[-1]
     return nnx.split(nnx.eval_shape(lambda: ConvNet(channels, data.classes, rngs=nnx.Rngs(0))))
@@ -202,7 +202,7 @@ def draw_batches(seed: int, images: int, epochs: int) -> NDArray[np.int64]:
 
 
 @partial(jax.jit, static_argnames=("channels", "classes"))
-def initialize(channels: int, classes: int, seeds: jax.Array) -> nnx.State:
+def initialize(channels: int, classes: int, seeds: jax.Array) -> nnx.State[Any, Any]:
     """Return new parameters for each seed, stacked."""
 
     def initialize_one(seed):
@@ -215,7 +215,7 @@ def initialize(channels: int, classes: int, seeds: jax.Array) -> nnx.State:
 
 @partial(jax.jit, static_argnames=("network", "factory"))
 def advance(
-    network: nnx.GraphDef,
+    network: nnx.GraphDef[Any],
     factory: Factory,
     params: optax.Params,
     states: optax.OptState,
@@ -260,7 +260,7 @@ def apply_gradients(
 
 
 @partial(jax.jit, static_argnames="network")
-def accuracy(network: nnx.GraphDef, params: optax.Params, data: Split) -> jax.Array:
+def accuracy(network: nnx.GraphDef[Any], params: optax.Params, data: Split) -> jax.Array:
     """Return the share of images that each run classifies correctly."""
 
     def accuracy_one(params):

@@ -13,7 +13,7 @@ other seeds; the rate with the best validation accuracy then runs on all seeds.
 import argparse
 import errno
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -217,7 +217,7 @@ def prepare_output(path: Path) -> Path:
 
 
 @contextmanager
-def progress_bar(total: int) -> Iterator[Callable[[str, float], None]]:
+def progress_bar(total: int) -> Generator[Callable[[str, float], None]]:
     """Show a bar; yield a function that takes a label and how much more work is done."""
     columns = (
         TextColumn("{task.description:<20}"),

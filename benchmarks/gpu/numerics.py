@@ -1,7 +1,7 @@
 """Comparison of fused steps with their chain, and of both with float64, on this device."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -78,7 +78,7 @@ class Numerics:
 
 
 @contextlib.contextmanager
-def in_float64() -> Iterator[None]:
+def in_float64() -> Generator[None]:
     """Create and run everything inside of this context in float64 on the CPU."""
     with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
         yield

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from enum import StrEnum
@@ -163,7 +163,7 @@ def make_folder(folder: Path) -> None:
 
 
 @contextmanager
-def progress_bar(total: int) -> Iterator[Callable[[str, float], None]]:
+def progress_bar(total: int) -> Generator[Callable[[str, float], None]]:
     """Show a bar; yield a function that takes a label and how much more work is done."""
     columns = (
         TextColumn("{task.description:<20}"),
@@ -512,7 +512,7 @@ def sizes(options: argparse.Namespace) -> dict[str, int]:
 
 
 @contextmanager
-def writing_to(path: Path) -> Iterator[None]:
+def writing_to(path: Path) -> Generator[None]:
     """End the program with one line if results can't be written."""
     try:
         yield

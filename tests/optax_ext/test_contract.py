@@ -80,7 +80,7 @@ def test_a_broken_transformation_is_found(update):
 class Variants(chex.TestCase):
     """Trajectories under chex's variants: compiled or not, placed on a device or not, mapped."""
 
-    @chex.variants(  # pyright: ignore[reportCallIssue]
+    @chex.variants(
         with_jit=True, without_jit=True, with_device=True, without_device=True, with_pmap=True
     )
     @parameterized.named_parameters(

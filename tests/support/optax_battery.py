@@ -153,7 +153,9 @@ class _Recorder:
     def __init__(self) -> None:
         self.records: list[tuple[Any, ...]] = []
 
-    def product(self, *rows: Iterable[Mapping[str, Any]], **axes: Iterable[Any]) -> Callable:
+    def product(
+        self, *rows: Iterable[Mapping[str, Any]], **axes: Iterable[Any]
+    ) -> Callable[..., Any]:
         factors = (*rows, *([{name: value} for value in axes[name]] for name in axes))
 
         def record(body: types.FunctionType) -> types.FunctionType:
@@ -165,7 +167,7 @@ class _Recorder:
 
         return record
 
-    def named_parameters(self, *rows: Any) -> Callable:
+    def named_parameters(self, *rows: Any) -> Callable[..., Any]:
         named = rows[0] if len(rows) == 1 else rows
 
         def record(body: types.FunctionType) -> types.FunctionType:
