@@ -20,6 +20,7 @@ from scipy import integrate
 import optax_ext
 from benchmarks.summary import fill
 
+pytestmark = pytest.mark.slow  # the scripts are no part of the product
 FOLDER = Path(__file__).parents[2] / "examples" / "evidence"
 
 
@@ -119,37 +120,30 @@ class Smoke(NamedTuple):
     Attributes:
       options: that make it quick.
       check: raises unless its tables are right.
-      slow: whether even so it takes more than a few seconds.
     """
 
     options: list[str]
     check: Callable[[dict[str, Any]], None]
-    slow: bool = False
 
 
 SMOKE = {
     # As many runs to search as to judge, so that each optimizer is compiled once.
-    "connections": Smoke(["--seeds=4", "--trials=1", "--steps=3"], check_connections, slow=True),
+    "connections": Smoke(["--seeds=4", "--trials=1", "--steps=3"], check_connections),
     "edge_of_stability": Smoke(
         ["--seeds=2", "--trials=1", "--steps=100", "--images=32", "--rates=2"],
         check_edge_of_stability,
-        slow=True,
     ),
-    "escapes": Smoke(
-        ["--groups=2", "--trajectories=100", "--patience=8000"], check_escapes, slow=True
-    ),
-    "flat_minima": Smoke(["--seeds=8", "--trials=1", "--steps=20"], check_flat_minima, slow=True),
+    "escapes": Smoke(["--groups=2", "--trajectories=100", "--patience=8000"], check_escapes),
+    "flat_minima": Smoke(["--seeds=8", "--trials=1", "--steps=20"], check_flat_minima),
     "lag": Smoke(["--seeds=8", "--steps=1000"], check_lag),
-    "landscapes": Smoke(["--starts=8", "--steps=60", "--rates=12"], check_landscapes, slow=True),
-    "plain_depth": Smoke(["--depths=1", "--seeds=2", "--steps=1"], check_plain_depth, slow=True),
+    "landscapes": Smoke(["--starts=8", "--steps=60", "--rates=12"], check_landscapes),
+    "plain_depth": Smoke(["--depths=1", "--seeds=2", "--steps=1"], check_plain_depth),
 }
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(x, marks=[pytest.mark.slow] * SMOKE[x].slow) for x in SMOKE]
-)
+@pytest.mark.parametrize("name", SMOKE)
 def test_script(load_module, tmp_path, capsys, name):
-    options, check, _ = SMOKE[name]
+    options, check = SMOKE[name]
     load_module(name).main([*options, f"--out={tmp_path}"])
     found = json.loads((tmp_path / f"{name}.json").read_text(encoding="utf-8"))
     check(found["tables"])
@@ -214,7 +208,6 @@ def test_rates_are_chosen_and_judged_by_other_starts(load_module):
     np.testing.assert_allclose(found.path, [landscape.shown, 2 * np.array(landscape.shown)])
 
 
-@pytest.mark.slow
 def test_curvatures_are_those_of_the_whole_hessian(load_module):
     evidence = load_module("_evidence")
     params = evidence.initialize_smooth(jax.random.key(0), [3, 4, 2])
@@ -297,7 +290,6 @@ def test_no_seed_chooses_its_own_rate(load_module):
     assert digits.best_on_others(runs).tolist() == [0, 1, 1]
 
 
-@pytest.mark.slow
 def test_trainings_side_by_side_are_those_alone(load_module):
     digits, plain_depth = load_module("_evidence"), load_module("plain_depth")
     network = plain_depth.make_network(2)

@@ -206,13 +206,12 @@ DECAYS = [(0.9, 0.5, 0.5), (0.9, 0.3, 0.8), (0.999, 0.7, 0.5), (0.9, 0.9, 0.9), 
 
 
 @pytest.mark.parametrize("decays", DECAYS, ids=str)
-def test_exact_debias_reproduces_a_constant(decays):
-    """To about ten roundings, each stage of 60 steps having some."""
-    constant = np.full(60, 3.0, np.float32)
+def test_exact_debias_reproduces_a_constant(x64, decays):
+    constant = np.full(60, 3.0)
     first = optax_ext.triple_ema(decays=decays, bias_correction="exact")
     second = optax_ext.triple_ema_of_squares(decays=decays, bias_correction="exact")
-    np.testing.assert_allclose(history(first, np.float32(0), constant)[0], 3.0, rtol=2e-6)
-    np.testing.assert_allclose(history(second, np.float32(0), constant)[0], 9.0, rtol=2e-6)
+    np.testing.assert_allclose(history(first, np.float64(0), constant)[0], 3.0, rtol=1e-14)
+    np.testing.assert_allclose(history(second, np.float64(0), constant)[0], 9.0, rtol=1e-14)
 
 
 def test_triple_ema_of_squares_is_clamped():

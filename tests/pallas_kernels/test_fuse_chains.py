@@ -135,7 +135,7 @@ def test_chain(words, tree, bad):
 
 @pytest.mark.slow
 @given_chains
-@settings(max_examples=20)
+@settings(max_examples=12)
 def test_many_chains(words, tree, bad):
     assert_words_fuse(words, tree, bad)
 

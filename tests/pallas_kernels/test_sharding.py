@@ -133,6 +133,7 @@ def largest_error(ours, expected) -> float:
 
 # One phase, two with one norm of all leaves, and two with norms of each.
 PATHS = ("fame", "vradam", "lamb")
+EXPLICIT = ("novak, rotating", "explicit")
 QUICK = {("vradam", "fully and by tensor"), ("lamb", "explicit")}
 
 
@@ -146,7 +147,7 @@ def quick_where_broad(name: str, where: str) -> Any:
     [
         quick_where_broad(name, where)
         for name, where in itertools.product(OPTIMIZERS | UNFUSED, LAYOUTS)
-        if name in PATHS or where != "replicated"
+        if name in PATHS or where == "fully sharded" or (name, where) == EXPLICIT
     ],
 )
 def test_a_chain(name, where):
