@@ -11,7 +11,7 @@ import pytest
 
 import optax_ext
 from support import oracles
-from support.cases import TREES, gradients, parameters, relative_errors, trajectory
+from support.cases import TREES, gradients, parameters, relative_errors, slow_unless, trajectory
 
 RATE = 0.01
 STEPS = 32
@@ -78,7 +78,7 @@ IDENTITIES: dict[str, tuple[Callable[[], Optimizer], Callable[[], Optimizer]]] =
 }
 
 
-@pytest.mark.parametrize("name", IDENTITIES)
+@pytest.mark.parametrize("name", slow_unless(list(IDENTITIES)[::2], IDENTITIES))
 def test_identity(name):
     """In both precisions, with the other side in float64 always.
 

@@ -101,7 +101,7 @@ def test_contrib(case):
     case.run()
 
 
-@every(ALIAS)
+@every(ALIAS, fast=())
 def test_alias(case):
     case.run()
 
@@ -111,12 +111,12 @@ def test_state_dtype(case):
     case.run()
 
 
-@every(SHARDING)
+@every(SHARDING, fast=())
 def test_sharding(case):
     case.run()
 
 
-@every(FLOAT64)
+@every(FLOAT64, fast=())
 def test_float64(case):
     case.run()
 

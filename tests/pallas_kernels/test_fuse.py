@@ -29,10 +29,9 @@ from support.strategies import shape
 
 # Statistics of every kind and scope, vectors of scalars, a select on another statistic, and what is
 # not elementwise. All other cases are slow rows.
-RACED = [
-    *METHODS,
-    *(CASE[name] for name in ("vradam-tensor", "dualadam-crossing", "novak-full")),
-    CASE["caadam-schedules"],
+RACES = ("fame-tema_exact", "vradam-tensor", "dualadam-crossing", "novak-full")
+RACED = [CASE[name] for name in RACES]
+    CASE[name] for name in ("fame-tema_exact", "vradam-tensor", "dualadam-crossing", "novak-full")
 ]
 every_race = pytest.mark.parametrize("case", slow_unless(RACED, CASES, group=True))
 
@@ -215,7 +214,7 @@ TREES = {
 }
 
 
-QUICK_TREES = "sizes", "mixed_dtypes", "no_leaves", "masked"
+QUICK_TREES = "mixed_dtypes", "no_leaves", "masked"
 
 
 @pytest.mark.parametrize("name", slow_unless(QUICK_TREES, TREES))

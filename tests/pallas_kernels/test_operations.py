@@ -202,7 +202,7 @@ def assert_same(ours: np.ndarray, expected: np.ndarray, roundings: int) -> None:
 
 
 @pytest.mark.parametrize("backend", INTERPRETERS)
-@each(REWRITTEN)
+@each({"round", "max", "reduce_max", "select_n"})
 def test_kernels_compute_what_xla_does(name, function, backend):
     params = leaves(function, edges)
     tx = leaf_by_leaf(function)
