@@ -31,8 +31,6 @@ from support.strategies import shape
 # not elementwise. All other cases are slow rows.
 RACES = ("fame-tema_exact", "vradam-tensor", "dualadam-crossing", "novak-full")
 RACED = [CASE[name] for name in RACES]
-    CASE[name] for name in ("fame-tema_exact", "vradam-tensor", "dualadam-crossing", "novak-full")
-]
 every_race = pytest.mark.parametrize("case", slow_unless(RACED, CASES, group=True))
 
 
