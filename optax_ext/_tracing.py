@@ -255,7 +255,7 @@ class _Run:
 
 
 class _Step(NamedTuple):
-    """What one step of a scan returns, and the uses in it."""
+    """The results of one step of a scan, and the uses in it."""
 
     outputs: list[Value]
     uses: Uses

@@ -188,7 +188,7 @@ class _Leaf:
 
     @cached_property
     def is_in_operation(self) -> bool:
-        """Whether an operation sums over it or looks it up."""
+        """True if an operation sums over it or looks it up."""
         return any(use.in_operation for use in self.all_uses)
 
     @cached_property

@@ -53,12 +53,12 @@ class Compiled:
 
     @property
     def runs_chain(self) -> bool:
-        """Whether the chain runs instead: see `Placement.explicit`."""
+        """True if the chain must run instead: see `Placement.explicit`."""
         return bool(self.fallback_reasons) and self.placement.explicit
 
     @property
     def closes_over_tracer(self) -> bool:
-        """Whether the step closes over a tracer, so that later calls must not reuse it."""
+        """True if the step closes over a tracer, so that later calls must not reuse it."""
         return any(isinstance(x, Tracer) for x in self.traced.constants)
 
 
@@ -126,7 +126,7 @@ class Compiler:
 
 @dataclass(frozen=True)
 class Static:
-    """All that arguments contain besides arrays.
+    """The contents of arguments besides arrays.
 
     Attributes:
       structure: the structure of their tree.
@@ -140,7 +140,7 @@ class Static:
 
     @property
     def is_plain(self) -> bool:
-        """Whether equal values mean equal steps: no option is a function, for example."""
+        """True if equal values mean equal steps: no option is a function, for example."""
         try:
             hash(self.structure)
         except TypeError:

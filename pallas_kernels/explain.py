@@ -21,7 +21,7 @@ from pallas_kernels.trace import is_array, types
 
 @dataclass(frozen=True)
 class PhaseReport:
-    """What launches do that do not wait for each other.
+    """The work of one phase: launches that do not wait for each other.
 
     Attributes:
       work: "statistics" or "update". A phase for statistics may also write results that are known
@@ -46,7 +46,7 @@ class PhaseReport:
 
 @dataclass(frozen=True)
 class Report:
-    """What a fused step does, on each device.
+    """The work of a fused step on each device.
 
     Attributes:
       devices: number of devices.

@@ -58,7 +58,7 @@ class Node:
 
     @property
     def on_leaf(self) -> bool:
-        """Whether the value is an array that a launch reads block by block."""
+        """True if the value is an array that a launch reads block by block."""
         return self.size > 1 and self.kind in (Kind.INPUT, Kind.ELEMENTWISE, Kind.XLA)
 
 

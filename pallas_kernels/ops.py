@@ -25,7 +25,7 @@ _BEFORE_0_11 = jax.__version_info__ < (0, 11)
 
 
 class Class(enum.Enum):
-    """What a primitive does with the elements of a leaf."""
+    """The effect of a primitive on the elements of a leaf."""
 
     ELEMENTWISE = "elementwise"
     SAME_ORDER = "same order"  # keeps the elements in their order in memory
@@ -36,7 +36,7 @@ class Class(enum.Enum):
 
 @dataclass(frozen=True)
 class Support:
-    """How a backend computes a primitive.
+    """The way in which a backend computes a primitive.
 
     Attributes:
       rewrite: a function of the same operands and parameters; `None` means that the backend has an
@@ -127,7 +127,7 @@ REDUCTIONS: dict[str, str] = {
 
 @dataclass(frozen=True)
 class Target:
-    """What a plan must know of a backend.
+    """The properties of a backend that a plan depends on.
 
     Attributes:
       column: its column in the table.

@@ -33,7 +33,7 @@ class Placement:
 
     @property
     def explicit(self) -> bool:
-        """Whether the mesh has explicit axes, so that all types contain shardings.
+        """True if the mesh has explicit axes, so that all types contain shardings.
 
         A step is traced without a mesh, so arrays that XLA computes for a leaf have no sharding in
         their types. If there are such arrays, the chain must run instead.

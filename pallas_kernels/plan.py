@@ -20,7 +20,7 @@ _LARGEST = 2**31 - 1  # elements that a 32-bit index reaches
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What to launch, in order.
+    """The launches of a step, in order.
 
     Attributes:
       phases: the launches. Each phase but the last computes statistics that later phases need.

@@ -11,7 +11,7 @@ from pallas_kernels.graph import Kind, Node, Operation
 
 
 class Builder(Protocol):
-    """What rewrites need of the reader of a jaxpr."""
+    """The part of a jaxpr's reader that rewrites use."""
 
     def apply(self, op: Operation) -> list[Node]:
         """Return the results of one operation."""

@@ -1,4 +1,4 @@
-"""What all evidence shares: command lines, training on digits, intervals, verdicts and files."""
+"""The parts that all evidence shares: command lines, training, intervals, verdicts and files."""
 
 import argparse
 import errno

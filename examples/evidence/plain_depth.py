@@ -170,17 +170,17 @@ class Judged(NamedTuple):
     chosen: Any
 
     def at_best(self, values: Any) -> Any:
-        """Of values of shape (rates, seeds), each seed's at its rate."""
+        """Return the values of shape (rates, seeds) for each seed's rate."""
         return values[self.chosen, np.arange(len(self.chosen))]
 
     @property
     def trained(self) -> Any:
-        """Which of the runs did, of shape (rates, seeds)."""
+        """The runs that trained, as booleans of shape (rates, seeds)."""
         return self.runs.train_accuracy > TRAINED
 
     @property
     def decades(self) -> Any:
-        """Of rates, at which each seed trains."""
+        """The number of decades of rates at which each seed trains."""
         return SPACING * self.trained.sum(axis=0)
 
 

@@ -1,4 +1,4 @@
-"""What a backend's module provides; nothing else depends on a backend."""
+"""The functions of a backend's module; no other module depends on a backend."""
 
 from collections.abc import Sequence
 from typing import Protocol
