@@ -13,7 +13,7 @@ import optax
 import pytest
 
 from pallas_kernels import explain, fuse
-from support.cases import CASE, CASES, METHODS, slow_unless
+from support.cases import CASE, CASES, METHODS, PATHS, slow_unless
 from support.fused import (
     ELEMENTWISE,
     RAGGED,
@@ -27,11 +27,14 @@ from support.fused import (
 from support.optax_battery import load
 from support.strategies import shape
 
-# Statistics of every kind and scope, vectors of scalars, a select on another statistic, and what is
-# not elementwise. All other cases are slow rows.
-RACES = ("fame-tema_exact", "vradam-tensor", "dualadam-crossing", "novak-full")
-RACED = [CASE[name] for name in RACES]
-every_race = pytest.mark.parametrize("case", slow_unless(RACED, CASES, group=True))
+# Statistics of every kind and scope, a select on another statistic, vectors of scalars, and what is
+# not elementwise; then one case for every other code path, as slow rows.
+KINDS = ("fame-tema_exact", "vradam-tensor", "dualadam-crossing", "novak-full")
+RACED = [CASE[name] for name in KINDS]
+PATH_NAMES = {*KINDS, "caadam-schedules", *map(str, PATHS)}
+every_race = pytest.mark.parametrize(
+    "case", slow_unless(RACED, [case for case in CASES if str(case) in PATH_NAMES], group=True)
+)
 
 
 @functools.cache
