@@ -22,7 +22,7 @@ def minimum(x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def _nan_or(result: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
-    """Triton's maximum and minimum return the operand that is not NaN."""
+    """Return NaN if an operand is NaN; Triton's maximum and minimum ignore it."""
     if not jnp.issubdtype(x.dtype, jnp.floating):
         return result
     return jnp.where(x != x, x, jnp.where(y != y, y, result))

@@ -1,7 +1,7 @@
 """`Compiled`: a step that is traced, placed and planned; `fuse` runs it, `explain` prints it.
 
 A `Compiled` depends on structure, types and shardings of the step's arguments, and contains none of
-their values. So it is kept for later calls.
+their arrays. So later calls reuse it.
 """
 
 import functools
@@ -70,7 +70,7 @@ class Compiler:
     """
 
     def __init__(self, function: Callable[..., Any], in_place: int) -> None:
-        """Keep nothing yet.
+        """Create a compiler with an empty cache.
 
         Args:
           function: the function.

@@ -25,9 +25,9 @@ def compile_once(execute: Callable[..., Any]) -> Callable[..., Any]:
     """Make `execute(arguments, placed)` compile at the first of several equal calls.
 
     Arrays are inputs of the compiled program. There is one program for each combination of the
-    rest: structure, types, shardings, booleans and strings. A step is not compiled here if an
+    rest: structure, types, shardings, booleans and strings. A program is not kept if an
     argument is a tracer (under `jit` and other transformations), a Python number (its value may
-    decide what the chain does) or another object, such as a function. It is not compiled either if
+    decide what the chain does) or another object, such as a function. It is not kept either if
     it closes over a tracer.
 
     Args:

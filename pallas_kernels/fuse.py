@@ -49,8 +49,8 @@ def fuse(
 
     A step is also compiled outside of `jit`: once for each structure, types and shardings of the
     arguments, and for each value of options such as a flag. As under `jit`, the chain's Python code
-    does not run again after that. A step that takes a function as an argument is not compiled: the
-    function runs at every call.
+    does not run again after that. A Python number is part of the compiled program, so give arrays
+    for values that change. A step that takes a function as an argument is compiled at every call.
 
     `step` moves the fewest bytes, because it writes parameters and state in place. Donate both to
     the `jit` around it, or XLA copies them first. `update` is for loops that need the updates.
@@ -95,7 +95,7 @@ def fuse(
         updates, state = tx.update(updates, state, params, **extra_args)
         return state, updates
 
-    # The first results have the memory of the first arguments: parameters and state, or the state.
+    # The leading results reuse the memory of parameters and state, or of the state.
     compile_step = Compiler(whole_step(tx), in_place=2)
     compile_update = Compiler(chain_update, in_place=1)
     run_step = _runner(compile_step, backend, strict)

@@ -17,13 +17,13 @@ from pallas_kernels.layout import PACKS, Form, Layout, PartialReduction, Slot
 from pallas_kernels.program import Body, Program
 
 LEAVES_PER_LAUNCH = 33
-# How many launches more than the fewest possible we accept, to compile fewer different ones.
+# We accept this many extra launches if fewer different kernels are compiled then.
 MORE_LAUNCHES = 1
 
 
 @dataclass(frozen=True, eq=False)
 class Launch:
-    """A layout, and the nodes that its operands and results are.
+    """A layout, and the nodes of its operands and results.
 
     Attributes:
       layout: the layout.

@@ -39,9 +39,9 @@ def call(compiled: Compiled, arrays: Sequence[Any]) -> Any:
 
 
 def _place(compiled: Compiled, flat: Sequence[Any]) -> Sequence[Any]:
-    """Place what kernels read where they expect it.
+    """Constrain the kernels' inputs to their shardings.
 
-    Otherwise `jit` would not see the mesh, which only the code inside of the primitive has.
+    The mesh is known only inside of the primitive, so `jit` needs the constraints to find it.
     """
     graph, placement = compiled.traced.graph, compiled.placement
     if not isinstance(placement.mesh, Mesh) or placement.explicit:

@@ -1,4 +1,4 @@
-"""Rewrites of operations that save passes over leaves, or make them possible at all."""
+"""Rewrites that save passes over leaves, or let a kernel compute an operation."""
 
 import operator
 from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ class Builder(Protocol):
 
 
 def inner_product(build: Builder, op: Operation) -> Node | None:
-    """Return the sum of products that a matrix product of two equal leaves is, or `None`."""
+    """Return the inner product of two leaves of equal shape as a sum of products, or `None`."""
     (left, right), (result,) = op.args, op.types
     (left_axes, right_axes), (batch, _) = op.params["dimension_numbers"]
     whole = result.size == 1 and left.shape == right.shape and not batch

@@ -52,7 +52,7 @@ def of_parameters(params: Any, shardings: Shardings) -> dict[str, NamedSharding]
         above = next((keys[:i] for i in range(len(keys) + 1) if keys[:i] in given), None)
         if above is None:
             raise ValueError(
-                f"shardings must have one for each parameter, but none for {_name(path)}"
+                f"shardings must have one for each parameter, but has none for {_name(path)}"
             )
         found[_name(path)] = _named(_name(path), given[above])
         used.add(above)

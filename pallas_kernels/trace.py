@@ -108,7 +108,7 @@ class _Reader:
             self.graph.effect(op)
             return []
         if any(_is_in_host_memory(v.aval) for v in (*eqn.invars, *eqn.outvars)):
-            return self._escape(op, f"{eqn.primitive.name} moves it to host memory, or from there")
+            return self._escape(op, f"{eqn.primitive.name} moves it to or from host memory")
         if eqn.primitive is lax.cond_p and (
             any(a.on_leaf for a in args) or any(t.size > 1 for t in op.types)
         ):

@@ -83,7 +83,7 @@ def launch(
         for i, x in zip(fresh, call(table, *arrays), strict=True):
             new[i][...] = x
 
-    # `jax.new_ref` would be shorter, but its effect can't pass the `custom_jvp` around a step.
+    # `jax.new_ref` would be shorter, but has an effect that the types of a step would have to name.
     written, new = pl.run_state(run)(
         (
             {i: operands[i] for i in in_place.values()},

@@ -132,7 +132,7 @@ def test_resumed_on_a_mesh(options, axis_type, tmp_path):
 @pytest.mark.slow
 def test_a_fused_step_leaves_them_to_xla():
     tx, params = lookahead(), jax.tree.map(jnp.asarray, filled(TREE, 0))
-    why = "cond moves it to host memory, or from there"
+    why = "cond moves it to or from host memory"
     assert [line.split(": ") for line in explain(tx, params).fallback_reasons] == [
         [f"0/{name}", why] for name in ("bias", "kernel", "odd")
     ]
