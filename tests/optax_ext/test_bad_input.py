@@ -425,7 +425,7 @@ def test_missing_params_raise_what_optax_raises(optimizer):
     assert message(optimizer) == message(optax.adamw(0.1))
 
 
-# `test_units.py` tests what connections say.
+# `test_connection_units.py` tests what connections say.
 BUILT = NEED_PARAMS | {
     row.name: row.factory(**row.arguments) for row in PIECES if row.name != "connections"
 }
