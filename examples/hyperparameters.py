@@ -5,9 +5,9 @@
     python hyperparameters.py --checkpoints run1
 
 `optax.inject_hyperparams` keeps the learning rate in the optimizer's state. So the training loop
-can change it at any step, here for warm restarts (SGDR), and one compiled step, mapped over rates
-and seeds by `vmap`, serves them all. Each round of training searches closer around the rate that
-was best in the round before. After an interruption, the last command resumes bit-exactly from its
+can change it at any step, here for warm restarts (SGDR). One compiled step, mapped by `vmap`,
+trains all rates and seeds. Each round of training searches closer around the rate that
+was best in the round before. After an interruption, the same command resumes bit-exactly from its
 newest checkpoint.
 """
 
@@ -46,7 +46,7 @@ class Split(NamedTuple):
 
 
 class Sweep(NamedTuple):
-    """All that a checkpoint holds.
+    """The contents of a checkpoint.
 
     Attributes:
       runs: the current round's models, stacked by rate and seed.
@@ -88,7 +88,7 @@ def make_runs(rates: int, seeds: int) -> TrainState:
 
 
 def warm_restarts(steps: int) -> optax.Schedule:
-    """Return factors of the rate: three cosines from 1 to 0, each twice as long as the last."""
+    """Return factors of the rate: three cosines from 1 to 0, of doubling length."""
     ends = [round(steps * share / 7) for share in (0, 1, 3, 7)]
     cycles = [
         {"init_value": 1.0, "peak_value": 1.0, "warmup_steps": 0, "decay_steps": end - begin}

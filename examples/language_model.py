@@ -5,14 +5,14 @@
     python language_model.py --checkpoints run1
 
 A small transformer learns a text byte by byte, by default Python's standard library, and writes
-some text of its own at the end. After an interruption, the last command resumes bit-exactly from
+some text of its own at the end. After an interruption, the same command resumes bit-exactly from
 its newest checkpoint.
 
 Parameters are in bfloat16, which has 8 significant bits: an update below 1/512 of a parameter is
 lost when the sum is rounded, and late in training most updates are that small. So the optimizer
 keeps master weights in float32, from which the parameters are rounded. `--no-master-weights` saves
 their 4 bytes per parameter, and the loss shows the price. On an NVIDIA GPU the whole optimizer runs
-as fused kernels in one pass over memory, elsewhere as the chain of transformations that it is.
+as fused kernels in one pass over memory, elsewhere as the chain itself.
 """
 
 import argparse

@@ -13,11 +13,11 @@ In two processes on one machine, and, with one command for all of its machines, 
     srun python sharded.py --cluster --checkpoints /shared/run3
 
 After an interruption, the same command resumes bit-exactly from its newest checkpoint; on other
-devices or in another layout it resumes up to rounding. If a process dies, the others end with an
-error after `--give-up-after` seconds: start all of them again.
+devices or in another layout it resumes up to rounding. If process 0 dies, the others end at once.
+If another one dies, they end after `--give-up-after` seconds. Start all of them again.
 
 The text is Python's standard library. The optimizer is fused: on NVIDIA GPUs its step runs as
-kernels on each device's shards, elsewhere as the chain of transformations that it is.
+kernels on each device's shards, elsewhere as the chain itself.
 """
 
 import argparse
@@ -102,7 +102,7 @@ def make_mesh(model_parallel: int, batch: int) -> Mesh:
     if math.gcd(devices, HEADS) % model_parallel or batch % (devices // model_parallel):
         raise SystemExit(
             f"--model-parallel must divide {devices} devices and {HEADS} heads, and --batch must be"
-            " a multiple of the devices divided by it"
+            " a multiple of devices / model-parallel"
         )
     shape = devices // model_parallel, model_parallel
     return jax.make_mesh(shape, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
@@ -111,7 +111,7 @@ def make_mesh(model_parallel: int, batch: int) -> Mesh:
 def abstract_params(model: Transformer, mesh: Mesh, *, fully_sharded: bool) -> Tree:
     """Return the parameters' shapes and shardings.
 
-    "model" cuts heads, hidden units and bytes, which stay inside of a layer, so that devices
+    "model" cuts heads, hidden units and vocabulary, which stay inside of a layer, so that devices
     communicate only what layers pass on. "data" cuts the width, if parameters are `fully_sharded`.
     """
     batch = jnp.zeros((1, LENGTH), jnp.int32)

@@ -6,9 +6,9 @@
 
 It shows gradient clipping, a learning rate for each group of parameters, weight decay on kernels
 only, and how to log what an optimizer keeps in its state. On an NVIDIA GPU the optimizer runs as
-fused kernels, elsewhere as the chain of transformations that it is.
+fused kernels. On other devices the chain itself runs.
 
-After an interruption, the last command resumes bit-exactly from its newest checkpoint: weights,
+After an interruption, the same command resumes bit-exactly from its newest checkpoint: weights,
 batch statistics, random numbers, optimizer state and the order of the images.
 """
 

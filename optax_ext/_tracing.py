@@ -121,7 +121,7 @@ def find_uses(jaxpr: Any, n_params: int) -> list[Uses]:
 
 @dataclass
 class _Run:
-    """The uses that the run has seen so far."""
+    """A run of a jaxpr, and the uses that it has seen so far."""
 
     uses: Uses = field(default_factory=dict)
 
@@ -210,7 +210,7 @@ class _Run:
         return [self.either([*by, *results]) for results in zip(*branches, strict=True)]
 
     def while_loop(self, eqn: Any, values: list[Value]) -> list[Value]:
-        """Return the results of as many iterations as change anything; weights count once."""
+        """Iterate until the results no longer change; weights add a level only once."""
         n, m = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
         of_cond, of_body, carry = values[:n], values[n : n + m], values[n + m :]
         while True:
@@ -265,8 +265,8 @@ class _Step(NamedTuple):
         outputs = enumerate(self.outputs)
         return {i: x.level for i, x in outputs if isinstance(x, Data)} | self.uses
 
-    def shape(self) -> Any:
-        """Return all but the levels."""
+    def without_levels(self) -> Any:
+        """Return the results and the uses without their levels."""
         outputs = [replace(x, level=0) if isinstance(x, Data) else x for x in self.outputs]
         return outputs, self.uses.keys()
 
@@ -274,7 +274,7 @@ class _Step(NamedTuple):
 def _steady_growth(steps: Sequence[_Step]) -> dict[Any, Any] | None:
     """Return by how much each level grows in a step, or `None` until that was the same twice."""
     last = steps[-3:]
-    if len(last) < 3 or any(step.shape() != last[0].shape() for step in last):
+    if len(last) < 3 or any(step.without_levels() != last[0].without_levels() for step in last):
         return None
     a, b, c = (step.levels() for step in last)
     growth = {key: c[key] - b[key] for key in c}
@@ -415,7 +415,7 @@ def _weight_operands(eqn: Any) -> Sequence[int]:
 
 
 def _scan_counts(eqn: Any) -> tuple[int, int]:
-    """Return the numbers of constants and of carried values, which JAX's versions name unlike.
+    """Return the numbers of constants and of carried values; JAX's versions differ in their names.
 
     All other operands and results have one axis less in the body.
     """

@@ -37,7 +37,7 @@ class Architecture(Mapping[str, Placed]):
 
     Attributes:
       parameters: the places, in the order of `jax.tree.leaves(params)`.
-      max_depth: the depth of the deepest weights; in a stack of layers, of its last layer.
+      max_depth: the largest depth; that of a stack of layers is the depth of its last layer.
     """
 
     parameters: tuple[Placed, ...]
@@ -85,8 +85,8 @@ def architecture(
 
     *Depth.* An operation o sums products of data and weights (a dense layer, a convolution,
     attention's projections, `einsum`) or looks up rows of weights (an embedding). It is one level
-    deeper than its deepest operand x if its weights w are new on the way to it; all other results
-    are as deep as their deepest operand. The inputs have level 0.
+    deeper than its deepest operand x if no operation on the way to it has used its weights w. All
+    other results are as deep as their deepest operand. The inputs have level 0.
 
     .. math:: \ell(o) = \max_{x \in o} \ell(x) + [w \text{ is new}], \qquad
       d(w) = \min_{o \ni w} \max_{x \in o} \ell(x)
@@ -107,9 +107,9 @@ def architecture(
 
     *Prepared weights.* Weights may be cast, masked, normalized or multiplied with each other on the
     way to an operation. Its kernels are the leaves with the most axes longer than 1; the others,
-    such as the norms of weight normalization, have its depth. Weights that data choose or modulate,
-    as `where(mask, w1, w2)` or `w * f(x)` with data `mask` and `x`, are used elementwise there. The
-    result is data, so a product with it is no operation.
+    such as the norms of weight normalization, have its depth. If data select or scale weights, as
+    in `where(mask, w1, w2)` or `w * f(x)` with data `mask` and `x`, the result counts as data, and
+    the weights count as used elementwise.
 
     *Notes.* What the computation doesn't tell is read from shapes and the module tree. A leaf that
     is used only elementwise counts its elements if more than one of its axes is longer than 1,
@@ -194,8 +194,8 @@ class _Leaf:
     @cached_property
     def uses(self) -> Uses:
         """The uses in operations, or all uses if there are none."""
-        kind = self.is_in_operation
-        return {use: levels for use, levels in self.all_uses.items() if use.in_operation == kind}
+        wanted = self.is_in_operation
+        return {use: levels for use, levels in self.all_uses.items() if use.in_operation == wanted}
 
     @cached_property
     def levels(self) -> list[int]:
@@ -271,9 +271,9 @@ def _described(inputs: tuple[Any, ...]) -> str:
     def one(leaf: Any) -> str:
         return f"{leaf.dtype}{list(leaf.shape)}" if _module_tree.is_array(leaf) else repr(leaf)
 
-    said = [
+    descriptions = [
         f"example_inputs[{i}]{jax.tree_util.keystr(keys)} = {one(leaf)}"
         for i, value in enumerate(inputs)
         for keys, leaf in jax.tree_util.tree_leaves_with_path(value)
     ]
-    return ", ".join(said) or "no example_inputs"
+    return ", ".join(descriptions) or "no example_inputs"

@@ -22,8 +22,8 @@ def check_parameters(params: Any) -> None:
 def check_gradients(params: Any, grads: Any) -> None:
     """Refuse gradients whose shapes differ from the parameters'.
 
-    Batches of gradients are allowed: they have extra leading axes. So is another structure, which
-    some chains take, such as `optax.lookahead`.
+    Batches of gradients are allowed: they have extra leading axes. Another structure is also
+    allowed, because chains such as `optax.lookahead` take one.
     """
     if jax.tree.structure(grads) == jax.tree.structure(params):
         _check_shapes("grads", grads, "like the parameter", params, batch=True)
@@ -46,7 +46,7 @@ def check_structures(tx: optax.GradientTransformation, params: Any, state: Any, 
     _check_structure("grads", grads, "params", params)
 
 
-def leaves_without_gradients(params: Any) -> list[str]:
+def notes_on_integer_parameters(params: Any) -> list[str]:
     """Return a line for each parameter whose dtype is not floating or complex."""
     return [
         f"{_of('params', path)} is {leaf.dtype}: optax.masked keeps it out of an optimizer"

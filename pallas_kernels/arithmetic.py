@@ -56,7 +56,7 @@ def integer_pow(x: jax.Array, *, y: int) -> jax.Array:
         if bit == "1":
             result = power if result is None else result * power
         power = power * power
-    result = jnp.ones_like(x) if y == 0 or result is None else result
+    result = jnp.ones_like(x) if result is None else result
     return 1 / result if y < 0 else result
 
 

@@ -20,7 +20,7 @@ from pallas_kernels.arguments import (
     check_parameters,
     check_structures,
     check_updates,
-    leaves_without_gradients,
+    notes_on_integer_parameters,
 )
 from pallas_kernels.backends import BACKENDS
 from pallas_kernels.graph import Graph, Kind, Node
@@ -66,7 +66,7 @@ class Compiler:
     """Compiles a function of trees of arrays, and keeps the results.
 
     Attributes:
-      function: the function. Its first results may reuse the memory of its first arguments.
+      function: the function. Its leading results may reuse the memory of its leading arguments.
     """
 
     def __init__(self, function: Callable[..., Any], in_place: int) -> None:
@@ -74,7 +74,7 @@ class Compiler:
 
         Args:
           function: the function.
-          in_place: the number of first arguments whose memory the results may reuse.
+          in_place: the number of leading arguments whose memory the results may reuse.
         """
         self.function = function
         self._in_place = in_place
@@ -83,15 +83,18 @@ class Compiler:
         self._plan = functools.lru_cache(_KEPT)(_plan)
 
     def __call__(
-        self, arguments: tuple[Any, ...], backend: str, placed: Mapping[str, NamedSharding]
+        self,
+        arguments: tuple[Any, ...],
+        backend: str,
+        shardings_by_path: Mapping[str, NamedSharding],
     ) -> tuple[Compiled, list[Any]]:
         """Compile the function for a backend; return the arrays among its arguments, too.
 
         Args:
           arguments: trees of arrays, tracers or shapes, and of other values.
           backend: one of `BACKENDS`.
-          placed: shardings by the paths of the arguments' leaves. Other leaves have the shardings
-            of their values.
+          shardings_by_path: shardings by the paths of the arguments' leaves. Other leaves have the
+            shardings of their values.
         """
         static, values = split(arguments)
         make = self._on_arrays if static.is_plain else self._make_on_arrays
@@ -100,7 +103,8 @@ class Compiler:
         traced = self._read(closed, jax.tree.structure(result), names)
         count = self._written(arguments, result)
         shardings = tuple(
-            placed.get(name) or of_value(x) for name, x in zip(names, values, strict=True)
+            shardings_by_path.get(name) or of_value(x)
+            for name, x in zip(names, values, strict=True)
         )
         compiled = self._plan(traced, shardings, count, backend)
         if compiled.closes_over_tracer:
@@ -118,7 +122,7 @@ class Compiler:
         return on_arrays, tuple(itertools.compress(every, static.is_given))
 
     def _written(self, arguments: tuple[Any, ...], result: Any) -> int:
-        """Return the number of first results that may reuse the memory of arguments."""
+        """Return the number of leading results that may reuse the memory of arguments."""
         written = jax.tree.leaves(arguments[: self._in_place])
         count = len(jax.tree.leaves(result[: self._in_place]))
         return count if count == len(written) and all(map(is_array, written)) else 0
@@ -175,7 +179,7 @@ def whole_step(tx: optax.GradientTransformation) -> Callable[..., Any]:
             return optax.apply_updates(params, updates), new_state
         except Exception as error:
             check_structures(tx, params, state, grads)
-            for line in leaves_without_gradients(params):
+            for line in notes_on_integer_parameters(params):
                 error.add_note(line)
             raise
 

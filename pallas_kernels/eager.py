@@ -22,7 +22,7 @@ class ClosesOverTracerError(Exception):
 
 
 def compile_once(execute: Callable[..., Any]) -> Callable[..., Any]:
-    """Make `execute(arguments, placed)` compile at the first of several equal calls.
+    """Make `execute(arguments, shardings_by_path)` compile at the first of several equal calls.
 
     Arrays are inputs of the compiled program. There is one program for each combination of the
     rest: structure, types, shardings, booleans and strings. A program is not kept if an
@@ -32,7 +32,7 @@ def compile_once(execute: Callable[..., Any]) -> Callable[..., Any]:
 
     Args:
       execute: a function that runs a step. It takes a tree of arguments, and the shardings of some
-        of its leaves by their paths. With `kept=True`, it must raise a `ClosesOverTracerError` if
+        of its leaves by their paths. With `cached=True`, it must raise a `ClosesOverTracerError` if
         the step closes over a tracer.
     """
 
@@ -40,26 +40,26 @@ def compile_once(execute: Callable[..., Any]) -> Callable[..., Any]:
     def program(
         static: Static,
         shardings: tuple[NamedSharding | None, ...],
-        placed: frozenset[tuple[str, NamedSharding]],
+        shardings_by_path: frozenset[tuple[str, NamedSharding]],
     ) -> Callable[..., Any]:
         def on_arrays(*arrays: jax.Array) -> Any:
             arguments = static.fill(arrays)
             names = itertools.compress(paths(arguments), static.is_given)
-            known = dict(zip(names, shardings, strict=True)) | dict(placed)
-            return execute(arguments, known, kept=True)
+            known = dict(zip(names, shardings, strict=True)) | dict(shardings_by_path)
+            return execute(arguments, known, cached=True)
 
         return jax.jit(on_arrays)
 
-    def run(arguments: Any, placed: Mapping[str, NamedSharding]) -> Any:
+    def run(arguments: Any, shardings_by_path: Mapping[str, NamedSharding]) -> Any:
         static, arrays = split(arguments)
         numbers = any(not isinstance(x, bool | str) for _, x in static.options)
         if numbers or not static.is_plain or any(isinstance(x, Tracer) for x in arrays):
-            return execute(arguments, placed)
+            return execute(arguments, shardings_by_path)
         shardings = tuple(map(_sharding, arrays))
         try:
-            return program(static, shardings, frozenset(placed.items()))(*arrays)
+            return program(static, shardings, frozenset(shardings_by_path.items()))(*arrays)
         except ClosesOverTracerError:
-            return execute(arguments, placed)
+            return execute(arguments, shardings_by_path)
 
     return run
 

@@ -1,8 +1,8 @@
 """The execution of a compiled step: the only place where a step's values flow.
 
-Kernels compute the leaves in launches, and XLA everything else between them. On a mesh, launches
-run inside of `shard_map` on each device's shards, where an all-reduce adds up the statistics of
-sharded leaves. XLA itself partitions what it computes between launches.
+Launches of kernels compute the leaves, and XLA computes everything else between them. On a mesh,
+launches run inside of `shard_map` on each device's shards, where an all-reduce combines the
+statistics of sharded leaves. XLA itself partitions what it computes between launches.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -38,13 +38,13 @@ def run(compiled: Compiled, *flat: jax.Array) -> list[jax.Array]:
         # No recursion: a global norm is a chain of as many additions as there are leaves.
         pending = [node]
         while pending:
-            missing = [a for a in pending[-1].args if a not in values]
-            if missing and pending[-1] not in values:
+            top = pending[-1]
+            if top in values:
+                pending.pop()
+            elif missing := [a for a in top.args if a not in values]:
                 pending += missing
             else:
-                top = pending.pop()
-                if top not in values:
-                    values[top] = _by_xla(top, values)
+                values[top] = _by_xla(top, values)
         return values[node]
 
     run_phase = _run_phase if compiled.placement.mesh is None else _run_phase_on_shards

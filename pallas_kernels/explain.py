@@ -54,7 +54,7 @@ class Report:
       phases: the phases, in order of execution.
       floor: bytes that any step must move: it reads every array that it depends on once, and writes
         every array that changes once. A statistic may need an extra pass, which is not included.
-      fallback_reasons: a line for each component that falls back to XLA, with the reason.
+      fallback_reasons: a line with leaf and reason for each component that falls back to XLA.
     """
 
     devices: int

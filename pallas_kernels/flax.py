@@ -52,7 +52,7 @@ class FusedTrainState(train_state.TrainState):
     """
 
     def apply_gradients(self, *, grads: Any, **kwargs: Any) -> "FusedTrainState":
-        """Return the state after one step, with its fields in `kwargs` replaced."""
+        """Return the state after one step; `kwargs` replace other fields of it."""
         if "_overwrite_with_gradient" in grads:  # leaves of float8 training: no optimizer step
             return super().apply_gradients(grads=grads, **kwargs)
         tx: Any = self.tx

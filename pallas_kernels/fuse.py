@@ -121,7 +121,7 @@ def fuse(
 def _runner(compiler: Compiler, backend: str, strict: bool) -> Callable[..., Any]:
     """Return a function of arguments, and of the shardings of some of their leaves by path."""
     if backend == backends.CHAIN:
-        return lambda arguments, placed: compiler.function(*arguments)
+        return lambda arguments, shardings_by_path: compiler.function(*arguments)
     return compile_once(partial(_run, compiler, backend, strict))
 
 
@@ -130,12 +130,12 @@ def _run(
     backend: str,
     strict: bool,
     arguments: tuple[Any, ...],
-    placed: Mapping[str, NamedSharding],
+    shardings_by_path: Mapping[str, NamedSharding],
     *,
-    kept: bool = False,
+    cached: bool = False,
 ) -> Any:
-    compiled, arrays = compiler(arguments, backend, placed)
-    if kept and compiled.closes_over_tracer:
+    compiled, arrays = compiler(arguments, backend, shardings_by_path)
+    if cached and compiled.closes_over_tracer:
         raise ClosesOverTracerError
     if strict and compiled.fallback_reasons:
         raise ValueError(f"strict=True, but {'; '.join(compiled.fallback_reasons)}")

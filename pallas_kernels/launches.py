@@ -1,4 +1,4 @@
-"""The launches of a phase: which leaves share one, and what adds up their partial statistics.
+"""The launches of a phase: which leaves share one, and how partial statistics are combined.
 
 The code of a launch grows with the number of its leaves, and its compile time grows faster. But
 launches of equal layouts are compiled once, and the layers of a network repeat. So equal leaves are
@@ -18,7 +18,7 @@ from pallas_kernels.program import Body, Program
 
 LEAVES_PER_LAUNCH = 33
 # We accept this many extra launches if fewer different kernels are compiled then.
-MORE_LAUNCHES = 1
+EXTRA_LAUNCHES = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +52,7 @@ class Phase:
 
     Attributes:
       launches: the launches.
-      reduction: the launch that adds up their partial statistics, if they compute any.
+      reduction: the launch that combines their partial statistics, if they compute any.
       statistics: its results.
     """
 
@@ -81,39 +81,36 @@ def share_launches(programs: Sequence[Program]) -> list[list[Program]]:
     groups = list(alike.values())
     fewest = -(-len(programs) // LEAVES_PER_LAUNCH)
 
-    def different_leaves(equal: int) -> int:
-        return sum(len(group) // equal + len(group) % equal for group in groups)
+    def different_leaves(copies: int) -> int:
+        return sum(len(group) // copies + len(group) % copies for group in groups)
 
-    for equal in sorted(range(1, fewest + 1), key=different_leaves):
-        dealt = [*_deal(groups, equal)]
-        if len(dealt) <= fewest + MORE_LAUNCHES:
-            return dealt
-    return []
+    dealt = ([*_deal(groups, n)] for n in sorted(range(1, fewest + 1), key=different_leaves))
+    return next(launches for launches in dealt if len(launches) <= fewest + EXTRA_LAUNCHES)
 
 
-def _deal(groups: Sequence[Sequence[Program]], equal: int) -> Iterator[list[Program]]:
-    """Yield launches that repeat `equal` times, then launches of the remaining leaves."""
-    shares: list[list[Program]] = [[] for _ in range(equal + 1)]
+def _deal(groups: Sequence[Sequence[Program]], copies: int) -> Iterator[list[Program]]:
+    """Yield launches that repeat `copies` times, then launches of the remaining leaves."""
+    shares: list[list[Program]] = [[] for _ in range(copies + 1)]
     for group in groups:
-        each = len(group) // equal
-        for i in range(equal):
+        each = len(group) // copies
+        for i in range(copies):
             shares[i] += group[i * each : (i + 1) * each]
-        shares[-1] += group[equal * each :]
+        shares[-1] += group[copies * each :]
     for share in shares:
         for start in range(0, len(share), LEAVES_PER_LAUNCH):
             yield share[start : start + LEAVES_PER_LAUNCH]
 
 
 def _launch(programs: Sequence[Program], widths: tuple[int, ...]) -> Launch:
-    equal: dict[Body, list[Program]] = {}
+    by_body: dict[Body, list[Program]] = {}
     for program in programs:
-        equal.setdefault(program.body, []).append(program)
+        by_body.setdefault(program.body, []).append(program)
     packs: tuple[list[Node], ...] = tuple([] for _ in PACKS)
     forms = tuple(
         Form(body, tuple(p.size for p in alike), tuple(_slots(body, alike, packs)))
-        for body, alike in equal.items()
+        for body, alike in by_body.items()
     )
-    ordered = tuple(itertools.chain(*equal.values()))
+    ordered = tuple(itertools.chain(*by_body.values()))
     return Launch(Layout(forms, widths), ordered, tuple(map(tuple, packs)))
 
 
@@ -157,7 +154,7 @@ def _reduce_partials(
     statistics = [_statistics(launch) for launch in launches]
     blocks = [*itertools.chain(*statistics)]
     kinds = sorted({s.reduction for s in blocks})
-    # Ordered by column, then by creation, so that XLA can read the results as whole slices.
+    # XLA can read the results as whole slices in this order: by column, then by creation.
     nodes = [s.node for s in sorted(blocks, key=lambda s: (s.column, s.node.index))]
     index = {node: i for i, node in enumerate(nodes)}
     rows = (0, *itertools.accumulate(map(len, statistics)))

@@ -2,8 +2,8 @@
 
 Each leaf is cut into spans of equally wide blocks. Leaves whose programs have equal bodies are
 adjacent in the grid, and share one kernel body for each block width. Statistics take two launches:
-every block writes its partial statistics to memory, then one launch for the whole phase adds them
-up.
+every block writes its partial statistics to memory, then one launch for the whole phase combines
+them.
 
 A layout contains no values and no nodes of a graph, so equal launches have equal layouts.
 """
@@ -176,7 +176,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class PartialReduction:
-    """A launch that adds up the partial statistics of a phase, one block for each statistic.
+    """A launch that combines the partial statistics of a phase, one block for each statistic.
 
     Attributes:
       rows: for each launch of the phase, the index of the block for its first statistic; then the

@@ -24,7 +24,7 @@ DTYPES = FLOATS | INTEGERS | {"bool"}
 _BEFORE_0_11 = jax.__version_info__ < (0, 11)
 
 
-class Class(enum.Enum):
+class OpClass(enum.Enum):
     """The effect of a primitive on the elements of a leaf."""
 
     ELEMENTWISE = "elementwise"
@@ -60,13 +60,13 @@ class Row:
       triton, mosaic: how each backend computes it.
     """
 
-    kind: Class
+    kind: OpClass
     triton: Support = NATIVE
     mosaic: Support = NATIVE
 
 
 def _rows(
-    kind: Class,
+    kind: OpClass,
     names: str,
     both: Support = NATIVE,
     *,
@@ -79,7 +79,7 @@ def _rows(
 _NO_FLOATS = Support(missing=FLOATS)
 _NO_NUMBERS = Support(missing=FLOATS | INTEGERS)
 
-_elementwise = partial(_rows, Class.ELEMENTWISE)
+_elementwise = partial(_rows, OpClass.ELEMENTWISE)
 
 TABLE: dict[str, Row] = {
     **_elementwise("abs add and atan2 cos eq exp exp2 ge gt le log log2 logistic lt mul ne not or"),
@@ -106,22 +106,22 @@ TABLE: dict[str, Row] = {
     **_elementwise("sign", Support(arithmetic.sign)),
     **_elementwise("sqrt", mosaic=Support(arithmetic.sqrt_by_rsqrt) if _BEFORE_0_11 else NATIVE),
     **_elementwise("square", Support(arithmetic.square)),
-    **_rows(Class.SAME_ORDER, "reshape squeeze expand_dims broadcast_in_dim"),
-    **_rows(Class.SUM, "reduce_sum"),
-    **_rows(Class.MAX, "reduce_max reduce_or"),
-    **_rows(Class.MIN, "reduce_min reduce_and"),
+    **_rows(OpClass.SAME_ORDER, "reshape squeeze expand_dims broadcast_in_dim"),
+    **_rows(OpClass.SUM, "reduce_sum"),
+    **_rows(OpClass.MAX, "reduce_max reduce_or"),
+    **_rows(OpClass.MIN, "reduce_min reduce_and"),
 }
 
 
-def _names(*kinds: Class) -> frozenset[str]:
+def _names(*kinds: OpClass) -> frozenset[str]:
     return frozenset(name for name, row in TABLE.items() if row.kind in kinds)
 
 
-ELEMENTWISE = _names(Class.ELEMENTWISE)
-SAME_ORDER = _names(Class.SAME_ORDER)
+ELEMENTWISE = _names(OpClass.ELEMENTWISE)
+SAME_ORDER = _names(OpClass.SAME_ORDER)
 # The reduction that each reducing primitive computes: "sum", "max" or "min".
 REDUCTIONS: dict[str, str] = {
-    name: TABLE[name].kind.value for name in sorted(_names(Class.SUM, Class.MAX, Class.MIN))
+    name: TABLE[name].kind.value for name in sorted(_names(OpClass.SUM, OpClass.MAX, OpClass.MIN))
 }
 
 

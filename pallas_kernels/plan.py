@@ -1,11 +1,11 @@
 """The plan of a step: phases of launches, cut from the graph at its reductions.
 
 Leaves that are elementwise connected (a parameter, its gradient, its moments) form a component.
-Each component has one `Program` for each phase. Programs of the same form share one kernel body,
+Each component has one `Program` for each phase. Programs of equal bodies share a kernel,
 even on different leaves. A component that a kernel can't compute falls back to XLA, with a reason.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from pallas_kernels import program
@@ -36,8 +36,8 @@ def plan(graph: Graph, in_place: int, target: Target, placement: Placement) -> P
 
     Args:
       graph: the step.
-      in_place: the number of first results that may reuse the memory of the argument with the same
-        index.
+      in_place: the number of leading results that may each reuse the memory of the argument with
+        the same index.
       target: what the backend's kernels can compute.
       placement: the shardings of the leaves.
     """
@@ -133,30 +133,31 @@ def _fallback_reasons(
     for node in work:
         component = _component(graph, node)
         if component not in reasons:
-            found = _reasons_against(node, component, written, target, placement)
-            if (why := next(found, None)) is not None:
+            why = _reason_against(node, component, written, target, placement)
+            if why is not None:
                 fall_back(node, why)
     return reasons
 
 
-def _reasons_against(
+def _reason_against(
     node: Node, component: Node, written: set[Node], target: Target, placement: Placement
-) -> Iterator[str]:
-    """Yield reasons why no kernel can compute the node; only the first is always valid."""
+) -> str | None:
+    """Return why no kernel can compute the node, or `None` if one can."""
     values = [v for v in (node, *node.args) if v.kind is not Kind.REDUCED]
     for value in values:
         if value.dtype.name not in DTYPES:
-            yield f"no kernel for {value.dtype.name}"
+            return f"no kernel for {value.dtype.name}"
         in_memory = value.on_leaf and (value.kind is not Kind.ELEMENTWISE or value in written)
         if in_memory and value.dtype.name not in target.in_memory:
-            yield f"no kernel reads or writes {value.dtype.name}"
+            return f"no kernel reads or writes {value.dtype.name}"
         if value.on_leaf and (why := placement.reason(component, value)) is not None:
-            yield why
+            return why
     dtypes = [a.dtype.name for a in node.args]
     if node.kind is Kind.ELEMENTWISE and not target.supports(node.operation, dtypes):
-        yield f"no kernel for {node.operation} of {' and '.join(dict.fromkeys(dtypes))}"
+        return f"no kernel for {node.operation} of {' and '.join(dict.fromkeys(dtypes))}"
     if (size := placement.size(component, values[0])) > _LARGEST:
-        yield f"{size} elements are more than a 32-bit index reaches"
+        return f"{size} elements are more than a 32-bit index reaches"
+    return None
 
 
 def _component(graph: Graph, node: Node) -> Node:

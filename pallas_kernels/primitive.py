@@ -73,13 +73,13 @@ def _jitted(compiled: Compiled) -> Any:
 @_step_p.def_effectful_abstract_eval
 def _types(*avals: Any, compiled: Compiled) -> Any:
     closed = compiled.traced.closed
-    is_global = all(aval.sharding.mesh.empty for aval in avals)
-    if is_global and not BACKENDS[compiled.backend].interpret:
+    is_plain = all(aval.sharding.mesh.empty for aval in avals)
+    if is_plain and not BACKENDS[compiled.backend].interpret:
         return closed.out_avals, closed.effects
-    # Types contain shardings here, or axes of a `shard_map`, and an interpreter may have effects.
-    # Only the code itself has these.
+    # On a mesh, types contain shardings or the axes of a `shard_map`, and an interpreter may have
+    # effects. Only a trace of the kernels tells both.
     kernels = jax.make_jaxpr(functools.partial(run, compiled))(*avals)
-    types = closed.out_avals if is_global else kernels.out_avals
+    types = closed.out_avals if is_plain else kernels.out_avals
     return types, closed.effects | kernels.effects
 
 

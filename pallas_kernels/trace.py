@@ -20,7 +20,7 @@ from pallas_kernels import rewrites
 from pallas_kernels.graph import Graph, Kind, Node, Operation
 from pallas_kernels.ops import ELEMENTWISE, REDUCTIONS, SAME_ORDER
 
-# Nested selects that are moved outside of one reduction.
+# At most this many nested selects are moved out of one reduction.
 _MOVED_SELECTS = 2
 
 
@@ -136,14 +136,14 @@ class _Reader:
     def apply(self, op: Operation) -> list[Node]:
         """Return the results of one operation."""
         name, first, result = op.primitive.name, op.args[0] if op.args else None, op.types[0]
-        if name in _WHERE_AND_WHEN:
+        if name in _NO_ARITHMETIC:
             return list(op.args)
         if first is None or not any(a.on_leaf for a in op.args):
             return self._apply_to_scalars(op)
         if name in ELEMENTWISE or (name in SAME_ORDER and result.size == first.size):
             return self.graph.results(Kind.ELEMENTWISE, op)
         if name in REDUCTIONS and result.size == 1 and first.size > 1:
-            if _is_exact_in_float32(first.dtype):
+            if _can_reduce_in_float32(first.dtype):
                 return [self._reduce(op)]
             return self.graph.results(Kind.XLA, op)
         if op.primitive is lax.dot_general_p:
@@ -234,23 +234,20 @@ def _is_in_host_memory(type_: Any) -> bool:
     return getattr(type_, "memory_space", None) == jax.memory.Space.Host
 
 
-# Operations that keep the values. They only set where values are stored, or when they are computed.
-_WHERE_AND_WHEN = frozenset(("mesh_cast", "optimization_barrier", "reshard", "sharding_constraint"))
+# Operations that keep the values, and only set where they are stored or when they are computed.
+_NO_ARITHMETIC = frozenset(("mesh_cast", "optimization_barrier", "reshard", "sharding_constraint"))
 
 
 _CALLS = {
     "jit": "jaxpr",
-    "pjit": "jaxpr",
     "closed_call": "call_jaxpr",
-    "core_call": "call_jaxpr",
     "custom_jvp_call": "call_jaxpr",
     "custom_vjp_call": "call_jaxpr",
-    "checkpoint": "jaxpr",
     "remat2": "jaxpr",
 }
 
 
-def _is_exact_in_float32(dtype: Any) -> bool:
+def _can_reduce_in_float32(dtype: Any) -> bool:
     """Return whether partial statistics may be float32.
 
     They may not for float64, nor for integers, since counts can exceed 2^24.

@@ -43,7 +43,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What is there by now stays: the collector need not look at it again and again."""
+    """Exempt all present objects from garbage collection, because they stay."""
     gc.collect()
     gc.freeze()
 

@@ -1,4 +1,4 @@
-"""What the README says: its examples run, as one program."""
+"""The README's examples, which run as one program."""
 
 import re
 from pathlib import Path

@@ -49,8 +49,8 @@ def evaluate(
         return jnp.broadcast_to(x, shape)
 
     for op in body.ops:
-        result = _apply(op, [value(ref) for ref in op.operands], target)
-        done.append(result)
+        operands = [value(ref) for ref in op.operands]
+        done.append(_apply(op, operands, target))
     return [value(root.value) for root in body.roots]
 
 
@@ -60,7 +60,7 @@ def _apply(op: Op, operands: Sequence[jax.Array], target: Target) -> jax.Array:
     if name in _MOVES or not any(x.dtype.name in _WIDE for x in operands):
         return function(*operands, **params)
     result = function(*(x.astype(_WIDE.get(x.dtype.name, x.dtype)) for x in operands), **params)
-    # A truth value may stand among the operands of a select, and an integer exponent in `pow`.
+    # The first operand of a select is its index. The exponent of `pow` may be an integer.
     narrow = operands[1 if name == "select_n" else 0].dtype
     return result if result.dtype == bool else result.astype(narrow)
 

@@ -29,7 +29,7 @@ _LANES = 128  # threads of a warpgroup
 _PARTIALS = 16 * _LANES
 
 _BEFORE_0_11 = jax.__version_info__ < (0, 11)
-_STORE = getattr(plgpu, "store", None)
+_PLGPU_STORE = getattr(plgpu, "store", None)
 _INTERPRETER = getattr(plgpu, "InterpretGPUParams", None)
 
 
@@ -83,7 +83,7 @@ def launch(
         for i, x in zip(fresh, call(table, *arrays), strict=True):
             new[i][...] = x
 
-    # `jax.new_ref` would be shorter, but has an effect that the types of a step would have to name.
+    # `jax.new_ref` would be shorter, but the step would have to declare its effect.
     written, new = pl.run_state(run)(
         (
             {i: operands[i] for i in in_place.values()},
@@ -117,7 +117,7 @@ def reduce_partials(
             total = lax.fori_loop(0, (count + _PARTIALS - 1) // _PARTIALS, step, neutral)
             results[index] = REDUCE[reduction](total)
 
-        source = _count_passed(me, work.rows[:-1])
+        source = _find_range(me, work.rows[:-1])
         branches = [partial(add_up, *each) for each in itertools.product(sources, work.kinds)]
         lax.switch(source * len(work.kinds) + kind, branches)
 
@@ -137,14 +137,15 @@ def _make(
         out_type=out_type,
         mesh=plgpu.Mesh(grid=(blocks,), grid_names=("block",)),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
-        interpret=_INTERPRETER() if interpret and _INTERPRETER else False,
+        interpret=_INTERPRETER() if interpret else False,
     )
 
 
 # The columns of the table in which a block looks up its span. `_WHICH` is the index of its leaf
 # among those of the form. `_SHIFT` is the index of its partial statistics minus its index in the
 # grid: the partial statistics of a leaf are adjacent, but its blocks are not.
-_WHICH, _SHIFT, _COLUMNS = range(3)
+_WHICH, _SHIFT = 0, 1
+_COLUMNS = 2
 
 
 def _table(layout: Layout) -> list[int]:
@@ -205,7 +206,7 @@ def _run_block(
     def run_group(number: int) -> None:
         group = layout.groups[number]
         starts = layout.starts[bounds[number] : bounds[number + 1]]
-        block = _Block(me, group, bounds[number], starts, _count_passed(me, starts))
+        block = _Block(me, group, bounds[number], starts, _find_range(me, starts))
         form = layout.forms[group.form]
         which = block.look_up(table, _WHICH) if any(slot.per_leaf for slot in form.slots) else 0
         scalars = [slot.read(sources, which) for slot in form.slots]
@@ -227,12 +228,12 @@ def _run_block(
     starts_of_groups = [layout.starts[bound] for bound in bounds[:-1]]
     # One flat switch: lowering a cond lowers its first branch twice, and nesting multiplies this.
     lax.switch(
-        _count_passed(me, starts_of_groups),
+        _find_range(me, starts_of_groups),
         [partial(run_group, number) for number in range(len(layout.groups))],
     )
 
 
-def _count_passed(me: jax.Array, starts: Sequence[int]) -> jax.Array:
+def _find_range(me: jax.Array, starts: Sequence[int]) -> jax.Array:
     """Return the index of the range that contains block `me`, given the starts of all ranges."""
     return sum((jnp.where(me >= start, 1, 0) for start in starts[1:]), jnp.int32(0))
 
@@ -274,10 +275,10 @@ def _kept_apart(blocks: list[jax.Array]) -> list[jax.Array]:
 def _store(ref: Any, at: jax.Array, value: jax.Array) -> None:
     if not value.shape:
         ref[at] = value
-    elif _STORE is None:
+    elif _PLGPU_STORE is None:
         ref[pl.ds(at, value.size)] = value
     else:
-        _STORE(ref.at[pl.ds(at, value.size)], value, optimized=False)
+        _PLGPU_STORE(ref.at[pl.ds(at, value.size)], value, optimized=False)
 
 
 def _strided(x: jax.Array, vector: int = 1) -> jax.Array:

@@ -29,10 +29,10 @@ class Kernels(Protocol):
     def reduce_partials(
         self, work: PartialReduction, parts: Sequence[jax.Array], *, interpret: bool
     ) -> jax.Array:
-        """Add up the partial statistics that the launches of a phase wrote to memory.
+        """Combine the partial statistics that the launches of a phase wrote to memory.
 
         Args:
-          work: what to add up.
+          work: the statistics.
           parts: the partial statistics of each launch that has some.
           interpret: whether to run in Pallas' interpreter.
         """

@@ -23,7 +23,7 @@ from pallas_kernels.ops import TRITON
 from pallas_kernels.program import Predicate
 
 (BLOCK,) = TRITON.widths
-# Parts of a statistic that a block adds up at once: few steps, with many loads in flight each.
+# Parts of a statistic that a block combines at once: few steps, with many loads in flight each.
 _PARTS = 4096
 _VECTOR_BYTES = 16
 _PARAMS = plt.CompilerParams(num_warps=4, num_stages=1)
@@ -35,31 +35,19 @@ def launch(
     layout: Layout, operands: Sequence[jax.Array], *, interpret: bool
 ) -> Sequence[jax.Array]:
     """Run one launch, as `protocol.Kernels` says."""
-    return _kernel(layout, interpret)(*operands)
+    return _make(layout, interpret)(*operands)
 
 
 def reduce_partials(
     work: PartialReduction, parts: Sequence[jax.Array], *, interpret: bool
 ) -> jax.Array:
     """Add up partial statistics, as `protocol.Kernels` says."""
-    (results,) = _reduction(work.rows, work.kinds, len(work.table), interpret)(
-        jnp.asarray(work.table, jnp.int32).reshape(-1), *parts
-    )
+    add_up = _make_reduction(work.rows, work.kinds, len(work.table), interpret)
+    (results,) = add_up(jnp.asarray(work.table, jnp.int32).reshape(-1), *parts)
     return results
 
 
 @lru_cache(_KEPT)
-def _kernel(layout: Layout, interpret: bool) -> Callable[..., Any]:
-    return jax.jit(_make(layout, interpret))
-
-
-@lru_cache(_KEPT)
-def _reduction(
-    rows: tuple[int, ...], kinds: tuple[str, ...], blocks: int, interpret: bool
-) -> Callable[..., Any]:
-    return jax.jit(_make_reduction(rows, kinds, blocks, interpret))
-
-
 def _make(layout: Layout, interpret: bool) -> Callable[..., Any]:
     shapes = [shape for shape, _ in layout.results]
     aliases = {operand: i for i, (_, operand) in enumerate(layout.results) if operand is not None}
@@ -77,13 +65,15 @@ def _make(layout: Layout, interpret: bool) -> Callable[..., Any]:
             lambda form: _Block(layout, form, me, sources, targets).run(),
         )
 
-    return pl.pallas_call(
-        kernel,
-        grid=(layout.starts[-1],),
-        out_shape=shapes,
-        input_output_aliases=aliases,
-        interpret=interpret,
-        compiler_params=_PARAMS,
+    return jax.jit(
+        pl.pallas_call(
+            kernel,
+            grid=(layout.starts[-1],),
+            out_shape=shapes,
+            input_output_aliases=aliases,
+            interpret=interpret,
+            compiler_params=_PARAMS,
+        )
     )
 
 
@@ -136,12 +126,12 @@ class _Block:
     def _load(
         self, scalars: Sequence[jax.Array], leaf: int, index: Any, inside: jax.Array | None
     ) -> tuple[jax.Array, ...]:
-        """Return the block's part of each input, and the number of elements before the end."""
+        """Return the block's part of each input, and how many elements are left in the leaf."""
         body, size = self.layout.leaves[leaf]
         blocks: list[jax.Array] = []
         for k, (dtype, needed) in enumerate(zip(body.inputs, body.loads, strict=True)):
             ref = self.sources[self.layout.first_input[leaf] + k]
-            mask = _both(inside, needed, scalars)
+            mask = _access_mask(inside, needed, scalars)
             if mask is None:
                 blocks.append(ref[index])
             else:
@@ -159,7 +149,7 @@ class _Block:
         roots = self.layout.leaves[leaf].body.stored
         for k, (root, value) in enumerate(zip(roots, values, strict=True)):
             ref = self.targets[self.layout.first_result[leaf] + k]
-            mask = _both(inside, root.needed, scalars)
+            mask = _access_mask(inside, root.needed, scalars)
             if mask is None:
                 ref[index] = value
             else:
@@ -192,8 +182,9 @@ class _Block:
         return _search(self.me, self._leaves, self.layout.starts, on)
 
 
+@lru_cache(_KEPT)
 def _make_reduction(
-    rows: Sequence[int], kinds: Sequence[str], blocks: int, interpret: bool
+    rows: tuple[int, ...], kinds: tuple[str, ...], blocks: int, interpret: bool
 ) -> Callable[..., Any]:
     def kernel(*refs: Any) -> None:
         table, *sources, results = refs
@@ -217,12 +208,14 @@ def _make_reduction(
 
         results[index] = _search(me, range(len(sources)), rows, add_up_from)
 
-    return pl.pallas_call(
-        kernel,
-        grid=(blocks,),
-        out_shape=[jax.ShapeDtypeStruct((blocks,), jnp.float32)],
-        interpret=interpret,
-        compiler_params=_PARAMS,
+    return jax.jit(
+        pl.pallas_call(
+            kernel,
+            grid=(blocks,),
+            out_shape=[jax.ShapeDtypeStruct((blocks,), jnp.float32)],
+            interpret=interpret,
+            compiler_params=_PARAMS,
+        )
     )
 
 
@@ -240,7 +233,9 @@ def _search(
     )
 
 
-def _both(inside: jax.Array | None, needed: Predicate | None, scalars: Sequence[jax.Array]) -> Any:
+def _access_mask(
+    inside: jax.Array | None, needed: Predicate | None, scalars: Sequence[jax.Array]
+) -> Any:
     """Return the mask of an access, or `None` if all elements are always accessed."""
     if needed is None:
         return inside

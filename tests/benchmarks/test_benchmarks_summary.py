@@ -1,4 +1,4 @@
-"""What the README shows of the benchmarks is what their files hold."""
+"""The README's tables and figures of benchmarks, compared with the recorded files."""
 
 import json
 import re

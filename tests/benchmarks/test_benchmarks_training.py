@@ -68,7 +68,7 @@ def test_a_row_is_a_calculation_by_hand():
 
 
 def programs(caplog) -> list[str]:
-    """What JAX says that it compiled since it was asked last."""
+    """Return the names of the programs that JAX has compiled since the last call."""
     found = [message for message in caplog.messages if message.startswith("Compiling")]
     caplog.clear()
     return found

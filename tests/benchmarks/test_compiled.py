@@ -1,4 +1,4 @@
-"""What steps become on an H200 and a TPU, compiled without them, and that worse ones are told."""
+"""Steps compiled for an H200 and a TPU that are not there; the command reports worse programs."""
 
 import functools
 import json
@@ -72,7 +72,7 @@ def sound(target: Target, way: str) -> Row:
 
 
 def worse(recorded: Row, measured: Row, params: Leaves) -> set[str]:
-    """What the command would exit for."""
+    """Return the figures for which the command would fail."""
     return {change.figure.key for change in changes(recorded, measured, params) if change.worse}
 
 
@@ -103,7 +103,7 @@ def test_leaves_that_are_not_fused_are_told():
 
 
 def test_branches_are_refused():
-    """What XLA copies for them is in kernels that are not counted."""
+    """XLA's copies for branches are in kernels that are not counted."""
     branching = optax.conditionally_transform(ADAMW, lambda step: jnp.asarray(step) % 5 == 0)
     with pytest.raises(NotImplementedError, match="conditional"):
         measure(branching, H200, "chain")

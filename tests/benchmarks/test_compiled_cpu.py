@@ -1,4 +1,4 @@
-"""What a step becomes on a CPU: the bytes that it moves and holds, as the README explains them."""
+"""The bytes that a compiled step moves and allocates on a CPU, as the README explains them."""
 
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ PARAMETERS = 512 * 512
 
 
 class Bytes(NamedTuple):
-    """For each parameter.
+    """The bytes of a step for each parameter.
 
     Attributes:
       moved: read and written by all loops.
@@ -71,7 +71,7 @@ def test_what_optax_stores_before_it_is_measured():
 
 
 def test_decays_of_one_half_cost_no_copy():
-    """Of a sum, XLA would take out the factor that both terms have in common."""
+    """XLA would factor out what both terms of a sum have in common."""
     halves = optax_ext.fame(1e-3, 0.5, 0.5, 0.5, 0.5, 0.5, second_moment="tema")
     thirds = optax_ext.fame(1e-3, 0.3, 0.3, 0.3, 0.3, 0.3, second_moment="tema")
     assert compiled(Contender(halves)) == pytest.approx(compiled(Contender(thirds)), abs=0.01)

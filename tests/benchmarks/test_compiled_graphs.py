@@ -1,4 +1,4 @@
-"""What `python -m benchmarks gpu` hands to a GPU: graphs or none, and loops of steps."""
+"""The programs of `python -m benchmarks gpu`: with and without graphs, and loops."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What optimizers hold in steps compiled for a TPU, and what its compiler makes of host memory."""
+"""The memory of optimizers in steps compiled for a TPU, and the compiler's use of host memory."""
 
 import pytest
 

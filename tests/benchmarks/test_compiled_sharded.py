@@ -1,4 +1,4 @@
-"""What steps become on eight chips of a TPU that share the leaves: what each holds and is told."""
+"""Steps compiled for eight chips of a TPU: memory and communication per device."""
 
 import functools
 
@@ -43,7 +43,7 @@ def measured(name: str, leaf_set: str) -> Row:
 
 
 def excess(row: Row) -> float:
-    """What a chip holds more than the ideal, relative to it."""
+    """Return the memory of a chip above the ideal, relative to the ideal."""
     return (row["chain"]["held"] - row["gradients"]) / row["ideal"] - 1
 
 

@@ -396,7 +396,7 @@ def test_a_missing_gpu_is_an_error_at_once(monkeypatch, capsys, tmp_path):
 
 
 class Torch:
-    """As much of PyTorch as a peer's step needs, and a log of what it does."""
+    """The part of PyTorch that a baseline's step needs, with a log of its calls."""
 
     def __init__(self, device: str):
         self.device = device

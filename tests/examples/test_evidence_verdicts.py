@@ -1,4 +1,4 @@
-"""What the evidence's scripts conclude, from numbers made up to leave no doubt."""
+"""The verdicts of the evidence's scripts, for made-up numbers that leave no doubt."""
 
 from types import ModuleType
 from typing import Any

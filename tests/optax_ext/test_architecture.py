@@ -597,7 +597,7 @@ CHANGED = {
 
 @pytest.mark.parametrize("changed", CHANGED.values(), ids=CHANGED)
 def test_one_kernel_with_a_change_in_each_layer(changed):
-    """What is repeated is whole in every layer."""
+    """A repeated kernel is whole in every layer."""
     apply = lambda params, x: changed(params["w"], params["changes"], x)  # noqa: E731
     params = {"w": shape(4, 4), "changes": shape(3, 4, 4)}
     assert read(apply, params, ROWS) == {"w": (16, 0), "changes": (16, 1)}

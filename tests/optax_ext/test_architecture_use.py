@@ -1,4 +1,4 @@
-"""What a user does with an architecture: optimizers, tables, transformations of JAX, mistakes."""
+"""The uses of an architecture: optimizers, tables, transformations of JAX, mistakes."""
 
 import pickle
 from functools import partial

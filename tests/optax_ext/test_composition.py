@@ -122,7 +122,7 @@ def test_vmap_over_seeds_and_rates(case):
 @pytest.mark.usefixtures("x64")
 @few_or_slow
 def test_gradient_through_steps(case):
-    """Of a loss after two steps, by parameters and rate: what meta-learning asks for."""
+    """Meta-learning differentiates a loss after two steps, by parameters and rate."""
 
     @jax.jit
     def outcome(params, rate):

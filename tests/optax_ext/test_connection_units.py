@@ -104,7 +104,7 @@ def test_vectors_that_fit_no_kernel_are_not_scaled():
 
 
 def test_a_list_of_a_network_with_normalizations():
-    """As Keras keeps it: every vector stands behind the kernel that it belongs to."""
+    """Keras lists every vector after the kernel that it belongs to."""
     convolutions = [[shape(3, 3, 4, 4), *[shape(4)] * 3], [shape(3, 3, 4, 4), *[shape(4)] * 3]]
     params = [*chain(*convolutions), shape(4, 2), shape(2)]
     found = scales(params, overrides={"0": {"scale": 2.0}, "4": {"scale": 3.0}})
@@ -123,7 +123,7 @@ def normalized(vector):
 
 @pytest.mark.parametrize("vector", [(1, 16), (16, 1, 1), (1, 16, 1, 1), (1, 1, 1, 16)], ids=str)
 def test_vectors_are_the_same_however_many_axes_they_have(vector):
-    """As normalizations in modules of their own, and as biases beside kernels."""
+    """The vectors are normalizations in their own modules, and biases in modules with kernels."""
     assert scales(normalized(vector)) == scales(normalized((16,)))
 
 
@@ -238,7 +238,7 @@ def test_kernels_of_one_input_or_output(params, expected):
     [((8, 2, 4), (2, 4)), ((8, 1, 4), (1, 4)), ((3, 8, 16), (3, 16)), ((3, 2, 4, 8), (3, 8))],
 )
 def test_biases_of_several_axes(kernel, bias):
-    """Of attention's heads, or of stacked layers: they are no kernels."""
+    """The biases of attention's heads and of stacked layers are no kernels."""
     size = np.prod(kernel)
     assert units({"a": {"bias": shape(*bias), "kernel": shape(*kernel)}}) == {"a": size}
     assert units({"a": [shape(*kernel), shape(*bias), shape(4, 4)]}) == {"a/0": size, "a/2": 16}
@@ -280,7 +280,7 @@ def test_architecture_of_a_flat_tree():
 
 
 def test_tables_of_a_flat_tree_count_as_in_a_module_of_their_own():
-    """What is added is no kernel's bias if it has another shape."""
+    """An added array is no kernel's bias if it has another shape."""
     sizes = {"embed": (20, 8), "positions": (5, 8), "up": (8, 16), "out": (16, 3)}
 
     def apply(params, tokens):
@@ -305,7 +305,7 @@ def test_vectors_that_are_not_used_are_no_layers():
 
 
 def test_sliced_vectors_are_vectors():
-    """Of stacked normalizations that keep their axes."""
+    """Stacked normalizations keep their axes."""
     params = {"norms": {"scale": shape(3, 1, 1, 8)}, "out": {"w": shape(8, 2)}}
 
     def apply(params, x):
@@ -418,7 +418,7 @@ class Attention:
 
 
 def test_an_attribute_named_value():
-    """Beside others it is a leaf like them; alone, as in Flax's variables, it is no level."""
+    """Together with others it is a leaf; alone, as in Flax's variables, it is no level."""
     leaf = shape(4, 4)
     boxed = nnx.State({"kernel": nnx.Param(jnp.ones((4, 2)))})
     params = {"layer": Attention(leaf, leaf, leaf), "out": boxed}

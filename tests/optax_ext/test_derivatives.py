@@ -55,7 +55,7 @@ def loss_after_steps(factory, params):
 
 
 def derivatives(train, hyperparameters):
-    """Those by each hyperparameter, in reverse mode, and in forward mode that by all of them."""
+    """Return the derivative by each hyperparameter in reverse mode, and by all in forward mode."""
     each = jax.jit(jax.grad(train))(hyperparameters)
     ones = jax.tree.map(jnp.ones_like, hyperparameters)
     _, together = jax.jit(lambda *args: jax.jvp(train, (args[0],), (args[1],)))(

@@ -80,7 +80,7 @@ IDENTITIES: dict[str, tuple[Callable[[], Optimizer], Callable[[], Optimizer]]] =
 
 @pytest.mark.parametrize("name", slow_unless(list(IDENTITIES)[::2], IDENTITIES))
 def test_identity(name):
-    """In both precisions, with the other side in float64 always.
+    """The identity holds in both precisions; the other side is always in float64.
 
     In float32 Optax's own `1 - b**t` costs up to 6e-5, RAdam's rho more.
     """
@@ -247,7 +247,7 @@ def test_uncorrected_fame_overshoots_on_a_constant():
 
 
 def test_rectification_numbers():
-    """In float32 too, where the plain formula gets rho_6 = 6.00049."""
+    """The numbers are right in float32 too, where the plain formula gives rho_6 = 6.00049."""
     optimizer = novak(rectify_fallback="momentum")
     _, states = history(optimizer, np.float32(1), np.ones(10, np.float32))
     rho = optax.tree.get(states, "sma_length")

@@ -47,7 +47,7 @@ def assert_equal(ours, expected) -> None:
 
 @every_way
 def test_same_numbers(options):
-    """For leaves of all kinds, and gradients of which some are missing."""
+    """The leaves are of all kinds, and some gradients are missing."""
     params = filled(MENAGERIE, 0)
     grads = [with_some_missing(filled(MENAGERIE, seed), seed) for seed in range(1, 6)]
     away = history(lookahead(**options), params, grads)
@@ -60,7 +60,7 @@ def test_same_numbers(options):
 
 
 def test_in_a_scan():
-    """As a carry, whose types can't change."""
+    """The types of a carry can't change."""
     params = jax.tree.map(jnp.asarray, filled(TREE, 0))
     grads = jax.tree.map(lambda *xs: np.stack(xs), *(filled(TREE, seed) for seed in range(1, 6)))
 
@@ -98,7 +98,7 @@ def test_nothing_moves_between_synchronizations():
 )
 @every_way
 def test_resumed_on_a_mesh(options, axis_type, tmp_path):
-    """From a checkpoint, into the memory and onto the devices where it was."""
+    """A checkpoint is restored into the same memory and onto the same devices."""
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(axis_type,) * 2)
     specs = {"bias": P("model"), "kernel": P("data", "model"), "odd": P(), "scale": P()}
     shardings = {name: NamedSharding(mesh, spec) for name, spec in specs.items()}

@@ -17,7 +17,7 @@ PARAMS, *GRADS = [filled(TREE, seed) for seed in range(7)]
 
 
 def logged(optimizer, name, params=PARAMS, grads=GRADS):
-    """What `optax.tree.get` reads after each step."""
+    """Return what `optax.tree.get` reads after each step."""
     steps = history(optimizer, params, grads)
     return [np.asarray(optax.tree.get(state, name)) for _, state in steps]
 
@@ -254,7 +254,7 @@ def test_the_last_counts_are_like_those_before(nesterov):
     "wrap", [lambda inner: inner, lambda inner: optax.masked(inner, True)], ids=["bare", "masked"]
 )
 def test_a_tensor_without_gradient_does_not_weigh_in_the_gate(norm_of, norm_reduction, wrap):
-    """As in the authors' code; its velocity waits."""
+    """The authors' code does the same; the tensor's velocity waits."""
     options = {"norm_of": norm_of, "norm_reduction": norm_reduction, "b1": 0.9, "lr_cutoff": 100.0}
     whole, alone = regularized(wrap(INVADAM), **options), regularized(INVADAM, **options)
     part = {"in": PARAMS["in"]}

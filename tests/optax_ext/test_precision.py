@@ -1,4 +1,4 @@
-"""What narrow storage does to an average, and what is stored wide by default."""
+"""The effect of narrow storage on averages, and the averages that are stored wide by default."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""What holds for every method on every tree, whatever its equations say."""
+"""Properties of every method on every tree, independent of its equations."""
 
 from typing import Any
 
@@ -73,7 +73,7 @@ def assert_stable(case, tree, seed):
 @given(tree=st.data(), seed=seeds)
 @settings(max_examples=3)
 def test_structure_is_stable(case, dtypes, tree, seed):
-    """On random trees; `test_contract.py` checks one tree, and the values too."""
+    """The trees are random; `test_contract.py` checks one tree, and the values too."""
     with jax.enable_x64(dtypes is WIDE):
         assert_stable(case, tree.draw(trees(dtypes)), seed)
 
@@ -122,7 +122,7 @@ def test_zero_gradients_without_decay_move_nothing(case):
 @example(tree=MENAGERIE, seed=0)
 @settings(max_examples=2)
 def test_masked_decay(case, callable_mask, tree, seed):
-    """Where the mask is true the steps with decay, elsewhere the steps without."""
+    """The steps are those with decay where the mask is true, and those without elsewhere."""
     params, *grads = [filled(tree, seed + t) for t in range(3)]
     rng = np.random.default_rng(seed)
     mask = jax.tree.map(lambda p: bool(rng.integers(2)), params)
@@ -170,7 +170,7 @@ def test_renaming_modules_renames_results(case, names, seed):
     "case", slow_unless(PATHS, [case for case in CASES if SCALE_INVARIANT in case.tags])
 )
 def test_gradient_scale_cancels(case):
-    """To the bit, for a power of two."""
+    """A power of two cancels bit-exactly."""
     params, *grads = [filled(PAIR, seed) for seed in range(5)]
     optimizer = build(case, eps=0.0)
     plain = run(optimizer, params, grads)

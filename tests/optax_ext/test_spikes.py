@@ -72,7 +72,7 @@ def test_a_gate_without_penalty_is_open(norm_of, scope):
 
 @pytest.mark.parametrize("size", [1e-15, 1e-9, 1.0, 1e9, 1e18])
 def test_the_scale_free_inverse_is_scale_free(size):
-    """Also where the sum of squares of a large tensor overflows, or a small one underflows."""
+    """This holds even if a large tensor's sum of squares overflows, or a small one's underflows."""
     params = {"kernel": jnp.ones((100, 100))}
     gradient = {"kernel": size * jnp.linspace(0.5, 1.5, 10000).reshape(100, 100)}
     tx = optax_ext.invadam(1.0, scale_free=True)
@@ -88,7 +88,7 @@ FACTORS = {"invadam": optax_ext.invadam, "dualadam": optax_ext.dualadam}
 
 @pytest.mark.parametrize("name", FACTORS)
 def test_the_scale_free_inverse_stands_still_where_adam_does(name):
-    """And goes on everywhere else, in the struck tensor too."""
+    """It goes on everywhere else, in the struck tensor too."""
     ours = list(after_spike(FACTORS[name](0.1, scale_free=True)))
     adam = list(after_spike(optax.adam(0.1)))
     for (t, updates, _), (_, expected, _) in zip(ours, adam, strict=True):

@@ -42,7 +42,7 @@ class Counted:
 
 
 def first_moment(result: Any) -> Any:
-    """Of what a step of `Counted.tx` returns."""
+    """Return the first moment in the result of a step of `Counted.tx`."""
     _, (_, (adam, *_)) = result
     return adam.mu
 
@@ -102,7 +102,7 @@ TRACES = {"sharding": 1}
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_what_is_new_is_traced_anew(name):
-    """And what was there before is still known."""
+    """Earlier programs are still known."""
     counted = Counted()
     step = fuse(counted.tx, backend="interpret").step
     tree = {"kernel": jnp.ones((4, 6)), "bias": jnp.ones(4)}

@@ -44,7 +44,7 @@ def race(name: str) -> Race:
 
 @every_race
 def test_trajectory(case):
-    """Of fused steps, and of a run that changes between them and the chain."""
+    """Fused steps, and a run that changes between them and the chain, end where the chain does."""
     run = race(str(case))
     expected = run.run([run.chain], run.grads())
     fused = run.run([run.fused], run.grads())
@@ -165,7 +165,7 @@ def test_optax_lists_its_optimizers():
     ),
 )
 def test_bfloat16_is_exact(case):
-    """Where nothing is summed, kernel and chain round alike."""
+    """Kernel and chain round alike if nothing is summed."""
     tree = jax.tree.map(lambda x: shape(*x.shape, dtype=jnp.bfloat16), SMALL)
     run = Race(case.build(), tree)
     exact = all(phase.work == "update" for phase in explain(run.tx, run.params).phases)

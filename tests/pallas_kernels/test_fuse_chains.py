@@ -115,7 +115,7 @@ trees = st.lists(st.sampled_from(LEAVES), max_size=3).map(lambda leaves: [shape(
 
 
 def assert_words_fuse(words, tree, bad):
-    """Also where one gradient among the others is `bad`."""
+    """Compare fused steps with the chain, also with a gradient that contains `bad`."""
     run = Race(words.build(), tree)
     grads = run.grads(STEPS)
     if bad is not None:

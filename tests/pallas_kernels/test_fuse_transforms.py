@@ -151,7 +151,7 @@ def test_derivative_by_parameters(differentiate, backend):
 
 @pytest.mark.slow
 def test_derivative_by_gradients_through_updates():
-    """As a meta-learner takes it, through Optax's protocol."""
+    """A meta-learner differentiates through Optax's protocol."""
     tx = optax.chain(optax.clip_by_global_norm(0.5), optax.lamb(0.1))
 
     def loss(tx):
@@ -205,7 +205,7 @@ def test_extra_arguments(value):
 
 
 def test_weak_types_of_the_state_last():
-    """Where the chain's state keeps its types, `jit` compiles the fused step once, too."""
+    """`jit` compiles the fused step once if the chain's state keeps its types."""
 
     def update(updates, state, params=None):
         return jax.tree.map(lambda g: -state * g, updates), state * 0.5

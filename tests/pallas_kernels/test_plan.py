@@ -1,4 +1,4 @@
-"""What a step is cut into: phases, bodies, predicates, bytes, and what is left out."""
+"""The plan of a step: phases, bodies, predicates, bytes, and fallbacks."""
 
 import jax
 import jax.numpy as jnp
@@ -139,7 +139,7 @@ def test_steps_that_are_not_finite_store_nothing():
 
 
 def test_one_launch_adds_up_all_statistics():
-    """Those of gradients, found by several launches, and none for the list of what was found."""
+    """Several launches compute statistics of gradients; the list of the results needs none."""
     params = {f"layer{n}": shape(n + 2) for n in range(80)}
     finite = optax.apply_if_finite(optax.adam(0.1), 3)
     statistics, update = explain(finite, params).phases
@@ -147,7 +147,7 @@ def test_one_launch_adds_up_all_statistics():
 
 
 def test_moments_are_written_with_the_norms_made_of_them():
-    """And read once more, new, in place of their old values and the gradient."""
+    """The update reads the new moments once more, in place of their old values and the gradient."""
     for tx in (optax.lamb(0.1), optax_ext.novak(0.1, trust_ratio=True, lookahead="none")):
         statistics, update = explain(tx, LEAF).phases
         assert statistics.bytes == 4 * (4 + 2) * 64 * 64
@@ -155,7 +155,7 @@ def test_moments_are_written_with_the_norms_made_of_them():
 
 
 def test_moments_stored_in_less_than_was_computed_are_written_last():
-    """Else the step would be made of the rounded ones."""
+    """Otherwise the step would be computed from the rounded moments."""
     statistics, _ = explain(
         optax_ext.novak(0.1, trust_ratio=True, mu_dtype=jnp.bfloat16), LEAF
     ).phases
@@ -208,7 +208,7 @@ def test_dtypes_without_kernels_are_left_out():
 
 
 def test_statistics_of_dtypes_without_kernels_are_left_out():
-    """Also where nothing else is done to the leaf."""
+    """This holds even if nothing else is computed on the leaf."""
 
     def update(updates, state, params=None):
         del params

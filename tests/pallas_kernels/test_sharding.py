@@ -281,7 +281,7 @@ def test_leaves_without_elements_and_none():
 
 
 def test_a_sharding_in_place_of_a_subtree():
-    """As with `jit`; and so do Flax's boxed parameters have it, one level above the array."""
+    """`jit` has the same rule; Flax's boxed parameters have shardings one level above arrays."""
     mesh = LAYOUTS["fully sharded"].mesh
     shardings = {"layers": NamedSharding(mesh, P("data")), "odd": NamedSharding(mesh, P())}
     tree = {"layers": {"bias": shape(8), "kernel": shape(16, 24)}, "odd": shape(5, 3)}

@@ -1,1 +1,1 @@
-"""What tests share: cases, oracles, strategies and batteries."""
+"""The modules that tests share: cases, oracles, strategies and batteries."""

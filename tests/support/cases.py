@@ -20,9 +20,6 @@ import optax_ext
 
 # Tags: what a test may, or may not, expect of a case.
 SCALE_INVARIANT = "scale_invariant"  # a factor on all gradients matters only next to eps
-NEEDS_PARAMS = "needs_params"  # reads the parameters even with weight_decay=0
-COUPLES_LEAVES = "couples_leaves"  # the step of a leaf depends on the gradients of the others
-READS_STRUCTURE = "reads_structure"  # depends on names, nesting or order of the leaves
 SQUARES_GRADIENTS = "squares_gradients"  # steps grow with g^2: no extreme magnitudes
 
 Factory = Callable[..., optax.GradientTransformationExtraArgs]
@@ -113,7 +110,6 @@ CASES: Sequence[Case] = [
     ),
     *rows(
         optax_ext.vradam,
-        COUPLES_LEAVES,
         default={},
         decay=DECAY,
         schedules=SCHEDULES,
@@ -151,7 +147,6 @@ CASES: Sequence[Case] = [
     *rows(
         optax_ext.novak,
         SCALE_INVARIANT,
-        NEEDS_PARAMS,
         default={},
         decay=DECAY,
         schedules=SCHEDULES,
@@ -171,14 +166,11 @@ CASES: Sequence[Case] = [
     *rows(optax_ext.novak, SCALE_INVARIANT, alone={"lookahead": "none"}),
     *rows(
         optax_ext.novak,
-        NEEDS_PARAMS,
         momentum={"rectify_fallback": "momentum"},
         momentum_nadam={"rectify_fallback": "momentum", "nesterov": "nadam", "b2": 0.98},
     ),
     *rows(
         optax_ext.novak,
-        NEEDS_PARAMS,
-        COUPLES_LEAVES,
         autoscale={"autoscale": True},
         full={
             "decay_coupling": "effective",
@@ -195,7 +187,6 @@ CASES: Sequence[Case] = [
     *rows(
         optax_ext.caadam,
         SCALE_INVARIANT,
-        READS_STRUCTURE,
         default={},
         decay=DECAY,
         schedules=SCHEDULES,
@@ -324,7 +315,7 @@ def named_leaves(tree: Any) -> dict[str, Any]:
 
 
 def relative_errors(ours: Any, expected: Any, *, start: Any = None) -> list[float]:
-    """For every leaf the largest error of a trajectory, relative to its largest absolute value.
+    """Return every leaf's largest error in a trajectory, relative to its largest absolute value.
 
     With `start`, the parameters before the first step, it is the displacements that are compared.
     """

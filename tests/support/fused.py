@@ -110,7 +110,7 @@ class Race:
         return bool(report.fallback_reasons) or any(p.work == "statistics" for p in report.phases)
 
     def _compiled(self, step: Step) -> Step:
-        """As written, where that decides the last bit.
+        """Compile the step as written if this decides the last bit.
 
         XLA's simplifier turns quotients into products, with a rounding of its own, wherever it sees
         both sides: in a chain, and not across the border of a kernel. XLA also leaves out roundings

@@ -133,7 +133,7 @@ def _optimizers(rows: Sequence[Row], **common: Any) -> list[dict[str, Any]]:
 
 
 def _namespace(rows: Sequence[Row]) -> types.SimpleNamespace:
-    """What stands in for the module in which Optax's tests look a factory up by its name."""
+    """Return a stand-in for the module in which Optax's tests look up a factory by its name."""
     return types.SimpleNamespace(**{row.name: row.factory for row in rows})
 
 

@@ -408,7 +408,7 @@ def _unit_of(name: str, shapes: Mapping[str, tuple[int, ...]]) -> str:
 
 
 def _deviation(c: float, sizes: list[float]) -> float:
-    """From 1 at the fewest connections through 0 at the median to -1 at the most."""
+    """Return 1 at the fewest connections, 0 at the median, -1 at the most, and values between."""
     if not sizes:
         return 0.0
     median, low, high = float(np.median(sizes)), min(sizes), max(sizes)
