@@ -130,14 +130,17 @@ def reduce_partials(
 def _make(
     kernel: Callable[..., None], blocks: int, out_type: Any, interpret: bool
 ) -> Callable[..., Any]:
-    if interpret and _INTERPRETER is None:
-        raise NotImplementedError(f"jax {jax.__version__} can't interpret Mosaic GPU kernels")
+    interpreter: Any = False
+    if interpret:
+        if _INTERPRETER is None:
+            raise NotImplementedError(f"jax {jax.__version__} can't interpret Mosaic GPU kernels")
+        interpreter = _INTERPRETER()
     return pl.kernel(
         kernel,
         out_type=out_type,
         mesh=plgpu.Mesh(grid=(blocks,), grid_names=("block",)),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
-        interpret=_INTERPRETER() if interpret else False,
+        interpret=interpreter,
     )
 
 
