@@ -1,6 +1,20 @@
 """Five recent optimizers for Optax, and the pieces that they are built from."""
 
 from optax_ext.architecture import Architecture, architecture
+from optax_ext.low_precision import formats
+from optax_ext.low_precision.choices import default_formats
+from optax_ext.low_precision.quantized_state import (
+    dequantize_state,
+    quantize_existing_state,
+    quantize_state,
+)
+from optax_ext.low_precision.report import quantization_report
+from optax_ext.low_precision.weights import (
+    bfloat16_weights,
+    float32_weights,
+    master_weights,
+    stochastic_rounding,
+)
 from optax_ext.methods.caadam import caadam
 from optax_ext.methods.dualadam import dualadam, invadam
 from optax_ext.methods.fame import fame
@@ -32,21 +46,30 @@ __all__ = [
     "Join",
     "architecture",
     "autoscale",
+    "bfloat16_weights",
     "blend",
     "caadam",
     "connection_table",
     "correct_bias",
+    "default_formats",
+    "dequantize_state",
     "dualadam",
     "ema",
     "ema_of_squares",
     "fame",
+    "float32_weights",
+    "formats",
     "invadam",
     "linear_inverse_share",
     "lookahead",
+    "master_weights",
     "max_ema_of_squares",
     "nesterov_ema",
     "novak",
     "product",
+    "quantization_report",
+    "quantize_existing_state",
+    "quantize_state",
     "ratio",
     "ratio_once_tractable",
     "rectify",
@@ -55,6 +78,7 @@ __all__ = [
     "scale_by_trust_ratio",
     "scheduled_nesterov_ema",
     "state_shardings",
+    "stochastic_rounding",
     "triple_ema",
     "triple_ema_of_squares",
     "velocity_regularized",

@@ -8,6 +8,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from optax_ext import _checks, _host_memory
+from optax_ext.low_precision.formats import is_encoded
 
 
 def state_shardings(tx: optax.GradientTransformation, params: optax.Params) -> optax.OptState:
@@ -49,7 +50,7 @@ def state_shardings(tx: optax.GradientTransformation, params: optax.Params) -> o
         _host_memory.types(tx.init, params),
         params.fast if isinstance(params, optax.LookaheadParams) else params,
         transform_non_params=lambda _: NamedSharding(mesh, PartitionSpec()),
-        is_leaf=lambda x: isinstance(x, optax.MaskedNode),
+        is_leaf=lambda x: isinstance(x, optax.MaskedNode) or is_encoded(x),
     )
 
 
@@ -76,6 +77,8 @@ def _beside(leaf: Any, param: Any) -> Any:
     """Return the parameter's sharding for `leaf`, without the axes that don't divide evenly."""
     if isinstance(leaf, optax.MaskedNode):
         return leaf
+    if is_encoded(leaf):
+        return jax.tree.map(lambda x: _beside(x, param), leaf)
     mesh, spec = param.sharding.mesh, param.sharding.spec
     if len(leaf.shape) != len(param.shape):
         spec = ()

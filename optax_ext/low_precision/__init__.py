@@ -1,0 +1,1 @@
+"""Optimizer state and weights in fewer bits."""

@@ -1,0 +1,83 @@
+"""Bits of floats: pseudorandom bits, and float32 as a bfloat16 part and a correction.
+
+Everything here is integer arithmetic, so all compilers and devices compute the same bits.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+# An odd multiplier whose multiples fill 32 bits evenly: 2^32 divided by the golden ratio.
+_GOLDEN = np.uint32(0x9E3779B9)
+_HIGH = np.int32(-65536)  # the upper 16 bits: those of a bfloat16
+_HALF = np.int32(0x8000)
+
+
+def random_bits(source: jax.Array, step: jax.Array, salt: int) -> jax.Array:
+    """Return pseudorandom bits that depend only on the bits of `source`, the step and the salt.
+
+    Equal elements of `source` have equal bits in one step, and other bits in the next. So the
+    result needs no key, and is the same on every mesh, in every program and after a resume.
+
+    Args:
+      source: an array of real floats, such as a gradient.
+      step: number of the step.
+      salt: an integer in [0, 2^32), such as a hash of the leaf's path.
+
+    Returns:
+      uint32 of the shape of `source`.
+    """
+    key = _mix(step.astype(jnp.uint32) * _GOLDEN) ^ np.uint32(salt)
+    return _mix(lax.bitcast_convert_type(source.astype(jnp.float32), jnp.uint32) ^ key)
+
+
+def _mix(x: jax.Array) -> jax.Array:
+    """Hash 32 bits: two rounds of xor-shift and multiplication, so each bit affects all others."""
+    x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
+    return x ^ (x >> 16)
+
+
+def dither(bits: jax.Array) -> jax.Array:
+    """Return numbers in [0, 1) from random bits."""
+    return (bits >> 8).astype(jnp.int32).astype(jnp.float32) * np.float32(2**-24)
+
+
+def round_stochastically(x: jax.Array, bits: jax.Array) -> jax.Array:
+    """Round float32 up or down to a bfloat16 value, with the right mean; return float32."""
+    raw = lax.bitcast_convert_type(x, jnp.int32)
+    up_or_down = (raw + (bits >> 16).astype(jnp.int32)) & _HIGH
+    return jnp.where(x == x, lax.bitcast_convert_type(up_or_down, jnp.float32), x)
+
+
+def split(x: jax.Array, bits: int) -> tuple[jax.Array, jax.Array]:
+    """Split float32 into the nearest bfloat16 value and a correction.
+
+    A value halfway between two is rounded away from 0, so that the correction fits 16 bits. `bits`
+    is 32 for the exact correction (int16), or 24 for its rounded upper half (int8). NaN has a
+    correction of 0.
+
+    Returns:
+      The bfloat16 value, as float32, and the correction.
+    """
+    raw = lax.bitcast_convert_type(x, jnp.int32)
+    high = (raw + _HALF) & _HIGH
+    low = raw - high
+    if bits == 24:
+        low = jnp.minimum((low + 128) >> 8, 127)
+    known = x == x
+    high = jnp.where(known, lax.bitcast_convert_type(high, jnp.float32), jnp.float32(jnp.nan))
+    return high, jnp.where(known, low, 0).astype(jnp.int16 if bits == 32 else jnp.int8)
+
+
+def join(high: jax.Array, low: jax.Array) -> jax.Array:
+    """Return the float32 values that `split` split."""
+    raw, correction = _bits_of(high), low.astype(jnp.int32)
+    return lax.bitcast_convert_type(
+        raw + (correction if low.dtype == jnp.int16 else correction << 8), jnp.float32
+    )
+
+
+def _bits_of(x: jax.Array) -> jax.Array:
+    return lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)

@@ -1,0 +1,117 @@
+"""The choice of a format for each leaf of a state."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_ext import _checks
+from optax_ext.low_precision.formats import Format, FourthRoot, SignedRoot, Split
+from optax_ext.transforms.cascades import CascadeOfSquaresState
+
+Path = tuple[Any, ...]
+Formats = Callable[[Path, Any], Format | None]
+# From a leaf's path, its path with names of classes, and the leaf, to its format, or to the reason
+# why it stays as it is.
+Choose = Callable[[Path, Path, Any], Format | str]
+
+_FIRST_MOMENTS = frozenset(("mu", "m1", "trace", "later"))
+_SECOND_MOMENTS = frozenset(("nu", "nu_max"))
+_WEIGHTS = frozenset(("slow",))
+# They subtract averages that are almost equal, so that an error of a few percent is fatal.
+_NEEDS_FLOAT32 = (CascadeOfSquaresState.__name__, optax.ScaleByRStdDevState.__name__)
+
+
+def default_formats(group_size: int = 64) -> Formats:
+    """Return the function that `quantize_state` uses by default; see there.
+
+    Args:
+      group_size: number of neighbors that share a scale.
+
+    Raises:
+      ValueError: `group_size` is not a positive integer.
+
+    >>> import optax_ext
+    >>> narrow = default_formats()
+    >>> def formats(path, leaf):  # the fast first moment of AdEMAMix only
+    ...     return narrow(path, leaf) if "m1" in str(path) else None
+    >>> tx = optax.contrib.ademamix(1e-3)
+    >>> print(optax_ext.quantization_report(tx, jnp.ones(4096), formats).bytes)
+    37128
+    """
+    _checks.period(group_size=group_size)
+
+    def formats(path: Path, leaf: Any) -> Format | None:
+        del leaf
+        for key in reversed(path):
+            if isinstance(key, optax.tree_utils.NamedTupleKey):
+                if key.tuple_name in _NEEDS_FLOAT32:
+                    return None
+                if key.name in _FIRST_MOMENTS:
+                    return SignedRoot(group_size)
+                if key.name in _SECOND_MOMENTS:
+                    return FourthRoot(group_size)
+                if key.name in _WEIGHTS:
+                    return Split()
+        return None
+
+    return formats
+
+
+def chooser(formats: Formats | None, group_size: int, min_size: int, shardings: Any) -> Choose:
+    """Check the arguments; return the function that chooses for each leaf."""
+    _checks.period(min_size=min_size)
+    by_default = default_formats(group_size)
+    if formats is not None and not callable(formats):
+        raise ValueError(f"formats must be a function of path and leaf, got {formats!r}")
+    format_of = by_default if formats is None else formats
+    sharding_of = ByPath(shardings)
+
+    def choose(path: Path, named: Path, x: Any) -> Format | str:
+        if (dtype := jnp.result_type(x)) != jnp.float32:
+            return dtype.name
+        if x.size < min_size:
+            return f"fewer than {min_size} elements"
+        type_ = jax.typeof(x) if isinstance(x, jax.Array) else x
+        if getattr(type_, "memory_space", None) == jax.memory.Space.Host:
+            return "in host memory"
+        chosen = format_of(named, x)
+        if chosen is None:
+            return "no format for this field"
+        sharding = sharding_of(path, lambda s: len(s.spec) <= x.ndim)
+        shard = x.shape if sharding is None else sharding.shard_shape(x.shape)
+        return chosen.misfit(x.shape, shard) or chosen
+
+    return choose
+
+
+def leaves(state: Any) -> Iterator[tuple[Path, Path, Any]]:
+    """Yield each leaf's path, its path with the names of `NamedTuple` classes, and the leaf."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        yield path, tuple(_named(state, path)), leaf
+
+
+def _named(node: Any, path: Path) -> Iterator[Any]:
+    for key in path:
+        if isinstance(key, jax.tree_util.GetAttrKey):
+            yield optax.tree_utils.NamedTupleKey(type(node).__name__, key.name)
+            node = getattr(node, key.name)
+        else:
+            yield key
+            index = getattr(key, "key", getattr(key, "idx", None))
+            node = node[index] if hasattr(node, "__getitem__") else None
+
+
+class ByPath:
+    """The leaves of a tree like the parameters, found by paths in the state that end in theirs."""
+
+    def __init__(self, tree: Any) -> None:
+        """Read the leaves of a tree."""
+        self._leaves = dict(jax.tree_util.tree_leaves_with_path(tree))
+
+    def __call__(self, path: Path, accept: Callable[[Any], bool]) -> Any:
+        """Return the accepted leaf with the longest path that ends `path`, or `None`."""
+        found = (self._leaves.get(path[i:]) for i in range(len(path) + 1))
+        return next((x for x in found if x is not None and accept(x)), None)

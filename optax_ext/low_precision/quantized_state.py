@@ -1,0 +1,166 @@
+"""The state of any optimizer in few bits: see `quantize_state`."""
+
+import zlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_ext import _checks
+from optax_ext._numerics import first_count, next_count
+from optax_ext.low_precision.bits import random_bits
+from optax_ext.low_precision.choices import ByPath, Choose, Formats, Path, chooser, leaves
+from optax_ext.low_precision.formats import is_encoded
+
+
+class QuantizedState(NamedTuple):
+    """State of `quantize_state`.
+
+    Attributes:
+      step: number of updates done.
+      inner_state: the state of the wrapped transformation, with nodes in place of encoded arrays.
+    """
+
+    step: jax.Array
+    inner_state: optax.OptState
+
+
+def quantize_state(
+    tx: optax.GradientTransformation,
+    formats: Formats | None = None,
+    *,
+    group_size: int = 64,
+    min_size: int = 4096,
+    shardings: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Store the state of `tx` in few bits between the steps.
+
+    Each update decodes the state, runs `tx`, and encodes the new state. By default, first moments
+    take 8 bits (`SignedRoot`), second moments 8 bits (`FourthRoot`), and lookahead's slow weights
+    24 bits (`Split`), so Adam's state takes 2.125 bytes a parameter in place of 8. What a leaf is
+    follows from the names of the state's fields. Other fields, and leaves that are small, don't fit
+    or are not float32, stay as they are; `quantization_report` says why. With bfloat16 parameters,
+    wrap the result in `master_weights` or `stochastic_rounding`, which keep float32 state.
+
+    The random bits that round second moments come from the bits of the gradient that arrives here.
+    So wrap a whole optimizer, clipping included: then the gradient is the same to the last bit on
+    every mesh, compiled or fused. Averages with a decay above .999 (AdEMAMix' `m2`), error sums and
+    schedule-free's `z` need float32, and are not encoded. A NaN stays NaN, and infinity becomes the
+    largest number.
+
+    Source: ours. `formats.py` compares it with published formats.
+
+    Args:
+      tx: an optimizer.
+      formats: a function from path and array of a leaf of the state to its format; `None` leaves it
+        as it is. The path's keys are those of JAX, but for a `NamedTuple` it has
+        `optax.tree_utils.NamedTupleKey`. The default is `default_formats(group_size)`.
+      group_size: number of neighbors that share a scale in the default formats.
+      min_size: leaves with fewer elements stay as they are.
+      shardings: a tree like the parameters with their `NamedSharding`, if parameters are sharded. A
+        leaf whose groups would cross shards then stays as it is.
+
+    Raises:
+      ValueError: `tx` is not a transformation, or a number is out of its range.
+
+    >>> params = {"kernel": jnp.ones((64, 128)), "bias": jnp.zeros(128)}
+    >>> tx = quantize_state(optax.adamw(1e-3))
+    >>> updates, state = tx.update(params, tx.init(params), params)
+    >>> mu = optax.tree.get(state, "mu")
+    >>> print(mu["kernel"].codes.dtype, mu["kernel"].scales.shape, mu["bias"].dtype)
+    int8 (64, 2) float32
+    >>> print(f"{optax.tree.get(dequantize_state(state), 'nu')['kernel'][0, 0]:.5f}")
+    0.00100
+    """
+    _checks.transformation(tx=tx)
+    choose = chooser(formats, group_size, min_size, shardings)
+    tx = optax.with_extra_args_support(tx)
+
+    def init(params: optax.Params) -> QuantizedState:
+        return QuantizedState(first_count(), _encode(tx.init(params), choose))
+
+    def update(updates, state, params=None, **extra_args):
+        step = next_count(state.step)
+        old = state.inner_state
+        result, new = tx.update(updates, dequantize_state(old), params, **extra_args)
+        gradient_of = ByPath(updates)
+
+        def encode(path: Path, node: Any, x: Any) -> Any:
+            if not is_encoded(node):
+                return x
+            bits = _random_bits(path, x, gradient_of, step) if node.is_dithered else None
+            return node.encode(x, bits)
+
+        encoded = jax.tree_util.tree_map_with_path(encode, old, new, is_leaf=is_encoded)
+        return result, QuantizedState(step, encoded)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def dequantize_state(state: Any) -> Any:
+    """Return a state in which every encoded array is decoded.
+
+    It is the state of the optimizer that `quantize_state` wrapped, at any depth of `state`.
+
+    >>> tx = optax.adam(1e-3)
+    >>> params = jnp.ones(4096)
+    >>> same = jax.tree.structure(dequantize_state(quantize_state(tx).init(params)))
+    >>> print(same == jax.tree.structure(tx.init(params)))
+    True
+    """
+
+    def decode(x: Any) -> Any:
+        if isinstance(x, QuantizedState):
+            return dequantize_state(x.inner_state)
+        return x.decode() if is_encoded(x) else x
+
+    return jax.tree.map(
+        decode, state, is_leaf=lambda x: isinstance(x, QuantizedState) or is_encoded(x)
+    )
+
+
+def quantize_existing_state(
+    state: optax.OptState,
+    formats: Formats | None = None,
+    *,
+    group_size: int = 64,
+    min_size: int = 4096,
+    shardings: Any = None,
+) -> QuantizedState:
+    """Return a state for `quantize_state(tx, ...)` that continues from a state of `tx`.
+
+    Args:
+      state: the state of `tx`.
+      formats: see `quantize_state`.
+      group_size: see `quantize_state`.
+      min_size: see `quantize_state`.
+      shardings: see `quantize_state`.
+
+    Raises:
+      ValueError: as for `quantize_state`.
+
+    >>> tx, params = optax.lion(1e-3), jnp.ones(4096)
+    >>> _, state = tx.update(params, tx.init(params), params)
+    >>> quantized = quantize_existing_state(state)
+    >>> updates, quantized = quantize_state(tx).update(params, quantized, params)
+    """
+    choose = chooser(formats, group_size, min_size, shardings)
+    return QuantizedState(first_count(), _encode(state, choose))
+
+
+def _encode(state: Any, choose: Choose) -> Any:
+    chosen = [(choose(path, named, x), x) for path, named, x in leaves(state)]
+    encoded = [x if isinstance(format_, str) else format_.encode(x) for format_, x in chosen]
+    return jax.tree.unflatten(jax.tree.structure(state), encoded)
+
+
+def _random_bits(path: Path, x: jax.Array, gradient_of: ByPath, step: jax.Array) -> jax.Array:
+    """Return random bits for each element of a leaf of the state.
+
+    A leaf without a gradient of its shape has one number of random bits for all its elements.
+    """
+    source = gradient_of(path, lambda g: g.shape == x.shape and jnp.isrealobj(g))
+    source = jnp.zeros((), jnp.float32) if source is None else source
+    salt = zlib.crc32(jax.tree_util.keystr(path).encode())
+    return jnp.broadcast_to(random_bits(source, step, salt), x.shape)
