@@ -79,6 +79,15 @@ CONTENDERS: dict[str, Contender] = {
     "novak, rotating": Contender(optax_ext.novak(RATE, lookahead="rotating")),
     "novak, trust ratio": Contender(optax_ext.novak(RATE, trust_ratio=True)),
     "caadam": Contender(optax_ext.caadam(RATE)),
+    "adamw, 8 bits": Contender(optax_ext.quantize_state(optax.adamw(RATE))),
+    "adamw, 8 bits, bfloat16": Contender(
+        optax_ext.master_weights(optax_ext.quantize_state(optax.adamw(RATE))),
+        hold=optax_ext.bfloat16_weights,
+    ),
+    "lion, 8 bits": Contender(optax_ext.quantize_state(optax.lion(RATE))),
+    "fame, 8 bits": Contender(optax_ext.quantize_state(optax_ext.fame(RATE))),
+    "vradam, 8 bits": Contender(optax_ext.quantize_state(optax_ext.vradam(RATE))),
+    "novak, 8 bits": Contender(optax_ext.quantize_state(optax_ext.novak(RATE))),
 }
 
 

@@ -15,7 +15,7 @@ class Kind(enum.Enum):
 
     INPUT = enum.auto()  # an argument or a constant of the step
     LITERAL = enum.auto()  # a Python number
-    ELEMENTWISE = enum.auto()  # the result of an elementwise operation: kernels compute it
+    ELEMENTWISE = enum.auto()  # elementwise, or for each row of a leaf: a block computes its part
     REDUCED = enum.auto()  # a statistic over a whole array: kernels compute it
     BROADCAST = enum.auto()  # a scalar, broadcast to the shape of an array
     XLA = enum.auto()  # everything else: XLA computes it between launches

@@ -153,7 +153,7 @@ class Layout:
         """The shape of each stored result, and the index of the operand that it overwrites."""
         return [
             (
-                jax.ShapeDtypeStruct((leaf.size,), jnp.dtype(root.dtype)),
+                jax.ShapeDtypeStruct((leaf.size // root.row,), jnp.dtype(root.dtype)),
                 None if root.in_place is None else first + root.in_place,
             )
             for leaf, first in zip(self.leaves, self.first_input, strict=False)

@@ -18,8 +18,11 @@ from pallas_kernels import arithmetic
 
 FLOATS = frozenset(("float32", "bfloat16", "float16"))
 INTEGERS = frozenset(("int32", "int8", "uint8"))
-# Dtypes that kernels can compute with.
-DTYPES = FLOATS | INTEGERS | {"bool"}
+# Dtypes of random bits, and of the lower halves of weights.
+BITS = frozenset(("uint32", "int16"))
+DTYPES = FLOATS | INTEGERS | BITS | {"bool"}
+# Rows that a block can reduce: their length is a power of two, and at most this.
+LONGEST_ROW = 256
 
 _BEFORE_0_11 = jax.__version_info__ < (0, 11)
 
@@ -77,7 +80,11 @@ def _rows(
 
 
 _NO_FLOATS = Support(missing=FLOATS)
-_NO_NUMBERS = Support(missing=FLOATS | INTEGERS)
+_NO_NUMBERS = Support(missing=FLOATS | INTEGERS | BITS)
+# Narrow integers are computed in 32 bits, where other bits are shifted in.
+_NARROW = frozenset(("bfloat16", "float16", "int8", "uint8", "int16"))
+_ONLY_32_BITS = Support(missing=_NARROW)
+_BITCASTS = Support(missing=_NARROW)
 
 _elementwise = partial(_rows, OpClass.ELEMENTWISE)
 
@@ -85,6 +92,7 @@ TABLE: dict[str, Row] = {
     **_elementwise("abs add and atan2 cos eq exp exp2 ge gt le log log2 logistic lt mul ne not or"),
     **_elementwise("rsqrt sin sub tanh xor"),
     **_elementwise("add_any", Support(jnp.add)),
+    **_elementwise("bitcast_convert_type", triton=_BITCASTS, mosaic=_NO_NUMBERS),
     **_elementwise("cbrt expm1 log1p tan", mosaic=_NO_FLOATS),
     **_elementwise("ceil", mosaic=Support(arithmetic.ceil_by_round)),
     **_elementwise("clamp", Support(arithmetic.clamp)),
@@ -103,6 +111,11 @@ TABLE: dict[str, Row] = {
     **_elementwise("rem", _NO_NUMBERS),
     **_elementwise("round", triton=Support(arithmetic.round_by_floor)),
     **_elementwise("select_n", Support(arithmetic.select)),
+    **_elementwise(
+        "shift_left shift_right_arithmetic shift_right_logical",
+        triton=_ONLY_32_BITS,
+        mosaic=_NO_NUMBERS,
+    ),
     **_elementwise("sign", Support(arithmetic.sign)),
     **_elementwise("sqrt", mosaic=Support(arithmetic.sqrt_by_rsqrt) if _BEFORE_0_11 else NATIVE),
     **_elementwise("square", Support(arithmetic.square)),
@@ -123,6 +136,8 @@ SAME_ORDER = _names(OpClass.SAME_ORDER)
 REDUCTIONS: dict[str, str] = {
     name: TABLE[name].kind.value for name in sorted(_names(OpClass.SUM, OpClass.MAX, OpClass.MIN))
 }
+# Those that a block can compute of each of its rows.
+ROW_REDUCTIONS = frozenset(("reduce_sum", "reduce_max", "reduce_min"))
 
 
 @dataclass(frozen=True)
@@ -133,12 +148,16 @@ class Target:
       column: its column in the table.
       widths: the widths of the blocks into which leaves are cut, in decreasing order. A block of
         the last width may extend past a leaf's end.
+      dtypes: the dtypes that its kernels can compute with.
       in_memory: dtypes of arrays that its kernels can read and write.
+      has_rows: whether its kernels can compute values that each stand for a row of elements.
     """
 
     column: str
     widths: tuple[int, ...]
+    dtypes: frozenset[str]
     in_memory: frozenset[str]
+    has_rows: bool
 
     def support(self, primitive: str) -> Support:
         """Return how the backend computes a primitive of the table."""
@@ -149,6 +168,12 @@ class Target:
         return primitive in TABLE and self.support(primitive).missing.isdisjoint(operands)
 
 
-TRITON = Target("triton", widths=(512,), in_memory=DTYPES)
+TRITON = Target("triton", (512,), dtypes=DTYPES, in_memory=DTYPES, has_rows=True)
 # Mosaic accesses vectors or single elements, without a mask. So no block extends past a leaf's end.
-MOSAIC = Target("mosaic", widths=(512, 128, 1), in_memory=FLOATS | INTEGERS)
+MOSAIC = Target(
+    "mosaic",
+    (512, 128, 1),
+    dtypes=FLOATS | INTEGERS | {"bool"},
+    in_memory=FLOATS | INTEGERS,
+    has_rows=False,
+)

@@ -47,9 +47,24 @@ class Placement:
     def reason(self, component: Node, node: Node) -> str | None:
         """Return why a launch can't compute `node` on shards, or `None` if it can."""
         leaf = self.leaves.get(component)
-        if leaf is not None and node.shape not in ((), leaf.shape):
+        if leaf is None or node.shape in ((), leaf.shape):
+            return None
+        if not self._cuts_last_axis(component, leaf, node):
             return f"sharded as {leaf.shape}, used as {node.shape}"
         return None
+
+    def _cuts_last_axis(self, component: Node, leaf: Node, node: Node) -> bool:
+        """Return whether `node` is the leaf with rows along its last axis, or a value for each.
+
+        Each row must lie on one device.
+        """
+        *first, last = leaf.shape
+        if node.shape[: len(first)] != tuple(first) or len(node.shape) == len(first):
+            return False
+        rows, *row = node.shape[len(first) :]
+        if last % rows or tuple(row) not in ((), (1,), (last // rows,)):
+            return False
+        return self.shard(component, leaf.shape)[-1] % (last // rows) == 0
 
     def axes(self, component: Node) -> tuple[str, ...]:
         """Return the axes of the mesh over which the component is sharded, in the mesh's order.

@@ -5,13 +5,14 @@ Each component has one `Program` for each phase. Programs of equal bodies share 
 even on different leaves. A component that a kernel can't compute falls back to XLA, with a reason.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from pallas_kernels import program
 from pallas_kernels.graph import Graph, Kind, Node
 from pallas_kernels.launches import Phase, make_phase
-from pallas_kernels.ops import DTYPES, Target
+from pallas_kernels.ops import LONGEST_ROW, Target
 from pallas_kernels.placement import Placement
 from pallas_kernels.program import Program
 
@@ -54,6 +55,7 @@ def plan(graph: Graph, in_place: int, target: Target, placement: Placement) -> P
                 groups.setdefault(component, []).append(node)
         return groups
 
+    largest = _largest(graph, reachable)
     statistics = computed(reachable, Kind.REDUCED)
     writes = computed(dict.fromkeys(graph.outputs), Kind.ELEMENTWISE)
     targets = _targets(graph, in_place)
@@ -61,8 +63,13 @@ def plan(graph: Graph, in_place: int, target: Target, placement: Placement) -> P
     phases: list[list[Program]] = [[] for _ in range(update + 1)]
     for component in statistics | writes:
         reduced, written = statistics.get(component, []), writes.get(component, [])
-        example = written[0] if written else reduced[0].args[0]
-        passes = _passes(reduced, written, placement.size(component, example), targets)
+        make = partial(
+            program.make,
+            size=placement.size(component, largest[component]),
+            targets=targets,
+            whole=largest[component].size,
+        )
+        passes = _passes(reduced, written, targets, make)
         for level, each in passes.items():
             phases[update if level is None else level].append(each)
     return Plan(tuple(make_phase(p, target.widths) for p in phases if p), reasons)
@@ -79,7 +86,10 @@ def _targets(graph: Graph, in_place: int) -> dict[Node, Node]:
 
 
 def _passes(
-    reduced: Sequence[Node], written: Sequence[Node], size: int, targets: Mapping[Node, Node]
+    reduced: Sequence[Node],
+    written: Sequence[Node],
+    targets: Mapping[Node, Node],
+    make: Callable[..., Program],
 ) -> dict[int | None, Program]:
     """Return a component's programs: one for each level of statistics, and the update (`None`).
 
@@ -90,9 +100,9 @@ def _passes(
     by_level: dict[int | None, list[Node]] = {}
     for node in reduced:
         by_level.setdefault(_level(node), []).append(node)
-    passes = {level: program.make(nodes, size, targets) for level, nodes in by_level.items()}
+    passes: dict[int | None, Program] = {level: make(n) for level, n in by_level.items()}
     if written:
-        passes[None] = program.make(written, size, targets)
+        passes[None] = make(written)
     if not reduced or not written:
         return passes
 
@@ -102,8 +112,8 @@ def _passes(
     if not early or not late:
         return passes
     sooner = {
-        last: program.make([*by_level[last], *early], size, targets),
-        None: program.make(late, size, targets, given=early),
+        last: make([*by_level[last], *early]),
+        None: make(late, given=early),
     }
     overwritten = {targets[n] for n in early}
     if overwritten.isdisjoint(sooner[None].inputs) and _moved(passes | sooner) < _moved(passes):
@@ -127,6 +137,7 @@ def _fallback_reasons(
             reasons.setdefault(_component(graph, node), why)
 
     reached, written = set(reachable), set(graph.outputs)
+    largest = _largest(graph, reachable)
     for node, why in graph.escapes:
         if node in reached:
             fall_back(node, why)
@@ -134,6 +145,7 @@ def _fallback_reasons(
         component = _component(graph, node)
         if component not in reasons:
             why = _reason_against(node, component, written, target, placement)
+            why = why or _reason_against_rows(node, largest[component], target)
             if why is not None:
                 fall_back(node, why)
     return reasons
@@ -145,7 +157,7 @@ def _reason_against(
     """Return why no kernel can compute the node, or `None` if one can."""
     values = [v for v in (node, *node.args) if v.kind is not Kind.REDUCED]
     for value in values:
-        if value.dtype.name not in DTYPES:
+        if value.dtype.name not in target.dtypes:
             return f"no kernel for {value.dtype.name}"
         in_memory = value.on_leaf and (value.kind is not Kind.ELEMENTWISE or value in written)
         if in_memory and value.dtype.name not in target.in_memory:
@@ -158,6 +170,32 @@ def _reason_against(
     if (size := placement.size(component, values[0])) > _LARGEST:
         return f"{size} elements are more than a 32-bit index reaches"
     return None
+
+
+def _reason_against_rows(node: Node, largest: Node, target: Target) -> str | None:
+    """Return why no kernel can compute a value that has one element for each row of a leaf."""
+    value = node.args[0] if node.kind is Kind.REDUCED else node
+    row, rest = divmod(largest.size, value.size)
+    if row == 1:
+        return None
+    if not target.has_rows:
+        return f"no kernel for {node.operation} of rows"
+    if rest or row > LONGEST_ROW or row & (row - 1):
+        return (
+            f"no kernel for rows of {row}: their length must be a power of 2, {LONGEST_ROW} at most"
+        )
+    return None
+
+
+def _largest(graph: Graph, reachable: Sequence[Node]) -> dict[Node, Node]:
+    """Return for each component one of its largest values; the others have one element a row."""
+    largest: dict[Node, Node] = {}
+    for node in reachable:
+        if node.on_leaf or node.kind is Kind.ELEMENTWISE:
+            component = graph.component(node)
+            if component not in largest or node.size > largest[component].size:
+                largest[component] = node
+    return largest
 
 
 def _component(graph: Graph, node: Node) -> Node:

@@ -63,11 +63,19 @@ class Predicate:
 
 @dataclass(frozen=True)
 class Op:
-    """An operation on blocks."""
+    """An operation on blocks.
+
+    Attributes:
+      primitive: the primitive.
+      params: its parameters.
+      operands: its operands.
+      row: the number of elements of the leaf for which the result has one.
+    """
 
     primitive: Primitive
     params: tuple[tuple[str, Any], ...]
     operands: tuple[Ref, ...]
+    row: int
 
 
 @dataclass(frozen=True)
@@ -80,6 +88,7 @@ class Root:
       in_place: the index of the input whose memory it reuses, if any.
       dtype: the dtype of the result.
       reduction: "sum", "max" or "min" over the leaf; `None` means that the leaf is stored.
+      row: the number of elements of the leaf for which the value has one.
     """
 
     value: Ref
@@ -87,6 +96,7 @@ class Root:
     in_place: int | None
     dtype: str
     reduction: str | None
+    row: int
 
 
 @dataclass(frozen=True)
@@ -95,6 +105,7 @@ class Body:
 
     Attributes:
       inputs: the dtypes of the arrays that are read block by block.
+      rows: for each input, the number of elements of the leaf for which it has one.
       loads: for each input, the condition for reading it; `None` means always.
       scalars: the dtypes of the values that are the same for all blocks.
       ops: the operations, in order.
@@ -102,6 +113,7 @@ class Body:
     """
 
     inputs: tuple[str, ...]
+    rows: tuple[int, ...]
     loads: tuple[Predicate | None, ...]
     scalars: tuple[str, ...]
     ops: tuple[Op, ...]
@@ -117,13 +129,22 @@ class Body:
         """The reduction of each root that is a statistic."""
         return tuple(root.reduction for root in self.roots if root.reduction is not None)
 
-    @cached_property
-    def bytes(self) -> tuple[int, int]:
-        """Bytes read and written for each element, and how many of them some steps skip."""
-        moved = [*zip(self.inputs, self.loads, strict=True)]
-        moved += [(root.dtype, root.needed) for root in self.stored]
-        sizes = [(np.dtype(dtype).itemsize, needed is not None) for dtype, needed in moved]
-        return sum(size for size, _ in sizes), sum(size for size, skipped in sizes if skipped)
+    def row(self, ref: Ref) -> int | None:
+        """Return the number of elements for which a value has one; `None` for scalars."""
+        match ref:
+            case Input(i):
+                return self.rows[i]
+            case Result(i):
+                return self.ops[i].row
+            case _:
+                return None
+
+    def bytes(self, size: int) -> tuple[int, int]:
+        """Return the bytes that a leaf of `size` elements moves, and those that some steps skip."""
+        moved = [*zip(self.inputs, self.rows, self.loads, strict=True)]
+        moved += [(root.dtype, root.row, root.needed) for root in self.stored]
+        each = [(size // row * np.dtype(dtype).itemsize, needed) for dtype, row, needed in moved]
+        return sum(n for n, _ in each), sum(n for n, needed in each if needed is not None)
 
 
 @dataclass(frozen=True)
@@ -156,8 +177,7 @@ class Program:
     @property
     def bytes(self) -> tuple[int, int]:
         """Bytes read and written, and how many of them some steps skip."""
-        moved, skipped = self.body.bytes
-        return moved * self.size, skipped * self.size
+        return self.body.bytes(self.size)
 
 
 def make(
@@ -165,6 +185,8 @@ def make(
     size: int,
     targets: Mapping[Node, Node],
     given: Collection[Node] = (),
+    *,
+    whole: int,
 ) -> Program:
     """Return the program that computes `results` from arguments and from earlier results.
 
@@ -173,11 +195,13 @@ def make(
       size: number of elements per device.
       targets: for some results, the argument whose memory the result reuses.
       given: values that are read from memory instead of computed.
+      whole: number of elements of the leaf on all devices.
     """
-    code = _Code(given)
+    code = _Code(given, whole)
     roots = tuple(code.root(result, targets.get(result)) for result in results)
     body = Body(
         tuple(node.dtype.name for node in code.inputs),
+        tuple(whole // node.size for node in code.inputs),
         _needed_inputs(code, roots),
         tuple(node.dtype.name for node in code.scalars),
         tuple(code.ops),
@@ -189,11 +213,12 @@ def make(
 class _Code:
     """The code of a program while it is written."""
 
-    def __init__(self, given: Collection[Node]) -> None:
+    def __init__(self, given: Collection[Node], whole: int) -> None:
         self.inputs: list[Node] = []
         self.scalars: list[Node] = []
         self.ops: list[Op] = []
         self._given = given
+        self._whole = whole
         self._refs: dict[Node, Ref] = {}
 
     def root(self, result: Node, old: Node | None) -> Root:
@@ -212,6 +237,7 @@ class _Code:
             None if in_place is None else in_place.index,
             result.dtype.name,
             REDUCTIONS[result.operation] if reduced else None,
+            self._whole // (result.args[0] if reduced else result).size,
         )
 
     def ref(self, node: Node) -> Ref:
@@ -226,13 +252,14 @@ class _Code:
         if node.kind is Kind.LITERAL:
             return Number(node.params["bytes"], node.dtype.name)
         if node.kind is Kind.ELEMENTWISE and node not in self._given:
-            if node.operation in SAME_ORDER:
+            if node.operation in SAME_ORDER and node.size == node.args[0].size:
                 return self.ref(node.args[0])
             assert node.primitive is not None
             operands = tuple(self.ref(a) for a in node.args)
             # A kernel works on the elements of one device.
             params = node.params | {"sharding": None} if "sharding" in node.params else node.params
-            self.ops.append(Op(node.primitive, tuple(sorted(params.items())), operands))
+            row = self._whole // node.size
+            self.ops.append(Op(node.primitive, tuple(sorted(params.items())), operands, row))
             return Result(len(self.ops) - 1)
         if node.on_leaf:
             self.inputs.append(node)

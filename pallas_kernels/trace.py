@@ -18,7 +18,7 @@ from jax.extend.core import Jaxpr, Literal, jaxpr_as_fun
 
 from pallas_kernels import rewrites
 from pallas_kernels.graph import Graph, Kind, Node, Operation
-from pallas_kernels.ops import ELEMENTWISE, REDUCTIONS, SAME_ORDER
+from pallas_kernels.ops import ELEMENTWISE, REDUCTIONS, ROW_REDUCTIONS, SAME_ORDER
 
 # At most this many nested selects are moved out of one reduction.
 _MOVED_SELECTS = 2
@@ -140,7 +140,10 @@ class _Reader:
             return list(op.args)
         if first is None or not any(a.on_leaf for a in op.args):
             return self._apply_to_scalars(op)
-        if name in ELEMENTWISE or (name in SAME_ORDER and result.size == first.size):
+        elementwise = name in ELEMENTWISE and not _changes_width(op)
+        if elementwise or (name in SAME_ORDER and result.size == first.size):
+            return self.graph.results(Kind.ELEMENTWISE, op)
+        if _reduces_rows(op) or _spreads_over_rows(op):
             return self.graph.results(Kind.ELEMENTWISE, op)
         if name in REDUCTIONS and result.size == 1 and first.size > 1:
             if _can_reduce_in_float32(first.dtype):
@@ -245,6 +248,33 @@ _CALLS = {
     "custom_vjp_call": "call_jaxpr",
     "remat2": "jaxpr",
 }
+
+
+def _changes_width(op: Operation) -> bool:
+    """Return whether the operation makes several elements of one, or one of several."""
+    bitcast = op.primitive is lax.bitcast_convert_type_p
+    return bitcast and op.args[0].dtype.itemsize != op.types[0].dtype.itemsize
+
+
+def _reduces_rows(op: Operation) -> bool:
+    """Return whether the operation reduces the last axes to more than one value."""
+    x, result = op.args[0], op.types[0]
+    if op.primitive.name not in ROW_REDUCTIONS or result.size <= 1 or x.size == result.size:
+        return False
+    axes = tuple(sorted(op.params["axes"]))
+    last = tuple(range(len(x.shape) - len(axes), len(x.shape)))
+    return axes == last and _can_reduce_in_float32(x.dtype)
+
+
+def _spreads_over_rows(op: Operation) -> bool:
+    """Return whether the operation repeats each element along new last axes."""
+    x, result = op.args[0], op.types[0]
+    if op.primitive is not lax.broadcast_in_dim_p or not x.on_leaf:
+        return False
+    kept = op.params["broadcast_dimensions"]
+    long = [(axis, size) for axis, size in zip(kept, x.shape, strict=True) if size > 1]
+    wide = [(axis, size) for axis, size in enumerate(result.shape) if size > 1]
+    return wide[: len(long)] == long
 
 
 def _can_reduce_in_float32(dtype: Any) -> bool:

@@ -9,12 +9,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from pallas_kernels.arithmetic import maximum, minimum
-from pallas_kernels.ops import Target
+from pallas_kernels.ops import REDUCTIONS, ROW_REDUCTIONS, Target
 from pallas_kernels.program import Body, Input, Number, Op, Predicate, Ref, Scalar
 
-_WIDE = {"bfloat16": "float32", "float16": "float32", "int8": "int32", "uint8": "int32"}
+_WIDE = {"bfloat16": "float32", "float16": "float32"} | {
+    narrow: "int32" for narrow in ("int8", "uint8", "int16")
+}
 _MOVES = frozenset(("convert_element_type", "copy", "stop_gradient"))
 
 
@@ -22,21 +25,23 @@ def evaluate(
     body: Body,
     blocks: Sequence[jax.Array],
     scalars: Sequence[jax.Array],
-    shape: tuple[int, ...],
+    width: int,
     target: Target,
 ) -> list[jax.Array]:
     """Return the roots' values for one block.
 
+    A value that has one element for each row is that much shorter.
+
     Args:
       body: what to compute.
-      blocks: one block of each input, of shape `shape`.
+      blocks: one block of each input.
       scalars: the values of the body's scalars.
-      shape: the shape of a block; `()` for a single element.
+      width: the width of a block; a block of width 1 is a scalar.
       target: the backend whose kernel this is.
     """
     done: list[jax.Array] = []
 
-    def value(ref: Ref) -> jax.Array:
+    def value(ref: Ref, row: int) -> jax.Array:
         match ref:
             case Input(i):
                 x = blocks[i]
@@ -46,12 +51,26 @@ def evaluate(
                 x = jnp.asarray(ref.value)
             case _:
                 x = done[ref.index]
-        return jnp.broadcast_to(x, shape)
+        own = body.row(ref)
+        if own is not None and own > row:  # repeat the value of a row for its elements
+            x = jnp.broadcast_to(x[:, None], (width // own, own // row)).reshape(width // row)
+        return jnp.broadcast_to(x, () if width == 1 else (width // row,))
 
     for op in body.ops:
-        operands = [value(ref) for ref in op.operands]
-        done.append(_apply(op, operands, target))
-    return [value(root.value) for root in body.roots]
+        if op.primitive.name in ROW_REDUCTIONS:
+            (x,) = op.operands
+            rows = value(x, body.row(x) or 1).reshape(width // op.row, -1)
+            done.append(_reduce_rows(op, rows))
+        elif op.primitive is lax.broadcast_in_dim_p:
+            done.append(value(op.operands[0], op.row))
+        else:
+            done.append(_apply(op, [value(ref, op.row) for ref in op.operands], target))
+    return [value(root.value, root.row) for root in body.roots]
+
+
+def _reduce_rows(op: Op, rows: jax.Array) -> jax.Array:
+    reduce = REDUCE[REDUCTIONS[op.primitive.name]]
+    return reduce(rows.astype(jnp.float32), axis=1).astype(rows.dtype)
 
 
 def _apply(op: Op, operands: Sequence[jax.Array], target: Target) -> jax.Array:
@@ -80,9 +99,9 @@ def identity_of(reduction: str) -> Any:
 def or_nan(reduce: Callable[..., Any]) -> Callable[..., Any]:
     """Make a reduction return NaN if an element is NaN; Triton's reductions ignore NaN."""
 
-    def reduced(x: jax.Array) -> jax.Array:
-        missing = jnp.sum(jnp.where(x != x, jnp.ones_like(x), jnp.zeros_like(x)))
-        return jnp.where(missing > 0, jnp.asarray(jnp.nan, x.dtype), reduce(x))
+    def reduced(x: jax.Array, axis: int | None = None) -> jax.Array:
+        missing = jnp.sum(jnp.where(x != x, jnp.ones_like(x), jnp.zeros_like(x)), axis=axis)
+        return jnp.where(missing > 0, jnp.asarray(jnp.nan, x.dtype), reduce(x, axis=axis))
 
     return reduced
 

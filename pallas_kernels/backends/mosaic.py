@@ -223,10 +223,8 @@ def _run_block(
                 ]
             )
 
-        shape = () if group.width == 1 else (group.width,)
-        store_results(
-            block, scalars, evaluate(form.body, block.on_leaf(load), scalars, shape, MOSAIC)
-        )
+        values = evaluate(form.body, block.on_leaf(load), scalars, group.width, MOSAIC)
+        store_results(block, scalars, values)
 
     starts_of_groups = [layout.starts[bound] for bound in bounds[:-1]]
     # One flat switch: lowering a cond lowers its first branch twice, and nesting multiplies this.

@@ -98,12 +98,13 @@ class _Block:
         """Load the block, compute, and store the results."""
         body, scalars = self.layout.forms[self.form].body, self._scalars()
         *arrays, valid = self._on_leaf(partial(self._load, scalars))
-        values = evaluate(body, arrays, scalars, (BLOCK,), TRITON)
+        values = evaluate(body, arrays, scalars, BLOCK, TRITON)
         pairs = [*zip(body.roots, values, strict=True)]
-        parts = [(root.reduction, value) for root, value in pairs if root.reduction]
-        for k, (reduction, value) in enumerate(parts):
-            neutral = jnp.full((BLOCK,), identity_of(reduction), jnp.float32)
-            kept = jnp.where(jnp.arange(BLOCK) < valid, value.astype(jnp.float32), neutral)
+        parts = [(root.reduction, root.row, x) for root, x in pairs if root.reduction]
+        for k, (reduction, row, value) in enumerate(parts):
+            neutral = jnp.full(value.shape, identity_of(reduction), jnp.float32)
+            inside = jnp.arange(value.size) * row < valid
+            kept = jnp.where(inside, value.astype(jnp.float32), neutral)
             self.targets[-1][k * self.layout.starts[-1] + self.me] = REDUCE[reduction](kept)
         stored = [value.astype(root.dtype) for root, value in pairs if not root.reduction]
         if stored:
@@ -124,59 +125,56 @@ class _Block:
         return [slot.read(self.sources, which) for slot in slots]
 
     def _load(
-        self, scalars: Sequence[jax.Array], leaf: int, index: Any, inside: jax.Array | None
+        self, scalars: Sequence[jax.Array], leaf: int, access: "_Access"
     ) -> tuple[jax.Array, ...]:
         """Return the block's part of each input, and how many elements are left in the leaf."""
         body, size = self.layout.leaves[leaf]
         blocks: list[jax.Array] = []
-        for k, (dtype, needed) in enumerate(zip(body.inputs, body.loads, strict=True)):
+        for k, (dtype, row, needed) in enumerate(
+            zip(body.inputs, body.rows, body.loads, strict=True)
+        ):
             ref = self.sources[self.layout.first_input[leaf] + k]
-            mask = _access_mask(inside, needed, scalars)
+            index, mask = access.index(row), access.mask(row, needed, scalars)
             if mask is None:
                 blocks.append(ref[index])
             else:
                 blocks.append(plt.load(ref.at[index], mask=mask, other=jnp.zeros((), dtype)))
-        return (*blocks, jnp.int32(size) - index.start)
+        return (*blocks, jnp.int32(size) - access.first)
 
     def _store(
         self,
         scalars: Sequence[jax.Array],
         values: Sequence[jax.Array],
         leaf: int,
-        index: Any,
-        inside: jax.Array | None,
+        access: "_Access",
     ) -> tuple[()]:
         roots = self.layout.leaves[leaf].body.stored
         for k, (root, value) in enumerate(zip(roots, values, strict=True)):
             ref = self.targets[self.layout.first_result[leaf] + k]
-            mask = _access_mask(inside, root.needed, scalars)
+            index, mask = access.index(root.row), access.mask(root.row, root.needed, scalars)
             if mask is None:
                 ref[index] = value
             else:
                 plt.store(ref.at[index], value, mask=mask)
         return ()
 
-    def _on_leaf(self, access: Callable[[int, Any, jax.Array | None], Any]) -> Any:
-        """Call `access(leaf, index, inside)` for the block's leaf.
-
-        `inside` is the mask of elements inside of the leaf, or `None` if all are inside.
-        """
+    def _on_leaf(self, access: Callable[[int, "_Access"], Any]) -> Any:
+        """Call `access(leaf, ...)` for the block's leaf."""
 
         def on(leaf: int) -> Any:
             body, size = self.layout.leaves[leaf]
             first = (self.me - self.layout.starts[leaf]) * BLOCK
-            index = pl.ds(first, BLOCK)
+            whole, ragged = _Access(first, None), _Access(first, size)
             if size % BLOCK == 0:
-                return access(leaf, index, None)
-            inside = first + jnp.arange(BLOCK) < size
+                return access(leaf, whole)
             # A mask that can change inside of a vector makes Triton access single elements.
             vector = _VECTOR_BYTES // min(jnp.dtype(dtype).itemsize for dtype in body.inputs)
             if size < BLOCK or size % vector == 0:
-                return access(leaf, index, inside)
+                return access(leaf, ragged)
             return lax.cond(
                 first + BLOCK <= size,
-                lambda: access(leaf, index, None),
-                lambda: access(leaf, index, inside),
+                lambda: access(leaf, whole),
+                lambda: access(leaf, ragged),
             )
 
         return _search(self.me, self._leaves, self.layout.starts, on)
@@ -233,11 +231,31 @@ def _search(
     )
 
 
-def _access_mask(
-    inside: jax.Array | None, needed: Predicate | None, scalars: Sequence[jax.Array]
-) -> Any:
-    """Return the mask of an access, or `None` if all elements are always accessed."""
-    if needed is None:
-        return inside
-    wanted = jnp.broadcast_to(holds(needed, scalars), (BLOCK,))
-    return wanted if inside is None else inside & wanted
+@dataclass(frozen=True)
+class _Access:
+    """The elements of a leaf that a block accesses.
+
+    Attributes:
+      first: the index of the first element.
+      size: the size of the leaf; `None` if all elements of the block are inside of it.
+    """
+
+    first: jax.Array
+    size: int | None
+
+    def index(self, row: int) -> Any:
+        """Return the index into an array that has an element for each `row` elements."""
+        return pl.ds(self._first(row), BLOCK // row)
+
+    def mask(self, row: int, needed: Predicate | None, scalars: Sequence[jax.Array]) -> Any:
+        """Return the mask of an access, or `None` if all elements are always accessed."""
+        inside = None
+        if self.size is not None:
+            inside = self._first(row) + jnp.arange(BLOCK // row) < self.size // row
+        if needed is None:
+            return inside
+        wanted = jnp.broadcast_to(holds(needed, scalars), (BLOCK // row,))
+        return wanted if inside is None else inside & wanted
+
+    def _first(self, row: int) -> jax.Array:
+        return self.first if row == 1 else lax.div(self.first, jnp.int32(row))

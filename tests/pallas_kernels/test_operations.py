@@ -1,6 +1,7 @@
 """The primitives of kernels: each is lowered or left to XLA, and computes what XLA does."""
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +38,13 @@ def as_index(x: jax.Array) -> jax.Array:
     return lax.convert_element_type(x != partner(x), jnp.int32)
 
 
+def flip_a_bit(x: jax.Array, dtype: str) -> jax.Array:
+    """The number with another first digit: of 4 bytes, for other widths change the shape."""
+    if x.dtype.itemsize != 4:
+        raise TypeError
+    return lax.bitcast_convert_type(lax.bitcast_convert_type(x, dtype) ^ (1 << 22), x.dtype)
+
+
 UNARY = """abs cbrt ceil cos erf exp exp2 expm1 floor is_finite log log1p logistic neg rsqrt sign
     sin sqrt square stop_gradient tan tanh"""
 BINARY = "add atan2 div eq ge gt le lt max min mul ne nextafter pow rem sub"
@@ -46,6 +54,7 @@ OPERATIONS: dict[str, list[Callable[[jax.Array], jax.Array]]] = {
     **{name: [of_two(getattr(lax, name))] for name in BINARY.split()},
     "add_any": [lambda x: add_jaxvals_p.bind(x, x)],
     "and": [of_two(lax.bitwise_and)],
+    "bitcast_convert_type": [partial(flip_a_bit, dtype=d) for d in ("int32", "uint32")],
     "clamp": [lambda x: lax.clamp(lax.full_like(x, 0), x, lax.full_like(x, 1))],
     "convert_element_type": [
         lambda x, dtype=dtype: lax.convert_element_type(x, dtype) for dtype in sorted(DTYPES)
@@ -67,6 +76,10 @@ OPERATIONS: dict[str, list[Callable[[jax.Array], jax.Array]]] = {
         lambda x: lax.select_n(x != partner(x), x, partner(x)),
         lambda x: lax.select_n(as_index(x), x, partner(x), x),
     ],
+    **{
+        name: [lambda x, shift=getattr(lax, name): shift(x, lax.full_like(x, 3))]
+        for name in ("shift_left", "shift_right_arithmetic", "shift_right_logical")
+    },
     "xor": [of_two(lax.bitwise_xor)],
     "reduce_and": [lambda x: x ^ jnp.all(x)],
     "reduce_max": [lambda x: x == jnp.max(x)],
@@ -158,7 +171,7 @@ def test_methods_lower_for_narrow_parameters(case, backend):
 
 def edges(dtype: str) -> np.ndarray:
     """Numbers where roundings, signs and ranges change."""
-    if dtype in ops.INTEGERS:
+    if dtype in ops.INTEGERS | ops.BITS:
         limits = np.iinfo(dtype)
         return np.array([limits.min, limits.min + 1, 0, 1, 2, 3, 100, limits.max], dtype)
     limits = jnp.finfo(dtype)
@@ -187,7 +200,9 @@ APPROXIMATE = frozenset(_APPROXIMATE.split())
 
 def in_float32(function: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
     return lambda x: (
-        function(x.astype(jnp.float32)).astype(x.dtype) if x.dtype.itemsize == 2 else function(x)
+        function(x.astype(jnp.float32)).astype(x.dtype)
+        if x.dtype.name in ("bfloat16", "float16")
+        else function(x)
     )
 
 
