@@ -71,6 +71,15 @@ def state_of(tx: optax.GradientTransformation, params: Any) -> Any:
     )
 
 
+def held(hold: Callable[[Any], Any], params: Leaves) -> Leaves:
+    """Return the parameters in the dtypes that an optimizer's step takes."""
+    types = jax.eval_shape(hold, shards(params))
+    return {
+        name: jax.ShapeDtypeStruct(p.shape, types[name].dtype, sharding=p.sharding)
+        for name, p in params.items()
+    }
+
+
 def shards(tree: Any) -> Any:
     """Return the shapes of the per-device shards."""
 

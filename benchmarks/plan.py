@@ -27,7 +27,7 @@ from benchmarks.aot import H200, V5E, Program, Target, compile_step
 from benchmarks.command_line import quoted
 from benchmarks.contenders import CONTENDERS, WAYS
 from benchmarks.latest import Row
-from benchmarks.layouts import SHARDED_SETS, shardings, shards, size, state_of
+from benchmarks.layouts import SHARDED_SETS, held, shardings, shards, size, state_of
 from benchmarks.leaf_sets import COMPILED_SETS, Leaves, count, leaves
 from benchmarks.plan_figures import Change, changes
 from benchmarks.plan_report import markdown, terminal
@@ -126,6 +126,7 @@ class Plan:
         """Measure a row and its changes from the recorded row; replace that row with `--record`."""
         case, params = f"{leaf_set} / {name}", leaves_of(leaf_set, self.target)
         rounds = RECORDED_ROUNDS if self.options.record and not self.options.topology else 1
+        params = held(CONTENDERS[name].hold, params)
         row = {"optimizer": name}
         row |= measure(OPTIMIZERS[name], params, self.target, self.options.ways, rounds)
         changed = list(changes(self.rows.get(case, {}), row, shards(params)))

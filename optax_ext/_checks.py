@@ -55,6 +55,14 @@ def period(**arguments: Any) -> None:
             raise ValueError(f"{name} must be an integer in [1, 2147483647], got {value!r}")
 
 
+def size(**arguments: Any) -> None:
+    """Require Python integers >= 1: sizes decide shapes."""
+    for name, value in arguments.items():
+        number = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+        if not (number and value >= 1):
+            raise ValueError(f"{name} must be a Python integer >= 1, got {value!r}")
+
+
 def schedule_or(check: Callable[..., None], **arguments: Any) -> None:
     """Require schedules, or values that `check` accepts."""
     for name, value in arguments.items():

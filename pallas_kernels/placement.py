@@ -42,7 +42,11 @@ class Placement:
 
     def size(self, component: Node, node: Node) -> int:
         """Return the number of elements of `node` per device."""
-        return math.prod(self.shard(component, node.shape))
+        leaf = self.leaves.get(component)
+        if leaf is None or not node.shape:
+            return node.size
+        # Values of rows are cut like their leaf, even if their own axes are too short.
+        return -(-node.size * math.prod(self.shard(component, leaf.shape)) // leaf.size)
 
     def reason(self, component: Node, node: Node) -> str | None:
         """Return why a launch can't compute `node` on shards, or `None` if it can."""

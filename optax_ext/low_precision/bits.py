@@ -14,22 +14,25 @@ _HIGH = np.int32(-65536)  # the upper 16 bits: those of a bfloat16
 _HALF = np.int32(0x8000)
 
 
-def random_bits(source: jax.Array, step: jax.Array, salt: int) -> jax.Array:
-    """Return pseudorandom bits that depend only on the bits of `source`, the step and the salt.
+def random_bits(*sources: jax.Array, step: jax.Array, salt: int) -> jax.Array:
+    """Return pseudorandom bits that depend only on the bits of the sources, step and salt.
 
-    Equal elements of `source` have equal bits in one step, and other bits in the next. So the
-    result needs no key, and is the same on every mesh, in every program and after a resume.
+    Equal elements have equal bits in one step, and other bits in the next. So the result needs no
+    key, and is the same on every mesh, in every program and after a resume.
 
     Args:
-      source: an array of real floats, such as a gradient.
+      *sources: arrays of real floats in one shape, such as a gradient.
       step: number of the step.
       salt: an integer in [0, 2^32), such as a hash of the leaf's path.
 
     Returns:
-      uint32 of the shape of `source`.
+      uint32 of the shape of the sources.
     """
-    key = _mix(step.astype(jnp.uint32) * _GOLDEN) ^ np.uint32(salt)
-    return _mix(lax.bitcast_convert_type(source.astype(jnp.float32), jnp.uint32) ^ key)
+    bits = _mix(step.astype(jnp.uint32) * _GOLDEN) ^ np.uint32(salt)
+    for source in sources:
+        raw = lax.bitcast_convert_type(source.astype(jnp.float32), jnp.uint32)
+        bits = _mix(raw ^ bits)
+    return bits
 
 
 def _mix(x: jax.Array) -> jax.Array:

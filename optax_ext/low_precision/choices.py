@@ -41,7 +41,7 @@ def default_formats(group_size: int = 64) -> Formats:
     >>> print(optax_ext.quantization_report(tx, jnp.ones(4096), formats).bytes)
     37128
     """
-    _checks.period(group_size=group_size)
+    _checks.size(group_size=group_size)
 
     def formats(path: Path, leaf: Any) -> Format | None:
         del leaf
@@ -62,7 +62,7 @@ def default_formats(group_size: int = 64) -> Formats:
 
 def chooser(formats: Formats | None, group_size: int, min_size: int, shardings: Any) -> Choose:
     """Check the arguments; return the function that chooses for each leaf."""
-    _checks.period(min_size=min_size)
+    _checks.size(min_size=min_size)
     by_default = default_formats(group_size)
     if formats is not None and not callable(formats):
         raise ValueError(f"formats must be a function of path and leaf, got {formats!r}")
@@ -70,6 +70,8 @@ def chooser(formats: Formats | None, group_size: int, min_size: int, shardings: 
     sharding_of = ByPath(shardings)
 
     def choose(path: Path, named: Path, x: Any) -> Format | str:
+        if isinstance(x, tuple):
+            return "encoded already"
         if (dtype := jnp.result_type(x)) != jnp.float32:
             return dtype.name
         if x.size < min_size:
@@ -87,9 +89,11 @@ def chooser(formats: Formats | None, group_size: int, min_size: int, shardings: 
     return choose
 
 
-def leaves(state: Any) -> Iterator[tuple[Path, Path, Any]]:
+def leaves(
+    state: Any, is_leaf: Callable[[Any], bool] | None = None
+) -> Iterator[tuple[Path, Path, Any]]:
     """Yield each leaf's path, its path with the names of `NamedTuple` classes, and the leaf."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state, is_leaf=is_leaf):
         yield path, tuple(_named(state, path)), leaf
 
 

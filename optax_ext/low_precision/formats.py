@@ -203,7 +203,7 @@ class _Grouped:
     group_size: int = 64
 
     def __post_init__(self) -> None:
-        _checks.period(group_size=self.group_size)
+        _checks.size(group_size=self.group_size)
 
     def misfit(self, shape: Sequence[int], shard: Sequence[int]) -> str | None:
         """Return why the format can't store an array, or `None` if it can.

@@ -83,7 +83,8 @@ def quantize_state(
     def update(updates, state, params=None, **extra_args):
         step = next_count(state.step)
         old = state.inner_state
-        result, new = tx.update(updates, dequantize_state(old), params, **extra_args)
+        decoded = jax.tree.map(_decode, old, is_leaf=_is_whole)
+        result, new = tx.update(updates, decoded, params, **extra_args)
         gradient_of = ByPath(updates)
 
         def encode(path: Path, node: Any, x: Any) -> Any:
@@ -92,7 +93,7 @@ def quantize_state(
             bits = _random_bits(path, x, gradient_of, step) if node.is_dithered else None
             return node.encode(x, bits)
 
-        encoded = jax.tree_util.tree_map_with_path(encode, old, new, is_leaf=is_encoded)
+        encoded = jax.tree_util.tree_map_with_path(encode, old, new, is_leaf=_is_whole)
         return result, QuantizedState(step, encoded)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -109,14 +110,10 @@ def dequantize_state(state: Any) -> Any:
     >>> print(same == jax.tree.structure(tx.init(params)))
     True
     """
-
-    def decode(x: Any) -> Any:
-        if isinstance(x, QuantizedState):
-            return dequantize_state(x.inner_state)
-        return x.decode() if is_encoded(x) else x
-
     return jax.tree.map(
-        decode, state, is_leaf=lambda x: isinstance(x, QuantizedState) or is_encoded(x)
+        lambda x: dequantize_state(x.inner_state) if isinstance(x, QuantizedState) else _decode(x),
+        state,
+        is_leaf=_is_whole,
     )
 
 
@@ -150,9 +147,18 @@ def quantize_existing_state(
 
 
 def _encode(state: Any, choose: Choose) -> Any:
-    chosen = [(choose(path, named, x), x) for path, named, x in leaves(state)]
+    chosen = [(choose(path, named, x), x) for path, named, x in leaves(state, _is_whole)]
     encoded = [x if isinstance(format_, str) else format_.encode(x) for format_, x in chosen]
-    return jax.tree.unflatten(jax.tree.structure(state), encoded)
+    return jax.tree.unflatten(jax.tree.structure(state, is_leaf=_is_whole), encoded)
+
+
+def _decode(x: Any) -> Any:
+    return x.decode() if is_encoded(x) else x
+
+
+def _is_whole(x: Any) -> bool:
+    """Return whether `x` is one leaf here: encoded, or the state of an inner `quantize_state`."""
+    return is_encoded(x) or isinstance(x, QuantizedState)
 
 
 def _random_bits(path: Path, x: jax.Array, gradient_of: ByPath, step: jax.Array) -> jax.Array:
@@ -163,4 +169,4 @@ def _random_bits(path: Path, x: jax.Array, gradient_of: ByPath, step: jax.Array)
     source = gradient_of(path, lambda g: g.shape == x.shape and jnp.isrealobj(g))
     source = jnp.zeros((), jnp.float32) if source is None else source
     salt = zlib.crc32(jax.tree_util.keystr(path).encode())
-    return jnp.broadcast_to(random_bits(source, step, salt), x.shape)
+    return jnp.broadcast_to(random_bits(source, step=step, salt=salt), x.shape)

@@ -130,8 +130,8 @@ def stochastic_rounding(
 
     The mean of the rounded weight is the weight, so nothing has to be stored, and a weight takes 2
     bytes. `tx` sees float32 parameters and gradients, and its state is that for float32. Randomness
-    comes from the bits of the gradient, as for `quantize_state`. The updates are float32, and
-    `optax.apply_updates` lands exactly on the rounded weights. A zero update changes nothing.
+    comes from the bits of gradient and parameter, as for `quantize_state`. The updates are float32,
+    and `optax.apply_updates` lands exactly on the rounded weights. A zero update changes nothing.
 
     Args:
       tx: a complete optimizer, with its learning rate.
@@ -163,7 +163,9 @@ def stochastic_rounding(
             if u is None:
                 return None
             salt = zlib.crc32(jax.tree_util.keystr(path).encode())
-            return _difference(round_stochastically(p + u, random_bits(g, step, salt)), p)
+            # bfloat16 gradients have few different values, so the parameter's bits count, too.
+            bits = random_bits(g, p, step=step, salt=salt)
+            return _difference(round_stochastically(p + u, bits), p)
 
         result = jax.tree_util.tree_map_with_path(
             rounded, steps, updates, wide, is_leaf=lambda x: x is None

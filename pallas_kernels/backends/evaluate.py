@@ -15,9 +15,9 @@ from pallas_kernels.arithmetic import maximum, minimum
 from pallas_kernels.ops import REDUCTIONS, ROW_REDUCTIONS, Target
 from pallas_kernels.program import Body, Input, Number, Op, Predicate, Ref, Scalar
 
-_WIDE = {"bfloat16": "float32", "float16": "float32"} | {
-    narrow: "int32" for narrow in ("int8", "uint8", "int16")
-}
+_WIDE = {"bfloat16": "float32", "float16": "float32"} | dict.fromkeys(
+    ("int8", "uint8", "int16"), "int32"
+)
 _MOVES = frozenset(("convert_element_type", "copy", "stop_gradient"))
 
 

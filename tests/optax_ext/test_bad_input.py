@@ -18,7 +18,9 @@ from support.cases import METHODS
 from support.pieces import PIECES
 
 # What a caller may pass there can't be told by looking at it.
-FREE_FORM = {"mask", "params", "apply_fn", "example_inputs"}
+FREE_FORM = {
+    *("mask", "params", "weights", "state", "shardings", "apply_fn", "example_inputs"),
+}
 
 
 def schedule(count: Any) -> Any:
@@ -93,6 +95,23 @@ PERIOD = Range(
         (jnp.ones(2, int), "must be a scalar, got an array of shape (2,)"),
     ),
     traceable=5,
+)
+COUNT = Range(
+    (1, 64, np.int64(5)),
+    tuple(
+        (value, f"must be a Python integer >= 1, got {value!r}")
+        for value in (0, -5, 2.5, 5.0, True, "5", None, jnp.asarray(5))
+    ),
+)
+FORMATS = Range(
+    (None, lambda path, leaf: None),
+    tuple(
+        (value, f"must be a function of path and leaf, got {value!r}")
+        for value in (8, "int8", optax_ext.formats.SignedRoot())
+    ),
+)
+BITS = Range(
+    (24, 32), tuple((value, f"must be 24 or 32, got {value!r}") for value in (8, 16, True, "24"))
 )
 FLAG = Range(
     (True, False),
@@ -221,6 +240,7 @@ class Row(NamedTuple):
     ranges: Mapping[str, Range]
 
 
+QUANTIZATION = {"formats": FORMATS, "group_size": COUNT, "min_size": COUNT}
 TABLE = [
     Row(
         optax_ext.fame,
@@ -317,6 +337,17 @@ TABLE = [
         {"inner": INNER, "sync_period": 5, "slow_step_size": 0.5},
         LOOKAHEAD | {"inner": TRANSFORMATION, "mode": choice("exact", "rotating")},
     ),
+    Row(optax_ext.quantize_state, {"tx": INNER}, {"tx": TRANSFORMATION} | QUANTIZATION),
+    Row(optax_ext.quantize_existing_state, {"state": ()}, QUANTIZATION),
+    Row(optax_ext.quantization_report, {"tx": INNER, "params": PARAMS}, QUANTIZATION),
+    Row(
+        optax_ext.quantization_report,
+        {"params": PARAMS},
+        {"tx": Range((INNER,), TRANSFORMATION.bad)},
+    ),
+    Row(optax_ext.default_formats, {}, {"group_size": COUNT}),
+    Row(optax_ext.master_weights, {"tx": INNER}, {"tx": TRANSFORMATION, "bits": BITS}),
+    Row(optax_ext.stochastic_rounding, {"tx": INNER}, {"tx": TRANSFORMATION}),
     Row(optax_ext.scale_by_connections, {"scaling": "additive"}, CONNECTIONS),
     Row(
         optax_ext.connection_table,

@@ -77,8 +77,8 @@ OPERATIONS: dict[str, list[Callable[[jax.Array], jax.Array]]] = {
         lambda x: lax.select_n(as_index(x), x, partner(x), x),
     ],
     **{
-        name: [lambda x, shift=getattr(lax, name): shift(x, lax.full_like(x, 3))]
-        for name in ("shift_left", "shift_right_arithmetic", "shift_right_logical")
+        shift.__name__: [lambda x, shift=shift: shift(x, lax.full_like(x, 3))]
+        for shift in (lax.shift_left, lax.shift_right_arithmetic, lax.shift_right_logical)
     },
     "xor": [of_two(lax.bitwise_xor)],
     "reduce_and": [lambda x: x ^ jnp.all(x)],

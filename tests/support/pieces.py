@@ -32,6 +32,7 @@ PIECES = tuple(
         ("trust_ratio", optax_ext.scale_by_trust_ratio, {"max_ratio": 10.0}),
         ("lookahead_exact", optax_ext.lookahead, ADAM | LOOKAHEAD),
         ("lookahead_rotating", optax_ext.lookahead, ADAM | LOOKAHEAD | {"mode": "rotating"}),
+        ("quantize_state", optax_ext.quantize_state, {"tx": ADAM["inner"], "min_size": 1}),
         ("connections", optax_ext.scale_by_connections, {"scaling": "additive"}),
     )
 )

@@ -1,0 +1,181 @@
+"""Kernels that compute rows: statistics along the last axis, and state in few bits."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import optax_ext
+from pallas_kernels import explain, fuse
+from support.cases import slow_unless
+from support.fused import chain_step, lowered
+
+# Whole blocks, a ragged last block, groups over the flattened array, and what stays float32.
+SHAPES = {"kernel": (8, 192), "ragged": (9, 64), "conv": (3, 3, 64, 5), "bias": (60,)}
+ROWS = partial(optax_ext.quantize_state, min_size=64)
+
+
+def arrays(seed, dtype=jnp.float32):
+    rng = np.random.default_rng(seed)
+    return {
+        name: jnp.asarray(rng.standard_normal(shape) * np.exp(rng.standard_normal(shape)), dtype)
+        for name, shape in SHAPES.items()
+    }
+
+
+def per_leaf(function):
+    return optax.stateless(lambda updates, _: jax.tree.map(function, updates))
+
+
+def race(tx, params, step, steps=4, **options):
+    """Parameters and states after some steps, of the chain and fused."""
+    chain, ours = jax.jit(chain_step(tx)), jax.jit(fuse(tx, **options).step)
+    start = jax.jit(tx.init)(params)
+    results = []
+    for function in (chain, ours):
+        carry = params, start
+        for t in range(steps):
+            carry = function(*carry, jax.tree.map(lambda g, p: g.astype(p.dtype), step(t), params))
+        results.append(carry)
+    return results
+
+
+def assert_same_codes(expected, ours):
+    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(ours), strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+        if jnp.issubdtype(a.dtype, jnp.integer) and a.dtype != jnp.int16:
+            np.testing.assert_array_equal(a, b)
+        else:
+            wide = (np.asarray(x, np.float64) for x in (a, b))
+            np.testing.assert_allclose(*wide, rtol=1e-5, atol=1e-6)
+
+
+CHAINS = {
+    "adamw": ROWS(optax.adamw(1e-2)),
+    "lion": ROWS(optax.lion(1e-2)),
+    "fame": ROWS(optax_ext.fame(1e-2)),
+    "novak": ROWS(optax_ext.novak(1e-2, sync_period=2)),
+    "bfloat16 moments": ROWS(optax.adamw(1e-2), lambda path, x: optax_ext.formats.BFloat16()),
+}
+# Of bfloat16 parameters.
+WEIGHTS = {
+    "24 bits": optax_ext.master_weights(CHAINS["adamw"]),
+    "32 bits": optax_ext.master_weights(optax.adamw(1e-2), bits=32),
+    "stochastic": optax_ext.stochastic_rounding(CHAINS["lion"]),
+}
+
+
+@pytest.mark.parametrize("name", slow_unless(["adamw"], CHAINS))
+def test_fused_codes_are_those_of_the_chain(name):
+    expected, ours = race(
+        CHAINS[name], arrays(0), lambda t: arrays(t + 1), backend="interpret", strict=True
+    )
+    assert_same_codes(expected, ours)
+
+
+@pytest.mark.parametrize("name", slow_unless(["24 bits"], WEIGHTS))
+def test_fused_weights_are_those_of_the_chain(name):
+    tx = WEIGHTS[name]
+    expected, ours = race(
+        tx,
+        optax_ext.bfloat16_weights(arrays(0)),
+        lambda t: arrays(t + 1),
+        steps=1,
+        backend="interpret",
+        strict=True,
+    )
+    if "bits" in name:
+        # A product and a sum may be one operation in one of the programs, so compare weights.
+        digits = 2**-15 if name == "24 bits" else 2**-22
+        expected, ours = (optax_ext.float32_weights(*each) for each in (expected, ours))
+    else:
+        digits = 2**-7
+        expected, ours = expected[0], ours[0]
+    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(ours), strict=True):
+        wide = (np.asarray(x, np.float64) for x in (a, b))
+        np.testing.assert_allclose(*wide, rtol=2 * digits, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", [*CHAINS, *WEIGHTS])
+def test_one_launch_at_the_floor(name):
+    tx = (CHAINS | WEIGHTS)[name]
+    large = {"kernel": jax.ShapeDtypeStruct((512, 512), jnp.float32)}
+    if name in WEIGHTS:
+        large = jax.eval_shape(optax_ext.bfloat16_weights, large)
+    report = explain(tx, large)
+    assert report.fallback_reasons == ()
+    assert report.launches == 1
+    assert report.bytes_per_parameter == pytest.approx(report.floor_per_parameter, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", [*CHAINS, *WEIGHTS])
+def test_triton_lowers_and_mosaic_falls_back(name):
+    tx = (CHAINS | WEIGHTS)[name]
+    params = arrays(0)
+    if name in WEIGHTS:
+        params = optax_ext.bfloat16_weights(params)
+    state = jax.eval_shape(tx.init, params)
+    assert "triton" in lowered(fuse(tx, backend="triton", strict=True).step, params, state, params)
+    reasons = explain(tx, params, backend="mosaic").fallback_reasons
+    assert any("no kernel for" in line for line in reasons)
+
+
+STATISTICS = {
+    "largest": lambda x: x / (1 + jnp.max(jnp.abs(x), axis=-1, keepdims=True)),
+    "smallest": lambda x: x - jnp.min(x, axis=-1, keepdims=True),
+    "mean": lambda x: x - jnp.mean(x, axis=-1, keepdims=True),
+    "norm": lambda x: x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + 1),
+    "deviation": lambda x: (
+        x + jnp.max(jnp.abs(x - jnp.mean(x, axis=-1, keepdims=True)), axis=-1)[..., None]
+    ),
+    "of all rows": lambda x: x * jnp.sum(jnp.max(x, axis=-1)),
+}
+
+
+@pytest.mark.parametrize("name", STATISTICS)
+def test_statistics_of_rows(name):
+    params = {"kernel": arrays(0)["kernel"].reshape(24, 64), "ragged": arrays(0)["ragged"]}
+    params["ragged"] = params["ragged"].at[1, 3].set(jnp.nan)
+    tx = per_leaf(STATISTICS[name])
+    assert explain(tx, params).fallback_reasons == ()
+    update = fuse(tx, backend="interpret", strict=True).update
+    ours, _ = jax.jit(lambda p: update(p, tx.init(p)))(params)
+    expected, _ = jax.jit(lambda p: tx.update(p, tx.init(p)))(params)
+    for leaf in params:
+        np.testing.assert_allclose(ours[leaf], expected[leaf], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("last", "why"), [(3, "rows of 3"), (512, "rows of 512")])
+def test_rows_that_do_not_fit_fall_back(last, why):
+    tx = per_leaf(STATISTICS["norm"])
+    params = {"kernel": jnp.ones((8, last))}
+    (line,) = explain(tx, params).fallback_reasons
+    assert line.startswith("0/kernel: ")
+    assert f"no kernel for {why}" in line
+    update = fuse(tx, backend="interpret").update
+    ours, _ = jax.jit(lambda p: update(p, tx.init(p)))(params)
+    np.testing.assert_allclose(ours["kernel"], tx.update(params, ())[0]["kernel"], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("spec", "fits"), [(("x", "y"), True), (("x", None), True), ((None, ("x", "y")), False)]
+)
+def test_rows_on_shards(spec, fits):
+    """Rows lie on one device, or XLA computes them: with the same codes."""
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
+    sharding = {"kernel": NamedSharding(mesh, PartitionSpec(*spec))}
+    tx = CHAINS["adamw"]
+
+    def placed(t):
+        values = np.random.default_rng(t).standard_normal((8, 256))
+        return jax.device_put({"kernel": jnp.asarray(values, jnp.float32)}, sharding)
+
+    params = placed(0)
+    reasons = explain(tx, params).fallback_reasons
+    assert (reasons == ()) == fits
+    expected, ours = race(tx, params, placed, backend="interpret", shardings=sharding)
+    assert_same_codes(expected, ours)
