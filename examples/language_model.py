@@ -10,9 +10,10 @@ its newest checkpoint.
 
 Parameters are in bfloat16, which has 8 significant bits: an update below 1/512 of a parameter is
 lost when the sum is rounded, and late in training most updates are that small. So the optimizer
-keeps master weights in float32, from which the parameters are rounded. `--no-master-weights` saves
-their 4 bytes per parameter, and the loss shows the price. On an NVIDIA GPU the whole optimizer runs
-as fused kernels in one pass over memory, elsewhere as the chain itself.
+keeps 8 more bits of each weight (`--bits 24`), or all that float32 has (`--bits 32`). `--bits 16`
+keeps none, and rounds at random. The averages of the optimizer have 8 bits; `--float32-state` shows
+what that costs. On an NVIDIA GPU the whole optimizer runs as fused kernels, elsewhere as the chain
+itself.
 """
 
 import argparse
@@ -22,7 +23,7 @@ import tempfile
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -74,37 +75,16 @@ class Transformer(nn.Module):
         return embed.attend(nn.LayerNorm()(x))
 
 
-class MasterWeightsState(NamedTuple):
-    """Float32 weights, and the state of the optimizer that updates them."""
-
-    master: optax.Params
-    inner_state: optax.OptState
-
-
-def with_master_weights(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Let `tx` update weights in float32; the parameters follow, rounded to their own dtype."""
-
-    def init(params):
-        master = optax.tree.cast(params, jnp.float32)
-        return MasterWeightsState(master, tx.init(master))
-
-    def update(updates, state, params=None):
-        gradients = optax.tree.cast(updates, jnp.float32)
-        updates, inner_state = tx.update(gradients, state.inner_state, state.master)
-        master = optax.apply_updates(state.master, updates)
-        # `optax.apply_updates` adds this in float32, and then rounds the sum.
-        return optax.tree.sub(master, params), MasterWeightsState(master, inner_state)
-
-    return optax.GradientTransformation(init, update)
-
-
-def make_optimizer(rate: float, steps: int, master_weights: bool) -> optax.GradientTransformation:
-    """Return FAME with gradient clipping and a schedule."""
-    schedule = optax.warmup_cosine_decay_schedule(0.0, rate, steps // 10, steps)
-    # An average in bfloat16 soon stands still: 0.999 v + 0.001 g² is rounded to v.
-    method = optax_ext.fame(schedule, mu_dtype=jnp.float32, nu_dtype=jnp.float32)
-    tx = optax.chain(optax.clip_by_global_norm(1.0), method)
-    return with_master_weights(tx) if master_weights else tx
+def make_optimizer(options: argparse.Namespace) -> optax.GradientTransformation:
+    """Return FAME with gradient clipping and a schedule, for bfloat16 parameters."""
+    warm_up, rate = options.steps // 10, options.rate
+    schedule = optax.warmup_cosine_decay_schedule(0.0, rate, warm_up, options.steps)
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax_ext.fame(schedule))
+    if not options.float32_state:
+        tx = optax_ext.quantize_state(tx)
+    if options.bits == 16:
+        return optax_ext.stochastic_rounding(tx)
+    return optax_ext.master_weights(tx, bits=options.bits)
 
 
 def make_state(options: argparse.Namespace) -> FusedTrainState:
@@ -113,8 +93,8 @@ def make_state(options: argparse.Namespace) -> FusedTrainState:
     variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, LENGTH), jnp.int32))
     return FusedTrainState.create(
         apply_fn=model.apply,
-        params=optax.tree.cast(variables["params"], jnp.bfloat16),
-        tx=fuse(make_optimizer(options.rate, options.steps, options.master_weights)),
+        params=optax_ext.bfloat16_weights(variables["params"]),
+        tx=fuse(make_optimizer(options)),
     )
 
 
@@ -204,7 +184,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--width", type=int, default=128, help=f"a multiple of {HEADS}")
     parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--master-weights", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--bits", type=int, choices=(16, 24, 32), default=24, help="of a weight")
+    parser.add_argument("--float32-state", action="store_true", help="keep averages in float32")
     parser.add_argument("--every", type=int, default=50, help="steps from report to report")
     parser.add_argument("--checkpoints", type=Path, help="folder (default: a temporary one)")
     return parser.parse_args(argv)

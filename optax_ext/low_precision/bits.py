@@ -14,21 +14,20 @@ _HIGH = np.int32(-65536)  # the upper 16 bits: those of a bfloat16
 _HALF = np.int32(0x8000)
 
 
-def random_bits(*sources: jax.Array, step: jax.Array, salt: int) -> jax.Array:
-    """Return pseudorandom bits that depend only on the bits of the sources, step and salt.
+def random_bits(*sources: jax.Array, step: jax.Array) -> jax.Array:
+    """Return pseudorandom bits that depend only on the bits of the sources and the step.
 
     Equal elements have equal bits in one step, and other bits in the next. So the result needs no
     key, and is the same on every mesh, in every program and after a resume.
 
     Args:
       *sources: arrays of real floats in one shape, such as a gradient.
-      step: number of the step.
-      salt: an integer in [0, 2^32), such as a hash of the leaf's path.
+      step: number of the step, a scalar.
 
     Returns:
       uint32 of the shape of the sources.
     """
-    bits = _mix(step.astype(jnp.uint32) * _GOLDEN) ^ np.uint32(salt)
+    bits = _mix(step.astype(jnp.uint32) * _GOLDEN)
     for source in sources:
         raw = lax.bitcast_convert_type(source.astype(jnp.float32), jnp.uint32)
         bits = _mix(raw ^ bits)

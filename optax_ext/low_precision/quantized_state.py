@@ -1,6 +1,5 @@
 """The state of any optimizer in few bits: see `quantize_state`."""
 
-import zlib
 from typing import Any, NamedTuple
 
 import jax
@@ -168,5 +167,4 @@ def _random_bits(path: Path, x: jax.Array, gradient_of: ByPath, step: jax.Array)
     """
     source = gradient_of(path, lambda g: g.shape == x.shape and jnp.isrealobj(g))
     source = jnp.zeros((), jnp.float32) if source is None else source
-    salt = zlib.crc32(jax.tree_util.keystr(path).encode())
-    return jnp.broadcast_to(random_bits(source, step=step, salt=salt), x.shape)
+    return jnp.broadcast_to(random_bits(source, step=step), x.shape)

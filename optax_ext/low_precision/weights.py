@@ -1,6 +1,5 @@
 """bfloat16 parameters whose weights are more precise: see `master_weights`."""
 
-import zlib
 from typing import Any, NamedTuple
 
 import jax
@@ -159,18 +158,12 @@ def stochastic_rounding(
         step, wide = next_count(state.step), _wide(params)
         steps, inner_state = tx.update(_wide(updates), state.inner_state, wide, **extra_args)
 
-        def rounded(path, u, g, p):
-            if u is None:
-                return None
-            salt = zlib.crc32(jax.tree_util.keystr(path).encode())
+        def rounded(u, g, p):
             # bfloat16 gradients have few different values, so the parameter's bits count, too.
-            bits = random_bits(g, p, step=step, salt=salt)
+            bits = random_bits(g, p, step=step)
             return _difference(round_stochastically(p + u, bits), p)
 
-        result = jax.tree_util.tree_map_with_path(
-            rounded, steps, updates, wide, is_leaf=lambda x: x is None
-        )
-        return result, StochasticRoundingState(step, inner_state)
+        return tree_map(rounded, steps, updates, wide), StochasticRoundingState(step, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

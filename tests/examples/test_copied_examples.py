@@ -2,7 +2,6 @@
 
 import re
 import shutil
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -122,27 +121,6 @@ def test_epoch_draws_each_image_once_in_another_order(load_module):
     epochs = np.concatenate(steps[:3]), np.concatenate(steps[3:])
     assert all(len(np.unique(epoch)) == 3 * batch for epoch in epochs)
     assert epochs[0].tolist() != epochs[1].tolist()
-
-
-def test_master_weights_keep_what_bfloat16_loses(load_module):
-    wrap = load_module("language_model").with_master_weights
-    params = {"w": jnp.full((3,), 1.0, jnp.bfloat16), "v": jnp.full((), -2.0, jnp.bfloat16)}
-
-    @partial(jax.jit, static_argnames="tx")
-    def train(params, tx):
-        def step(carry, _):
-            params, state = carry
-            updates, state = tx.update(optax.tree.ones_like(params), state, params)
-            return (optax.apply_updates(params, updates), state), None
-
-        return jax.lax.scan(step, (params, tx.init(params)), length=512)[0][0]
-
-    small = optax.sgd(2**-10)
-    jax.tree.map(np.testing.assert_array_equal, train(params, small), params)
-    moved = train(params, wrap(small))
-    assert optax.tree.dtype(moved) == jnp.bfloat16
-    expected = {"w": jnp.full((3,), 0.5), "v": jnp.full((), -2.5)}
-    jax.tree.map(np.testing.assert_array_equal, moved, expected)
 
 
 def test_language_model_writes_what_it_predicts(load_module):
