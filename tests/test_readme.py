@@ -2,16 +2,17 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 
 
-def run_examples(page: Path, at_least: int) -> dict:
+def run_examples(page: Path, at_least: int) -> dict[str, Any]:
     blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
     assert len(blocks) >= at_least
-    namespace = {"__name__": page.stem}
+    namespace: dict[str, Any] = {"__name__": page.stem}
     exec(compile("\n".join(blocks), str(page), "exec"), namespace)
     return namespace
 

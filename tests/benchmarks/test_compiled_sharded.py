@@ -7,8 +7,9 @@ import pytest
 
 from benchmarks import plan
 from benchmarks.aot import V5E
+from benchmarks.contenders import CONTENDERS
 from benchmarks.latest import Row
-from benchmarks.layouts import SHARDED_SETS, shards
+from benchmarks.layouts import SHARDED_SETS, held, shards
 from benchmarks.leaf_sets import Leaves
 from benchmarks.plan import OPTIMIZERS
 from benchmarks.plan_figures import changes
@@ -26,6 +27,7 @@ LEAVES = 21
 NUMBERS = {
     "clip + adamw": 1,
     "vradam": 1,
+    "vradam, 8 bits": 1,
     "lamb": 4 * LEAVES,
     "novak, trust ratio": 2 * LEAVES,
 }
@@ -39,7 +41,8 @@ def leaves_on(leaf_set: str) -> Leaves:
 
 @functools.cache
 def measured(name: str, leaf_set: str) -> Row:
-    return plan.measure(OPTIMIZERS[name], leaves_on(leaf_set), CHIPS, ["chain"])
+    params = held(CONTENDERS[name].hold, leaves_on(leaf_set))
+    return plan.measure(OPTIMIZERS[name], params, CHIPS, ["chain"])
 
 
 def excess(row: Row) -> float:

@@ -131,7 +131,7 @@ def test_chains_lower_for_a_gpu(name):
 @pytest.mark.parametrize("widths", [(512, 128, 1), (512,)])
 def test_a_layout_covers_every_element_once(widths):
     sizes = [1, 127, 128, 511, 512, 1024, 1153]
-    bodies = [Body(dtypes, (None,), (), (), ()) for dtypes in (("float32",), ("bfloat16",))]
+    bodies = [Body(dtypes, (1,), (None,), (), (), ()) for dtypes in (("float32",), ("bfloat16",))]
     forms = [Form(body, tuple(sizes[i::2]), ()) for i, body in enumerate(bodies)]
     layout = Layout(tuple(forms), widths)
     assert hash(layout) == hash(Layout(tuple(forms), widths))
