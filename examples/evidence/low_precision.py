@@ -23,6 +23,7 @@ updates, and the parameters stay 0.
 """
 
 import argparse
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -39,7 +40,7 @@ import _evidence as evidence
 from _evidence import BLUE, ORANGE, Estimate, Finding, Verdict, entitle, log_ticks, tidy
 from optax_ext import caadam, fame, formats, invadam, novak, quantize_state, vradam
 
-SHAPE = 64, 256
+SHAPE = 32, 256
 # Typical size of a gradient, and the deviations of its logarithm over rows and over columns.
 SIZE, ROWS, COLUMNS = 1e-4, 1.5, 1.0
 # What half of the columns are multiplied by in the second phase.
@@ -67,6 +68,8 @@ Rounding = Callable[[jax.Array], jax.Array]
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = make_parser().parse_args(argv)
+    # CaAdam is Adam on a single array.
+    warnings.filterwarnings("ignore", ".*nothing will be scaled", UserWarning)
     pairs = {name: Pair(ADAM, stored.tx) for name, stored in STORED.items()}
     pairs |= {name: Pair(tx, quantize_state(tx)) for name, tx in OPTIMIZERS.items()}
     compare_one = partial(compare, seeds=options.seeds, steps=options.steps)
@@ -85,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     return evidence.make_parser(
-        __doc__, seeds=(4, "series of gradients"), steps=(1000, "in each of the two phases")
+        __doc__, seeds=(8, "series of gradients"), steps=(1000, "in each of the two phases")
     )
 
 
@@ -245,33 +248,43 @@ class Phase(NamedTuple):
 
 def compare(pair: Pair, seeds: int, steps: int) -> tuple[Phase, Phase]:
     """Return the steady phase and the one after the fall."""
-    return jax.tree.map(np.asarray, run(pair, jnp.arange(seeds), steps))
+    found = [run(pair, seed, *draw_sizes(seed), steps) for seed in range(seeds)]
+    return jax.tree.map(lambda *x: np.stack(x), *found)
+
+
+def draw_sizes(seed: int) -> tuple[Any, Any]:
+    """Return the sizes of gradients, and what they are multiplied by in the second phase."""
+    random = np.random.default_rng(seed)
+    rows, columns = random.normal(0, ROWS, (SHAPE[0], 1)), random.normal(0, COLUMNS, SHAPE[1])
+    falls = np.where(random.random(SHAPE[1]) < 0.5, FALL, 1.0)
+    return np.float32(SIZE * np.exp(rows + columns)), np.float32(falls)
 
 
 @partial(jax.jit, static_argnames=("pair", "steps"))
-def run(pair: Pair, seeds: jax.Array, steps: int) -> tuple[Phase, Phase]:
+def run(
+    pair: Pair, seed: jax.Array, size: jax.Array, falls: jax.Array, steps: int
+) -> tuple[Phase, Phase]:
+    """Return both phases of one seed."""
     params = jnp.zeros(SHAPE)
 
-    def of_seed(seed: jax.Array) -> tuple[Phase, Phase]:
-        rows, columns, falls, steady, fallen = jax.random.split(jax.random.key(seed), 5)
-        size = SIZE * jnp.exp(ROWS * jax.random.normal(rows, (SHAPE[0], 1)))
-        size *= jnp.exp(COLUMNS * jax.random.normal(columns, (1, SHAPE[1])))
-        fall = jnp.where(jax.random.bernoulli(falls, shape=(1, SHAPE[1])), FALL, 1.0)
+    def step(states: tuple[Any, Any], key_and_phase: Any) -> Any:
+        key, has_fallen = key_and_phase
+        gradient = jax.random.normal(key, SHAPE) * size * jnp.where(has_fallen, falls, 1)
+        exact, state = pair.exact.update(gradient, states[0], params)
+        ours, state_stored = pair.stored.update(gradient, states[1], params)
+        return (state, state_stored), measure(ours, exact)
 
-        def step(size: jax.Array, states: tuple[Any, Any], key: jax.Array) -> Any:
-            gradient = size * jax.random.normal(key, SHAPE)
-            exact, state = pair.exact.update(gradient, states[0], params)
-            ours, state_stored = pair.stored.update(gradient, states[1], params)
-            squares = jnp.sum((ours - exact) ** 2), jnp.sum(exact**2)
-            largest = jnp.max(jnp.abs(ours)), jnp.max(jnp.abs(exact))
-            return (state, state_stored), (*squares, *largest)
+    # JAX's default generator takes most of the time to compile.
+    keys = jax.random.split(jax.random.key(seed, impl="rbg"), 2 * steps)
+    states = pair.exact.init(params), pair.stored.init(params)
+    _, found = lax.scan(step, states, (keys, jnp.arange(2 * steps) >= steps))
+    return summarize(*(x[:steps] for x in found)), summarize(*(x[steps:] for x in found))
 
-        states = pair.exact.init(params), pair.stored.init(params)
-        states, before = lax.scan(partial(step, size), states, jax.random.split(steady, steps))
-        _, after = lax.scan(partial(step, size * fall), states, jax.random.split(fallen, steps))
-        return summarize(*before), summarize(*after)
 
-    return jax.vmap(of_seed)(seeds)
+def measure(ours: Any, exact: Any) -> tuple[jax.Array, ...]:
+    """Return what `summarize` takes, for one step."""
+    squares = jnp.sum((ours - exact) ** 2), jnp.sum(exact**2)
+    return *squares, jnp.max(jnp.abs(ours)), jnp.max(jnp.abs(exact))
 
 
 def summarize(
@@ -283,7 +296,7 @@ def summarize(
     return Phase(error, jnp.max(ours[end]) / jnp.max(exact[end]))
 
 
-STEADY, FALLEN = "error, steady", "error, fallen"
+STEADY, FALLEN, WITHIN = "error, steady", "error, fallen", f"share within {ALLOWED}"
 
 
 def row(found: tuple[Phase, Phase]) -> dict[str, Estimate | float | str]:
@@ -291,33 +304,32 @@ def row(found: tuple[Phase, Phase]) -> dict[str, Estimate | float | str]:
     return {
         STEADY: evidence.mean(steady.error),
         FALLEN: evidence.mean(fallen.error),
+        WITHIN: evidence.share(np.maximum(steady.error, fallen.error) < ALLOWED),
         "largest, steady": evidence.mean(steady.largest),
         "largest, fallen": evidence.mean(fallen.largest),
     }
 
 
 def judge(rows: Mapping[str, Mapping[str, Any]]) -> Finding:
-    def errors(name: str) -> tuple[Estimate, Estimate]:
-        return rows[name][STEADY], rows[name][FALLEN]
-
-    published = FLASH, DYNAMIC
+    """Compare shares of seeds: the errors themselves have heavy tails where elements become 0."""
+    ours, *published = (rows[name][WITHIN] for name in (OURS, FLASH, DYNAMIC))
     verdict = Verdict.NOT_SEEN
-    if any(error.low > ALLOWED for error in errors(OURS)):
+    if ours.mean < 1:
         verdict = Verdict.REFUTED
-    elif all(error.high < ALLOWED for error in errors(OURS)) and all(
-        any(error.low > ALLOWED for error in errors(name)) for name in published
-    ):
+    elif all(share.high < ours.low for share in published):
         verdict = Verdict.HOLDS
     shown = "; ".join(
-        f"{name} {steady.mean:.3f} and {fallen.mean:.3f}"
-        for name in (OURS, *published)
-        for steady, fallen in [errors(name)]
+        f"{name} {cells[STEADY].mean:.3f} and {cells[FALLEN].mean:.3f},"
+        f" {100 * cells[WITHIN].mean:.0f} %"
+        for name, cells in rows.items()
+        if name in (OURS, FLASH, DYNAMIC)
     )
     return Finding(
         f"quantize_state: 8-bit state keeps Adam's update within {ALLOWED} of float32's, steady and"
         " after gradients fall, where published formats do not",
         verdict,
-        f"Errors in the steady phase and after the fall: {shown}.",
+        f"Mean errors in the steady phase and after the fall, and the share of seeds in which both"
+        f" are within {ALLOWED}: {shown}.",
     )
 
 

@@ -25,6 +25,7 @@ SCRIPTS = (
     "plain_depth",
     "connections",
     "landscapes",
+    "low_precision",
 )
 
 # A file of results, as `_evidence.publish` writes it.

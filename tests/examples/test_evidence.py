@@ -114,6 +114,22 @@ def check_plain_depth(tables: dict[str, Any]) -> None:
     assert all(cells["trained"][0] == 0 for cells in rows.values())
 
 
+def check_low_precision(tables: dict[str, Any]) -> None:
+    of_adam, of_all = tables.values()
+    for column in ("error, steady", "error, fallen"):
+        errors = {name: cells[column][0] for name, cells in of_adam.items()}
+        # A bfloat16 is within 2^-9 of v, and the root halves that; 8 bits are coarser.
+        assert 0 < errors["v in bfloat16, nearest"] < 0.02
+        assert errors["v in bfloat16, nearest"] < errors["ours"] < 0.2
+        assert errors["v in linear uint8"] > 1
+        # The same update.
+        for name in ("AdamW", "CaAdam"):
+            assert of_all[name][column][0] == pytest.approx(errors["ours"], rel=0.15), name
+        assert of_all["InvAdam"][column][0] < errors["ours"]
+    # The elements of a sign are all 1.
+    assert of_all["Lion"]["largest, steady"] == [1, 1, 1]
+
+
 class Smoke(NamedTuple):
     """A script in small.
 
@@ -137,6 +153,7 @@ SMOKE = {
     "flat_minima": Smoke(["--seeds=8", "--trials=1", "--steps=20"], check_flat_minima),
     "lag": Smoke(["--seeds=8", "--steps=1000"], check_lag),
     "landscapes": Smoke(["--starts=8", "--steps=60", "--rates=12"], check_landscapes),
+    "low_precision": Smoke(["--seeds=2", "--steps=50"], check_low_precision),
     "plain_depth": Smoke(["--depths=1", "--seeds=2", "--steps=1"], check_plain_depth),
 }
 
@@ -227,6 +244,25 @@ def test_curvatures_are_those_of_the_whole_hessian(load_module):
     p = (1 - 0.9**3) * (np.sqrt(np.asarray(nu, np.float64) / (1 - 0.99**3)) + 1e-3)
     found = jax.jit(partial(evidence.sharpness, loss))(params, scale)
     assert found == pytest.approx(np.linalg.eigvals(whole / p[:, None]).real.max(), rel=1e-4)
+
+
+def test_published_formats_have_the_codes_of_their_papers(load_module):
+    script = load_module("low_precision")
+    unsigned, signed = script.dynamic_map(signed=False), script.dynamic_map(signed=True)
+    for numbers in (unsigned, signed):
+        assert len(np.unique(numbers)) == 256
+        assert numbers.max() == 1
+    # The smallest are the centers of a decade's halves, or of the whole decade.
+    np.testing.assert_allclose(unsigned[:3], [0, 0.325e-6, 0.775e-6], rtol=1e-6)
+    np.testing.assert_allclose(np.abs(signed[126:129]), [0.55e-6, 0, 0.55e-6], rtol=1e-6)
+    x = jax.random.normal(jax.random.key(0), (4, 256))
+    for function, codes in ((script.linear_codes, 256), (script.softsign_codes, 255)):
+        y = jnp.linspace(0 if codes == 256 else -1, 1, 100_000)
+        assert len(np.unique(np.asarray(function(y)).round(6))) == codes
+    for ours in (script.flash_first(x), script.dynamic(x, signed=True)):
+        assert float(jnp.abs(ours - x).max() / jnp.abs(x).max()) < 0.02
+    for ours in (script.flash_second(x**2), script.dynamic(x**2, signed=False)):
+        assert float(jnp.abs(ours - x**2).max() / (x**2).max()) < 0.02
 
 
 @pytest.mark.parametrize(("times_edge", "stable"), [(0.99, True), (1.01, False)])
