@@ -257,7 +257,7 @@ def draw_sizes(seed: int) -> tuple[Any, Any]:
     random = np.random.default_rng(seed)
     rows, columns = random.normal(0, ROWS, (SHAPE[0], 1)), random.normal(0, COLUMNS, SHAPE[1])
     falls = np.where(random.random(SHAPE[1]) < 0.5, FALL, 1.0)
-    return np.float32(SIZE * np.exp(rows + columns)), np.float32(falls)
+    return np.float32(SIZE * np.exp(rows + columns)), np.float32(falls[None])
 
 
 @partial(jax.jit, static_argnames=("pair", "steps"))
@@ -336,14 +336,16 @@ def judge(rows: Mapping[str, Mapping[str, Any]]) -> Finding:
 def draw(of_adam: evidence.Rows, of_all: evidence.Rows) -> Figure:
     figure = Figure(figsize=(evidence.WIDTH, 3.2), layout="constrained")
     formats_, optimizers = figure.subplots(1, 2, width_ratios=(1, 1))
-    draw_errors(formats_, of_adam, "Adam with its state in several formats")
-    draw_errors(optimizers, of_all, "ours, for several optimizers")
+    draw_errors(formats_, of_adam, "Adam with its state in several formats", (1,))
+    draw_errors(optimizers, of_all, "ours, for several optimizers", (1, 2, 5))
     handles, labels = formats_.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=3, fontsize=8, frameon=False)
     return figure
 
 
-def draw_errors(axes: Axes, rows: Mapping[str, Mapping[str, Any]], title: str) -> None:
+def draw_errors(
+    axes: Axes, rows: Mapping[str, Mapping[str, Any]], title: str, ticks: Sequence[float]
+) -> None:
     places = np.arange(len(rows))[::-1]
     for column, colour, shift in ((STEADY, BLUE, 0.12), (FALLEN, ORANGE, -0.12)):
         found = [cells[column] for cells in rows.values()]
@@ -351,7 +353,7 @@ def draw_errors(axes: Axes, rows: Mapping[str, Mapping[str, Any]], title: str) -
         evidence.draw_estimates(axes, places + shift, found, across=True, **look)
     axes.axvline(ALLOWED, color="0.6", linewidth=1, label=f"{ALLOWED}")
     axes.set_xscale("log")
-    log_ticks(axes.xaxis, at=(1,))
+    log_ticks(axes.xaxis, at=ticks)
     entitle(axes, title, "error of the update, relative", "")
     tidy(axes, "x")
     axes.set_yticks(places, list(rows))

@@ -14,7 +14,7 @@ lognormal and half of the columns then fall tenfold; `examples/evidence/low_prec
 
 - *Linear codes.* Small second moments become 0, and the update explodes.
 - *Rounding a second moment to the nearest code.* A code is 1.6 % of the value, but a step of
-  :math:`b_2 = .999` is .1 %, so the average freezes: the error is .70 in place of .09. Random
+  :math:`b_2 = .999` is .1 %, so the average freezes: the error is .31 in place of .10. Random
   rounding is right on average.
 - *Scales in float16 or bfloat16.* They freeze in the same way: after 2000 steps of decay at .999
   the truth is .135, but .998 in bfloat16. And float16 is 0 at gradients of 1e-9.
