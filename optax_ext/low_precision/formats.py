@@ -9,16 +9,16 @@ absolute value among them. With :math:`y = |x| / \text{scale}`, they store
 .. math:: \mathrm{sign}(x) \sqrt y \text{ in int8} \qquad\text{or}\qquad
           \sqrt[4]{y} \text{ in uint8.}
 
-What is not offered, and why (error of Adam's update relative to float32, RMS, if gradients are
-lognormal and half of the columns then fall tenfold; `examples/evidence/low_precision.py`):
+What is not offered, and why (errors are those of Adam's update after gradients fell, relative to
+float32; `examples/evidence/low_precision.py` prints them):
 
 - *Linear codes.* Small second moments become 0, and the update explodes.
 - *Rounding a second moment to the nearest code.* A code is 1.6 % of the value, but a step of
   :math:`b_2 = .999` is .1 %, so the average freezes: the error is .31 in place of .10. Random
   rounding is right on average.
-- *Scales in float16 or bfloat16.* They freeze in the same way: after 2000 steps of decay at .999
-  the truth is .135, but .998 in bfloat16. And float16 is 0 at gradients of 1e-9.
-- *Slow weights of lookahead in int8.* The parameters restart from them, and the loss rises by .08.
+- *Scales in float16 or bfloat16.* They freeze in the same way, because a step of decay at .999 is
+  less than half of their last digit. And the smallest float16 is 6e-8.
+- *Slow weights of lookahead in int8.* The parameters restart from them, so their error stays.
 """
 
 import math
