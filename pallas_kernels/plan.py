@@ -145,7 +145,9 @@ def _fallback_reasons(
         component = _component(graph, node)
         if component not in reasons:
             why = _reason_against(node, component, written, target, placement)
-            why = why or _reason_against_rows(node, largest[component], target)
+            for value in (node, *node.args):
+                if value.on_leaf:
+                    why = why or _reason_against_rows(value, largest[component], target)
             if why is not None:
                 fall_back(node, why)
     return reasons
@@ -174,12 +176,11 @@ def _reason_against(
 
 def _reason_against_rows(node: Node, largest: Node, target: Target) -> str | None:
     """Return why no kernel can compute a value that has one element for each row of a leaf."""
-    value = node.args[0] if node.kind is Kind.REDUCED else node
-    row, rest = divmod(largest.size, value.size)
+    row, rest = divmod(largest.size, node.size)
     if row == 1:
         return None
     if not target.has_rows:
-        return f"no kernel for {node.operation} of rows"
+        return "no kernel for rows"
     if rest or row > LONGEST_ROW or row & (row - 1):
         return (
             f"no kernel for rows of {row}: their length must be a power of 2, {LONGEST_ROW} at most"

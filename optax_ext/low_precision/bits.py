@@ -1,6 +1,6 @@
 """Bits of floats: pseudorandom bits, and float32 as a bfloat16 part and a correction.
 
-Everything here is integer arithmetic, so all compilers and devices compute the same bits.
+Both are integer arithmetic, so all compilers and devices compute the same bits.
 """
 
 import jax
@@ -17,8 +17,8 @@ _HALF = np.int32(0x8000)
 def random_bits(*sources: jax.Array, step: jax.Array) -> jax.Array:
     """Return pseudorandom bits that depend only on the bits of the sources and the step.
 
-    Equal elements have equal bits in one step, and other bits in the next. So the result needs no
-    key, and is the same on every mesh, in every program and after a resume.
+    In one step, equal elements get equal bits. In the next step, they get different bits. So the
+    result needs no key, and is the same on every mesh, in every program and after a resume.
 
     Args:
       *sources: arrays of real floats in one shape, such as a gradient.
@@ -53,12 +53,17 @@ def round_stochastically(x: jax.Array, bits: jax.Array) -> jax.Array:
     return jnp.where(x == x, lax.bitcast_convert_type(up_or_down, jnp.float32), x)
 
 
-def split(x: jax.Array, bits: int) -> tuple[jax.Array, jax.Array]:
+def split(x: jax.Array, bits: int, random: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
     """Split float32 into the nearest bfloat16 value and a correction.
 
-    A value halfway between two is rounded away from 0, so that the correction fits 16 bits. `bits`
-    is 32 for the exact correction (int16), or 24 for its rounded upper half (int8). NaN has a
-    correction of 0.
+    A value halfway between two is rounded away from 0, so that the correction fits 16 bits. NaN has
+    a correction of 0.
+
+    Args:
+      x: float32.
+      bits: 32 for the exact correction (int16), or 24 for its upper half (int8).
+      random: random bits for each element, which round the upper half up or down; `None` rounds to
+        the nearest.
 
     Returns:
       The bfloat16 value, as float32, and the correction.
@@ -67,15 +72,21 @@ def split(x: jax.Array, bits: int) -> tuple[jax.Array, jax.Array]:
     high = (raw + _HALF) & _HIGH
     low = raw - high
     if bits == 24:
-        low = jnp.minimum((low + 128) >> 8, 127)
+        offset = 128 if random is None else (random >> 24).astype(jnp.int32)
+        low = jnp.minimum((low + offset) >> 8, 127)
     known = x == x
     high = jnp.where(known, lax.bitcast_convert_type(high, jnp.float32), jnp.float32(jnp.nan))
     return high, jnp.where(known, low, 0).astype(jnp.int16 if bits == 32 else jnp.int8)
 
 
 def join(high: jax.Array, low: jax.Array) -> jax.Array:
-    """Return the float32 values that `split` split."""
+    """Return the float32 values from the two results of `split`.
+
+    A parameter that was set to 0 in between is 0, whatever its correction was.
+    """
     raw, correction = _bits_of(high), low.astype(jnp.int32)
+    is_zero = (raw & np.int32(0x7FFFFFFF)) == 0  # of the bits: as floats, denormals can be 0, too
+    correction = jnp.where(is_zero & (correction < 0), 0, correction)
     return lax.bitcast_convert_type(
         raw + (correction if low.dtype == jnp.int16 else correction << 8), jnp.float32
     )

@@ -1,6 +1,6 @@
 """The choice of a format for each leaf of a state."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,15 +13,20 @@ from optax_ext.transforms.cascades import CascadeOfSquaresState
 
 Path = tuple[Any, ...]
 Formats = Callable[[Path, Any], Format | None]
-# From a leaf's path, its path with names of classes, and the leaf, to its format, or to the reason
-# why it stays as it is.
+# A function that returns the format of a leaf, or the reason why it stays as it is. It takes the
+# leaf's path, its path with names of classes, and the leaf.
 Choose = Callable[[Path, Path, Any], Format | str]
 
 _FIRST_MOMENTS = frozenset(("mu", "m1", "trace", "later"))
 _SECOND_MOMENTS = frozenset(("nu", "nu_max"))
 _WEIGHTS = frozenset(("slow",))
-# They subtract averages that are almost equal, so that an error of a few percent is fatal.
-_NEEDS_FLOAT32 = (CascadeOfSquaresState.__name__, optax.ScaleByRStdDevState.__name__)
+# States whose averages are subtracted from each other, so that an error of a few percent is fatal,
+# or whose `nu` can be negative.
+_NEEDS_FLOAT32 = (
+    CascadeOfSquaresState.__name__,
+    optax.ScaleByRStdDevState.__name__,
+    optax.contrib.SophiaState.__name__,
+)
 
 
 def default_formats(group_size: int = 64) -> Formats:
@@ -45,7 +50,8 @@ def default_formats(group_size: int = 64) -> Formats:
 
     def formats(path: Path, leaf: Any) -> Format | None:
         del leaf
-        for key in reversed(path):
+        # The outermost name decides: the inner ones can be names of parameters.
+        for key in path:
             if isinstance(key, optax.tree_utils.NamedTupleKey):
                 if key.tuple_name in _NEEDS_FLOAT32:
                     return None
@@ -101,11 +107,11 @@ def _named(node: Any, path: Path) -> Iterator[Any]:
     for key in path:
         if isinstance(key, jax.tree_util.GetAttrKey):
             yield optax.tree_utils.NamedTupleKey(type(node).__name__, key.name)
-            node = getattr(node, key.name)
+            node = getattr(node, key.name, None)
         else:
             yield key
-            index = getattr(key, "key", getattr(key, "idx", None))
-            node = node[index] if hasattr(node, "__getitem__") else None
+            index: Any = getattr(key, "key", getattr(key, "idx", None))
+            node = node[index] if isinstance(node, (Mapping, Sequence)) else None
 
 
 class ByPath:

@@ -3,8 +3,8 @@ r"""Formats that store an array of an optimizer's state in few bits.
 A format is a small value. Its `encode` returns a node (a `NamedTuple` of arrays) that takes the
 array's place in the state. The node decodes itself, and encodes the array's next value.
 
-Two formats have groups: 64 neighbors along the last axis share a float32 scale, the largest
-absolute value among them. With :math:`y = |x| / \text{scale}`, they store
+Two formats have groups: 64 neighbors along the last axis share a float32 scale. With y, the
+absolute value divided by the largest one of the group, they store
 
 .. math:: \mathrm{sign}(x) \sqrt y \text{ in int8} \qquad\text{or}\qquad
           \sqrt[4]{y} \text{ in uint8.}
@@ -13,9 +13,9 @@ What is not offered, and why (errors are those of Adam's update after gradients 
 float32; `examples/evidence/low_precision.py` prints them):
 
 - *Linear codes.* Small second moments become 0, and the update explodes.
-- *Rounding a second moment to the nearest code.* A code is 1.6 % of the value, but a step of
-  :math:`b_2 = .999` is .1 %, so the average freezes: the error is .31 in place of .10. Random
-  rounding is right on average.
+- *Rounding a second moment to the nearest code.* A code is at least 1.6 % of the value, but a step
+  of :math:`b_2 = .999` is .1 %, so the average freezes: the error is .31 in place of .10. Random
+  rounding moves the fourth root by the right amount on average.
 - *Scales in float16 or bfloat16.* They freeze in the same way, because a step of decay at .999 is
   less than half of their last digit. And the smallest float16 is 6e-8.
 - *Slow weights of lookahead in int8.* The parameters restart from them, so their error stays.
@@ -35,7 +35,7 @@ from optax_ext.low_precision.bits import dither, join, round_stochastically, spl
 
 # Scales are kept in this range, so that neither they nor their inverses overflow.
 _SMALLEST_SCALE, _LARGEST_SCALE = np.float32(1e-34), np.float32(3.4e38)
-_LARGEST_ROOT = np.float32(1.8e19)  # its square is finite
+_LARGEST_ROOT = np.float32(1.8e19)  # its square is finite, too
 # The codes of NaN.
 _SIGNED_NAN, _UNSIGNED_NAN = -128, 255
 _SIGNED_MAX, _UNSIGNED_MAX = 127, 254
@@ -137,11 +137,13 @@ class FourthRootCodes(NamedTuple):
 
     def encode(self, x: jax.Array, bits: jax.Array | None = None) -> "FourthRootCodes":
         """Return the node of a new value of the array."""
-        root = jnp.sqrt(_in_groups(x, self.scales))
+        root = jnp.sqrt(jnp.maximum(_in_groups(x, self.scales), 0))
         scales = _scales(root, _LARGEST_ROOT)
         fourth_root = jnp.sqrt(root * (np.float32(_UNSIGNED_MAX**2) / scales)[..., None])
         offset = np.float32(0.5) if bits is None else dither(bits).reshape(root.shape)
-        code = jnp.minimum(jnp.floor(fourth_root + offset), _UNSIGNED_MAX)
+        # A positive number never becomes 0: as a divisor, it would make the update explode.
+        code = jnp.maximum(jnp.floor(fourth_root + offset), jnp.where(root > 0, 1.0, 0.0))
+        code = jnp.minimum(code, _UNSIGNED_MAX)
         code = jnp.where(root == root, code, _UNSIGNED_NAN)
         return FourthRootCodes(_to_integers(code, jnp.uint8).reshape(x.shape), scales)
 
@@ -179,7 +181,7 @@ class SplitCodes(NamedTuple):
     high: jax.Array
     low: jax.Array
 
-    is_dithered = False
+    is_dithered = True
 
     def decode(self) -> jax.Array:
         """Return the stored array, in float32."""
@@ -187,8 +189,8 @@ class SplitCodes(NamedTuple):
 
     def encode(self, x: jax.Array, bits: jax.Array | None = None) -> "SplitCodes":
         """Return the node of a new value of the array."""
-        del bits
-        high, low = split(x.astype(jnp.float32), 32 if self.low.dtype == jnp.int16 else 24)
+        width = 32 if self.low.dtype == jnp.int16 else 24
+        high, low = split(x.astype(jnp.float32), width, bits)
         return SplitCodes(high.astype(jnp.bfloat16), low)
 
 
@@ -213,8 +215,8 @@ class _Grouped:
         """
         last, size = (shape[-1] if shape else 1), math.prod(shape)
         if last % self.group_size == 0:
-            if shard[-1] % self.group_size:
-                return f"a shard's last axis, {shard[-1]}, is no multiple of {self.group_size}"
+            if (part := shard[-1] if shard else 1) % self.group_size:
+                return f"a shard's last axis, {part}, is no multiple of {self.group_size}"
         elif size % self.group_size:
             return f"its size, {size}, is no multiple of {self.group_size}"
         elif tuple(shard) != tuple(shape):
@@ -278,7 +280,7 @@ class Split(_Whole):
     """bfloat16 with a correction, for weights.
 
     Attributes:
-      bits: 24 (correction in int8, relative error below 2^-15) or 32 (in int16, exact).
+      bits: 24 (correction in int8, dithered, relative error below 2^-15) or 32 (in int16, exact).
     """
 
     bits: int = 24
@@ -312,8 +314,8 @@ def _in_groups(x: jax.Array, scales: jax.Array) -> jax.Array:
 
 
 def _scales(size: jax.Array, largest: np.float32) -> jax.Array:
-    """Return the largest value of each group, NaN aside."""
-    found = jnp.max(jnp.where(size == size, size, 0), axis=-1)
+    """Return the largest finite value of each group."""
+    found = jnp.max(jnp.where(size < jnp.inf, size, 0), axis=-1)
     return jnp.clip(found, _SMALLEST_SCALE, largest)
 
 

@@ -37,16 +37,16 @@ def quantize_state(
 
     Each update decodes the state, runs `tx`, and encodes the new state. By default, first moments
     take 8 bits (`SignedRoot`), second moments 8 bits (`FourthRoot`), and lookahead's slow weights
-    24 bits (`Split`), so Adam's state takes 2.125 bytes a parameter in place of 8. What a leaf is
-    follows from the names of the state's fields. Other fields, and leaves that are small, don't fit
+    24 bits (`Split`), so Adam's state takes 2.125 bytes a parameter in place of 8. The
+    name of a leaf's field decides its format. Other fields, and leaves that are small, don't fit
     or are not float32, stay as they are; `quantization_report` says why. With bfloat16 parameters,
     wrap the result in `master_weights` or `stochastic_rounding`, which keep float32 state.
 
     The random bits that round second moments come from the bits of the gradient that arrives here.
-    So wrap a whole optimizer, clipping included: then the gradient is the same to the last bit on
-    every mesh, compiled or fused. Averages with a decay above .999 (AdEMAMix' `m2`), error sums and
+    So wrap a whole optimizer, clipping included: then equal gradients get equal random bits on any
+    mesh, compiled or fused. Averages with a decay above .999 (AdEMAMix' `m2`), error sums and
     schedule-free's `z` need float32, and are not encoded. A NaN stays NaN, and infinity becomes the
-    largest number.
+    largest finite number of its group.
 
     Source: ours. `formats.py` compares it with published formats.
 
@@ -82,7 +82,7 @@ def quantize_state(
     def update(updates, state, params=None, **extra_args):
         step = next_count(state.step)
         old = state.inner_state
-        decoded = jax.tree.map(_decode, old, is_leaf=_is_whole)
+        decoded = jax.tree.map(_decode, old, is_leaf=is_whole)
         result, new = tx.update(updates, decoded, params, **extra_args)
         gradient_of = ByPath(updates)
 
@@ -92,7 +92,7 @@ def quantize_state(
             bits = _random_bits(path, x, gradient_of, step) if node.is_dithered else None
             return node.encode(x, bits)
 
-        encoded = jax.tree_util.tree_map_with_path(encode, old, new, is_leaf=_is_whole)
+        encoded = jax.tree_util.tree_map_with_path(encode, old, new, is_leaf=is_whole)
         return result, QuantizedState(step, encoded)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -112,7 +112,7 @@ def dequantize_state(state: Any) -> Any:
     return jax.tree.map(
         lambda x: dequantize_state(x.inner_state) if isinstance(x, QuantizedState) else _decode(x),
         state,
-        is_leaf=_is_whole,
+        is_leaf=is_whole,
     )
 
 
@@ -146,16 +146,16 @@ def quantize_existing_state(
 
 
 def _encode(state: Any, choose: Choose) -> Any:
-    chosen = [(choose(path, named, x), x) for path, named, x in leaves(state, _is_whole)]
+    chosen = [(choose(path, named, x), x) for path, named, x in leaves(state, is_whole)]
     encoded = [x if isinstance(format_, str) else format_.encode(x) for format_, x in chosen]
-    return jax.tree.unflatten(jax.tree.structure(state, is_leaf=_is_whole), encoded)
+    return jax.tree.unflatten(jax.tree.structure(state, is_leaf=is_whole), encoded)
 
 
 def _decode(x: Any) -> Any:
     return x.decode() if is_encoded(x) else x
 
 
-def _is_whole(x: Any) -> bool:
+def is_whole(x: Any) -> bool:
     """Return whether `x` is one leaf here: encoded, or the state of an inner `quantize_state`."""
     return is_encoded(x) or isinstance(x, QuantizedState)
 

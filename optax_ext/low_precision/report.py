@@ -10,6 +10,7 @@ import optax
 from optax_ext import _checks, _host_memory
 from optax_ext.low_precision.choices import Formats, chooser, leaves
 from optax_ext.low_precision.formats import Format
+from optax_ext.low_precision.quantized_state import is_whole
 
 
 @dataclass(frozen=True)
@@ -96,13 +97,13 @@ def quantization_report(
     _checks.transformation(tx=tx)
     choose = chooser(formats, group_size, min_size, shardings)
     reports = []
-    for path, named, x in leaves(_host_memory.types(tx.init, params)):
+    for path, named, x in leaves(_host_memory.types(tx.init, params), is_whole):
         chosen = choose(path, named, x)
         stays = isinstance(chosen, str)
         reports.append(
             LeafReport(
                 path=jax.tree_util.keystr(path, simple=True, separator="/"),
-                shape=x.shape,
+                shape=getattr(x, "shape", ()),
                 format=None if stays else chosen,
                 reason=chosen if stays else "",
                 bytes=_bytes(x if stays else jax.eval_shape(chosen.encode, x)),

@@ -1,4 +1,4 @@
-"""bfloat16 parameters whose weights are more precise: see `master_weights`."""
+"""Training of float32 weights whose parameters are stored in bfloat16: see `master_weights`."""
 
 from typing import Any, NamedTuple
 
@@ -16,10 +16,12 @@ class MasterWeightsState(NamedTuple):
     """State of `master_weights`.
 
     Attributes:
+      step: number of updates done.
       correction: the weights minus the parameters, as integers; see `bits.split`.
       inner_state: the state of the wrapped optimizer, for float32 weights.
     """
 
+    step: jax.Array
     correction: optax.Params
     inner_state: optax.OptState
 
@@ -41,13 +43,15 @@ def master_weights(
 ) -> optax.GradientTransformationExtraArgs:
     """Train float32 weights whose upper half are bfloat16 parameters.
 
-    The parameters are the weights, rounded to bfloat16. What they lack is in the state: 16 bits
-    (`bits=32`) or, rounded, 8 bits (`bits=24`). So `bits=32` is the float32 run, to the bit, in 4
-    bytes a weight; a float32 copy beside bfloat16 parameters takes 6. `bits=24` takes 3 bytes, with
-    a relative error below 2^-15 at each step.
+    The parameters are the weights, rounded to bfloat16. The state stores the missing bits: 16
+    (`bits=32`) or 8 (`bits=24`). So `bits=32` is the float32 run, to the bit, in 4 bytes a weight.
+    A float32 copy beside bfloat16 parameters takes 6. `bits=24` takes 3 bytes, with a relative
+    error below 2^-15 at each step. It rounds up or down at random, as `quantize_state` does, so that
+    smaller updates are not lost.
 
     `tx` sees float32 weights and gradients. The updates are float32, and `optax.apply_updates`
-    lands exactly on the new bfloat16 parameters.
+    lands exactly on the new bfloat16 parameters. Change the parameters by updates only; a parameter
+    that is set to 0 otherwise is 0.
 
     Initialize with the float32 weights, then train with `bfloat16_weights` of them. Initialized
     with bfloat16 parameters, the correction starts at 0.
@@ -79,17 +83,23 @@ def master_weights(
         _require_dtypes(params, (jnp.float32, jnp.bfloat16))
         wide = _wide(params)
         correction = jax.tree.map(lambda w: split(w, bits)[1], wide)
-        return MasterWeightsState(correction, tx.init(wide))
+        return MasterWeightsState(first_count(), correction, tx.init(wide))
 
     def update(updates, state, params=None, **extra_args):
         require(params)
         _require_dtypes(params, (jnp.bfloat16,))
+        step = next_count(state.step)
         weights = jax.tree.map(join, params, state.correction)
         steps, inner_state = tx.update(_wide(updates), state.inner_state, weights, **extra_args)
-        new = tree_map(lambda u, w: split(w + u, bits), steps, weights)
+
+        def apply(u, g, w):
+            random = None if bits == 32 else _random_bits(g, w, step)
+            return split(w + u, bits, random)
+
+        new = tree_map(apply, steps, updates, weights)
         result = tree_map(lambda _, p, n: _difference(n[0], p), steps, params, new)
         correction = jax.tree.map(lambda old, n: old if n is None else n[1], state.correction, new)
-        return result, MasterWeightsState(correction, inner_state)
+        return result, MasterWeightsState(step, correction, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -98,28 +108,37 @@ def bfloat16_weights(weights: optax.Params) -> optax.Params:
     """Return the bfloat16 parameters for float32 weights, rounded as `master_weights` rounds.
 
     A value halfway between two bfloat16 numbers is rounded away from 0; `astype` rounds it to the
-    even one.
+    even one. Leaves that are not float32 are returned as they are.
 
     >>> print(bfloat16_weights(jnp.array([1.00390625])))
     [1.00781]
     """
-    return jax.tree.map(lambda w: split(w, 32)[0].astype(jnp.bfloat16), weights)
+
+    def round_float32(w):
+        return split(w, 32)[0].astype(jnp.bfloat16) if w.dtype == jnp.float32 else w
+
+    return jax.tree.map(round_float32, weights)
 
 
 def float32_weights(params: optax.Params, state: Any) -> optax.Params:
     """Return the float32 weights of a run with `master_weights`, to export them.
 
     Args:
-      params: the bfloat16 parameters.
+      params: the parameters. Those that `optax.masked` leaves out are returned as they are.
       state: the state of the optimizer, with one `MasterWeightsState` at any depth.
 
     Raises:
       KeyError: there is no such state, or more than one.
     """
-    correction = optax.tree.get(state, "correction")
-    if correction is None:
-        raise KeyError("state must contain a MasterWeightsState")
-    return jax.tree.map(join, params, correction)
+    nodes = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, MasterWeightsState))
+    found = [x for x in nodes if isinstance(x, MasterWeightsState)]
+    if len(found) != 1:
+        raise KeyError(f"state must contain one MasterWeightsState, got {len(found)}")
+    return jax.tree.map(
+        lambda p, low: p if isinstance(low, optax.MaskedNode) else join(p, low),
+        params,
+        found[0].correction,
+    )
 
 
 def stochastic_rounding(
@@ -128,7 +147,7 @@ def stochastic_rounding(
     """Round bfloat16 parameters up or down at random, so that small updates are not lost.
 
     The mean of the rounded weight is the weight, so nothing has to be stored, and a weight takes 2
-    bytes. `tx` sees float32 parameters and gradients, and its state is that for float32. Randomness
+    bytes. `tx` sees float32 parameters and gradients, and keeps float32 state. Randomness
     comes from the bits of gradient and parameter, as for `quantize_state`. The updates are float32,
     and `optax.apply_updates` lands exactly on the rounded weights. A zero update changes nothing.
 
@@ -159,17 +178,24 @@ def stochastic_rounding(
         steps, inner_state = tx.update(_wide(updates), state.inner_state, wide, **extra_args)
 
         def rounded(u, g, p):
-            # bfloat16 gradients have few different values, so the parameter's bits count, too.
-            bits = random_bits(g, p, step=step)
-            return _difference(round_stochastically(p + u, bits), p)
+            return _difference(round_stochastically(p + u, _random_bits(g, p, step)), p)
 
         return tree_map(rounded, steps, updates, wide), StochasticRoundingState(step, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+def _random_bits(gradient: jax.Array | None, weight: jax.Array, step: jax.Array) -> jax.Array:
+    """Return random bits from a gradient, which can be absent, and its weight.
+
+    bfloat16 gradients have few different values, so the bits of the weights count, too.
+    """
+    sources = [x for x in (gradient, weight) if x is not None]
+    return random_bits(*sources, step=step)
+
+
 def _difference(new: jax.Array, params: jax.Array) -> jax.Array:
-    """Return float32 that `params` need to become `new`; 0 if both are the same infinity."""
+    """Return the float32 update from `params` to `new`; 0 if both are the same infinity."""
     return jnp.where(new == params, 0, new - params.astype(jnp.float32))
 
 

@@ -161,6 +161,22 @@ def test_rows_that_do_not_fit_fall_back(last, why):
     np.testing.assert_allclose(ours["kernel"], tx.update(params, ())[0]["kernel"], rtol=1e-6)
 
 
+@pytest.mark.parametrize("last", [48, 1024])
+def test_rows_of_an_input_that_do_not_fit_fall_back(last):
+    """A vector that is repeated along a new axis."""
+
+    def update(updates, _):
+        wide = jax.lax.broadcast_in_dim(updates["row"], (24, last), (0,))
+        return {"row": updates["row"], "kernel": updates["kernel"] + wide}
+
+    tx = optax.stateless(update)
+    params = {"row": jnp.arange(24.0), "kernel": jnp.ones((24, last))}
+    assert "no kernel for rows of" in explain(tx, params).fallback_reasons[0]
+    fused = fuse(tx, backend="interpret").update
+    ours, _ = jax.jit(lambda p: fused(p, tx.init(p)))(params)
+    np.testing.assert_array_equal(ours["kernel"], update(params, None)["kernel"])
+
+
 @pytest.mark.parametrize(
     ("spec", "fits"), [(("x", "y"), True), (("x", None), True), ((None, ("x", "y")), False)]
 )
