@@ -46,7 +46,7 @@ def master_weights(
     The parameters are the weights, rounded to bfloat16. The state stores the missing bits: 16
     (`bits=32`) or 8 (`bits=24`). So `bits=32` is the float32 run, to the bit, in 4 bytes a weight.
     A float32 copy beside bfloat16 parameters takes 6. `bits=24` takes 3 bytes, with a relative
-    error below 2^-15 at each step. It rounds up or down at random, as `quantize_state` does, so that
+    error below 2^-15 at each step. It rounds at random, as `quantize_state` does, so that
     smaller updates are not lost.
 
     `tx` sees float32 weights and gradients. The updates are float32, and `optax.apply_updates`
