@@ -88,8 +88,8 @@ def stress(tx, coded, dtype=jnp.float32):
         yield float(ours[end].max() / exact[end].max())
 
 
-# The largest error of the update, RMS. Lion's update is a sign, which an error of the momentum flips
-# where it is small.
+# The largest error of the update, RMS. Lion's update is a sign, which an error of a small momentum
+# flips.
 LARGEST_ERROR = {"adam": 0.13, "fame": 0.13, "lion": 0.4}
 OPTIMIZERS = {
     "adam": optax.adam(1.0),
