@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding
 
 from optax_ext import _checks
 from optax_ext.low_precision.formats import Format, FourthRoot, SignedRoot, Split
@@ -88,11 +89,18 @@ def chooser(formats: Formats | None, group_size: int, min_size: int, shardings: 
         chosen = format_of(named, x)
         if chosen is None:
             return "no format for this field"
-        sharding = sharding_of(path, lambda s: len(s.spec) <= x.ndim)
+        sharding = sharding_of(path, lambda s: len(s.spec) <= x.ndim) or _explicit_sharding(type_)
         shard = x.shape if sharding is None else sharding.shard_shape(x.shape)
         return chosen.misfit(x.shape, shard) or chosen
 
     return choose
+
+
+def _explicit_sharding(type_: Any) -> NamedSharding | None:
+    """Return the sharding that a type has along explicit axes of a mesh, if any."""
+    sharding = getattr(type_, "sharding", None)
+    cut = isinstance(sharding, NamedSharding) and any(axes is not None for axes in sharding.spec)
+    return sharding if cut else None
 
 
 def leaves(

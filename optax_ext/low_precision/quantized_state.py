@@ -58,7 +58,8 @@ def quantize_state(
       group_size: number of neighbors that share a scale in the default formats.
       min_size: leaves with fewer elements stay as they are.
       shardings: a tree like the parameters with their `NamedSharding`, if parameters are sharded. A
-        leaf whose groups would cross shards then stays as it is.
+        leaf whose groups would cross shards then stays as it is. Shardings along explicit axes of a
+        mesh are known without it.
 
     Raises:
       ValueError: `tx` is not a transformation, or a number is out of its range.

@@ -477,6 +477,21 @@ class TestComposition:
         assert reasons["0/mu/kernel"] == "a shard's last axis, 16, is no multiple of 64"
         assert reasons["0/mu/bias"] == ""
 
+    @pytest.mark.parametrize(
+        ("spec", "dtype"), [(("x", "y"), "int8"), ((None, ("x", "y")), "float32")], ids=str
+    )
+    def test_explicit_axes_are_known(self, spec, dtype):
+        mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
+        params = jax.device_put(jnp.ones((8, 256)), NamedSharding(mesh, PartitionSpec(*spec)))
+        tx = optax_ext.quantize_state(optax.adamw(1e-2), min_size=64)
+        with jax.set_mesh(mesh):
+            state = jax.jit(tx.init)(params)
+            _, after = jax.jit(tx.update)(params, state, params)
+        assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, state)
+        largest = max(jax.tree.leaves(state), key=lambda x: x.size)
+        assert largest.dtype == dtype
+        assert jax.typeof(largest).sharding.spec == PartitionSpec(*spec)
+
 
 class TestWeights:
     @pytest.mark.parametrize("case", METHODS, ids=str)
