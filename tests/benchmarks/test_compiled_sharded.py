@@ -27,7 +27,6 @@ LEAVES = 21
 NUMBERS = {
     "clip + adamw": 1,
     "vradam": 1,
-    "vradam, 8 bits": 1,
     "lamb": 4 * LEAVES,
     "novak, trust ratio": 2 * LEAVES,
 }
@@ -50,8 +49,12 @@ def excess(row: Row) -> float:
     return (row["chain"]["held"] - row["gradients"]) / row["ideal"] - 1
 
 
-# Rotating lookahead takes its chunk along an axis that may be cut.
-@pytest.mark.parametrize("name", sorted(OPTIMIZERS.keys() - {"novak, rotating"}))
+# Rotating lookahead takes its chunk along an axis that may be cut. Codes are computed where they lie,
+# whatever the chain: one of the chains in 8 bits shows it.
+CODED = {name for name in OPTIMIZERS if "8 bits" in name} - {"lion, 8 bits"}
+
+
+@pytest.mark.parametrize("name", sorted(OPTIMIZERS.keys() - CODED - {"novak, rotating"}))
 def test_a_step_holds_its_share_and_is_told_norms_only(name):
     row = measured(name, SQUARE)
     assert abs(excess(row)) < 0.02

@@ -16,7 +16,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import optax_ext
 from optax_ext import formats
 from optax_ext.low_precision.bits import join, random_bits, split
-from support.cases import CASES, METHODS
+from support.cases import CASES, METHODS, slow_unless
 from support.strategies import seeds
 
 KERNEL, BIAS = (64, 128), (128,)
@@ -274,7 +274,7 @@ class TestState:
         chosen = optax_ext.quantization_report(optax.lion(1.0), params, lambda path, leaf: None)
         assert {x.reason for x in chosen.leaves} >= {"no format for this field"}
 
-    @pytest.mark.parametrize("case", METHODS, ids=str)
+    @pytest.mark.parametrize("case", slow_unless(METHODS[:1], METHODS))
     def test_dequantized_state_is_that_of_the_chain(self, case):
         tx = case.build()
         _, state = run(tx, PARAMS, tx.init(PARAMS), [gradient(0)])
@@ -285,7 +285,7 @@ class TestState:
             if a.size > 1:
                 np.testing.assert_allclose(a, b, atol=0.02 * float(jnp.abs(b).max()))
 
-    @pytest.mark.parametrize("case", METHODS, ids=str)
+    @pytest.mark.parametrize("case", slow_unless(METHODS[:1], METHODS))
     def test_contract(self, case):
         """Structure, shapes and dtypes are stable; extreme gradients make finite steps."""
         tx = optax_ext.quantize_state(case.build(), min_size=64)
@@ -494,7 +494,7 @@ class TestComposition:
 
 
 class TestWeights:
-    @pytest.mark.parametrize("case", METHODS, ids=str)
+    @pytest.mark.parametrize("case", slow_unless(METHODS[:1], METHODS))
     def test_32_bits_are_the_float32_run(self, case):
         """But for parameters that an optimizer reads as bfloat16 gradients."""
         tx = case.build()
