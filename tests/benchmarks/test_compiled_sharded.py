@@ -49,7 +49,7 @@ def excess(row: Row) -> float:
     return (row["chain"]["held"] - row["gradients"]) / row["ideal"] - 1
 
 
-# Rotating lookahead takes its chunk along an axis that may be cut. Codes are computed where they lie,
+# Rotating lookahead takes its chunk along an axis that may be cut. Codes are computed in place,
 # whatever the chain: one of the chains in 8 bits shows it.
 CODED = {name for name in OPTIMIZERS if "8 bits" in name} - {"lion, 8 bits"}
 
