@@ -53,14 +53,14 @@ class Placement:
         leaf = self.leaves.get(component)
         if leaf is None or node.shape in ((), leaf.shape):
             return None
-        if not self._cuts_last_axis(component, leaf, node):
+        if not self._has_rows_along_last_axis(component, leaf, node):
             return f"sharded as {leaf.shape}, used as {node.shape}"
         return None
 
-    def _cuts_last_axis(self, component: Node, leaf: Node, node: Node) -> bool:
-        """Return whether `node` is the leaf with rows along its last axis, or a value for each.
+    def _has_rows_along_last_axis(self, component: Node, leaf: Node, node: Node) -> bool:
+        """Return whether `node` is the leaf, cut into rows along its last axis, or their values.
 
-        Each row must lie on one device.
+        The result is false if a row lies on several devices.
         """
         *first, last = leaf.shape
         if node.shape[: len(first)] != tuple(first) or len(node.shape) == len(first):

@@ -69,7 +69,7 @@ class Op:
       primitive: the primitive.
       params: its parameters.
       operands: its operands.
-      row: the number of elements of the leaf for which the result has one.
+      row: how many elements of the leaf share one element of the result; 1 if elementwise.
     """
 
     primitive: Primitive
@@ -88,7 +88,7 @@ class Root:
       in_place: the index of the input whose memory it reuses, if any.
       dtype: the dtype of the result.
       reduction: "sum", "max" or "min" over the leaf; `None` means that the leaf is stored.
-      row: the number of elements of the leaf for which the value has one.
+      row: how many elements of the leaf share one element of the value; 1 if elementwise.
     """
 
     value: Ref
@@ -105,7 +105,7 @@ class Body:
 
     Attributes:
       inputs: the dtypes of the arrays that are read block by block.
-      rows: for each input, the number of elements of the leaf for which it has one.
+      rows: for each input, how many elements of the leaf share one of its elements.
       loads: for each input, the condition for reading it; `None` means always.
       scalars: the dtypes of the values that are the same for all blocks.
       ops: the operations, in order.
@@ -130,7 +130,7 @@ class Body:
         return tuple(root.reduction for root in self.roots if root.reduction is not None)
 
     def row(self, ref: Ref) -> int | None:
-        """Return the number of elements for which a value has one; `None` for scalars."""
+        """Return how many elements of the leaf share one of a value; `None` for scalars."""
         match ref:
             case Input(i):
                 return self.rows[i]

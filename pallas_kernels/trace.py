@@ -251,7 +251,7 @@ _CALLS = {
 
 
 def _changes_width(op: Operation) -> bool:
-    """Return whether the operation makes several elements of one, or one of several."""
+    """Return whether the operation is a bitcast that changes the number of elements."""
     bitcast = op.primitive is lax.bitcast_convert_type_p
     return bitcast and op.args[0].dtype.itemsize != op.types[0].dtype.itemsize
 

@@ -123,7 +123,7 @@ def _named(node: Any, path: Path) -> Iterator[Any]:
 
 
 class ByPath:
-    """The leaves of a tree like the parameters, found by paths in the state that end in theirs."""
+    """The leaves of a tree like the parameters, looked up by the end of a path in the state."""
 
     def __init__(self, tree: Any) -> None:
         """Read the leaves of a tree."""

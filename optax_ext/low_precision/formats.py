@@ -97,7 +97,7 @@ class SignedRootCodes(NamedTuple):
 
     def decode(self) -> jax.Array:
         """Return the stored array, in float32."""
-        codes = _in_groups(self.codes, self.scales)
+        codes = _in_groups(self.codes, self.scales.shape)
         root = codes * np.float32(1 / _SIGNED_MAX)
         x = root * jnp.abs(root) * self.scales[..., None]
         return jnp.where(codes == _SIGNED_NAN, jnp.nan, x).reshape(self.codes.shape)
@@ -105,14 +105,7 @@ class SignedRootCodes(NamedTuple):
     def encode(self, x: jax.Array, bits: jax.Array | None = None) -> "SignedRootCodes":
         """Return the node of a new value of the array; codes are rounded to the nearest."""
         del bits
-        groups = _in_groups(x, self.scales)
-        size = jnp.abs(groups)
-        scales = _scales(size, _LARGEST_SCALE)
-        root = jnp.sqrt(size * (np.float32(_SIGNED_MAX**2) / scales)[..., None])
-        code = jnp.minimum(jnp.floor(root + 0.5), _SIGNED_MAX)
-        code = jnp.where(groups < 0, -code, code)
-        code = jnp.where(groups == groups, code, _SIGNED_NAN)
-        return SignedRootCodes(_to_integers(code, jnp.int8).reshape(x.shape), scales)
+        return _signed_root(x, self.scales.shape)
 
 
 class FourthRootCodes(NamedTuple):
@@ -130,22 +123,14 @@ class FourthRootCodes(NamedTuple):
 
     def decode(self) -> jax.Array:
         """Return the stored array, in float32."""
-        codes = _in_groups(self.codes, self.scales)
+        codes = _in_groups(self.codes, self.scales.shape)
         fourth_root = codes * np.float32(1 / _UNSIGNED_MAX)
         root = fourth_root * fourth_root * self.scales[..., None]
         return jnp.where(codes == _UNSIGNED_NAN, jnp.nan, root * root).reshape(self.codes.shape)
 
     def encode(self, x: jax.Array, bits: jax.Array | None = None) -> "FourthRootCodes":
         """Return the node of a new value of the array."""
-        root = jnp.sqrt(jnp.maximum(_in_groups(x, self.scales), 0))
-        scales = _scales(root, _LARGEST_ROOT)
-        fourth_root = jnp.sqrt(root * (np.float32(_UNSIGNED_MAX**2) / scales)[..., None])
-        offset = np.float32(0.5) if bits is None else dither(bits).reshape(root.shape)
-        # A positive number never becomes 0: as a divisor, it would make the update explode.
-        code = jnp.maximum(jnp.floor(fourth_root + offset), jnp.where(root > 0, 1.0, 0.0))
-        code = jnp.minimum(code, _UNSIGNED_MAX)
-        code = jnp.where(root == root, code, _UNSIGNED_NAN)
-        return FourthRootCodes(_to_integers(code, jnp.uint8).reshape(x.shape), scales)
+        return _fourth_root(x, self.scales.shape, bits)
 
 
 class BFloat16Codes(NamedTuple):
@@ -189,9 +174,7 @@ class SplitCodes(NamedTuple):
 
     def encode(self, x: jax.Array, bits: jax.Array | None = None) -> "SplitCodes":
         """Return the node of a new value of the array."""
-        width = 32 if self.low.dtype == jnp.int16 else 24
-        high, low = split(x.astype(jnp.float32), width, bits)
-        return SplitCodes(high.astype(jnp.bfloat16), low)
+        return _split(x, 32 if self.low.dtype == jnp.int16 else 24, bits)
 
 
 @dataclass(frozen=True)
@@ -223,14 +206,13 @@ class _Grouped:
             return f"its last axis, {last}, is no multiple of {self.group_size}, and it is sharded"
         return None
 
-    def _no_scales(self, x: jax.Array) -> jax.Array:
-        """Return zeros in the shape of the scales."""
+    def _scales_shape(self, x: jax.Array) -> tuple[int, ...]:
+        """Return the shape of the scales."""
         size = self.group_size
         if why := self.misfit(x.shape, x.shape):
             raise ValueError(f"group_size must divide the array, got {x.shape}: {why}")
         along_last = x.shape and x.shape[-1] % size == 0
-        shape = (*x.shape[:-1], x.shape[-1] // size) if along_last else (x.size // size,)
-        return jnp.zeros(shape, jnp.float32)
+        return (*x.shape[:-1], x.shape[-1] // size) if along_last else (x.size // size,)
 
 
 @dataclass(frozen=True)
@@ -243,7 +225,7 @@ class SignedRoot(_Grouped):
 
     def encode(self, x: jax.Array) -> SignedRootCodes:
         """Return the node of an array of real floats."""
-        return SignedRootCodes(x, self._no_scales(x)).encode(x)
+        return _signed_root(x, self._scales_shape(x))
 
 
 @dataclass(frozen=True)
@@ -255,10 +237,10 @@ class FourthRoot(_Grouped):
 
     def encode(self, x: jax.Array) -> FourthRootCodes:
         """Return the node of an array of numbers >= 0."""
-        return FourthRootCodes(x, self._no_scales(x)).encode(x)
+        return _fourth_root(x, self._scales_shape(x))
 
 
-class _Whole:
+class _Ungrouped:
     """A format without groups, which fits every array."""
 
     def misfit(self, shape: Sequence[int], shard: Sequence[int]) -> str | None:
@@ -267,16 +249,16 @@ class _Whole:
 
 
 @dataclass(frozen=True)
-class BFloat16(_Whole):
+class BFloat16(_Ungrouped):
     """bfloat16, rounded up or down at random, for averages that must not freeze."""
 
     def encode(self, x: jax.Array) -> BFloat16Codes:
         """Return the node of an array of real floats."""
-        return BFloat16Codes(x).encode(x)
+        return BFloat16Codes(x.astype(jnp.bfloat16))
 
 
 @dataclass(frozen=True)
-class Split(_Whole):
+class Split(_Ungrouped):
     """bfloat16 with a correction, for weights.
 
     Attributes:
@@ -291,8 +273,7 @@ class Split(_Whole):
 
     def encode(self, x: jax.Array) -> SplitCodes:
         """Return the node of an array of real floats."""
-        low = jnp.zeros((), jnp.int16 if self.bits == 32 else jnp.int8)
-        return SplitCodes(x, low).encode(x)
+        return _split(x, self.bits)
 
 
 def check_bits(bits: Any) -> None:
@@ -306,11 +287,41 @@ def is_encoded(x: Any) -> bool:
     return isinstance(x, tuple) and isinstance(x, Encoded)
 
 
-def _in_groups(x: jax.Array, scales: jax.Array) -> jax.Array:
+def _signed_root(x: jax.Array, scales_shape: tuple[int, ...]) -> SignedRootCodes:
+    groups = _in_groups(x, scales_shape)
+    size = jnp.abs(groups)
+    scales = _scales(size, _LARGEST_SCALE)
+    root = jnp.sqrt(size * (np.float32(_SIGNED_MAX**2) / scales)[..., None])
+    code = jnp.minimum(jnp.floor(root + 0.5), _SIGNED_MAX)
+    code = jnp.where(groups < 0, -code, code)
+    code = jnp.where(groups == groups, code, _SIGNED_NAN)
+    return SignedRootCodes(_to_integers(code, jnp.int8).reshape(x.shape), scales)
+
+
+def _fourth_root(
+    x: jax.Array, scales_shape: tuple[int, ...], bits: jax.Array | None = None
+) -> FourthRootCodes:
+    root = jnp.sqrt(jnp.maximum(_in_groups(x, scales_shape), 0))
+    scales = _scales(root, _LARGEST_ROOT)
+    fourth_root = jnp.sqrt(root * (np.float32(_UNSIGNED_MAX**2) / scales)[..., None])
+    offset = np.float32(0.5) if bits is None else dither(bits).reshape(root.shape)
+    # A positive number never becomes 0: as a divisor, it would make the update explode.
+    code = jnp.maximum(jnp.floor(fourth_root + offset), jnp.where(root > 0, 1.0, 0.0))
+    code = jnp.minimum(code, _UNSIGNED_MAX)
+    code = jnp.where(root == root, code, _UNSIGNED_NAN)
+    return FourthRootCodes(_to_integers(code, jnp.uint8).reshape(x.shape), scales)
+
+
+def _split(x: jax.Array, width: int, bits: jax.Array | None = None) -> SplitCodes:
+    high, low = split(x.astype(jnp.float32), width, bits)
+    return SplitCodes(high.astype(jnp.bfloat16), low)
+
+
+def _in_groups(x: jax.Array, scales_shape: tuple[int, ...]) -> jax.Array:
     """Return `x` as float32, with a last axis for the elements of a group."""
     if jnp.issubdtype(x.dtype, jnp.integer):
         x = x.astype(jnp.int32)
-    return x.astype(jnp.float32).reshape(*scales.shape, x.size // scales.size)
+    return x.astype(jnp.float32).reshape(*scales_shape, x.size // math.prod(scales_shape))
 
 
 def _scales(size: jax.Array, largest: np.float32) -> jax.Array:

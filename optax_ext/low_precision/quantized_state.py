@@ -164,7 +164,7 @@ def is_whole(x: Any) -> bool:
 def _random_bits(path: Path, x: jax.Array, gradient_of: ByPath, step: jax.Array) -> jax.Array:
     """Return random bits for each element of a leaf of the state.
 
-    A leaf without a gradient of its shape has one number of random bits for all its elements.
+    All elements share the same bits if the leaf has no gradient of its shape.
     """
     source = gradient_of(path, lambda g: g.shape == x.shape and jnp.isrealobj(g))
     source = jnp.zeros((), jnp.float32) if source is None else source
