@@ -367,6 +367,24 @@ def cross_entropy(apply: Callable[..., jax.Array], params: Any, split: Split) ->
     return optax.softmax_cross_entropy_with_integer_labels(logits, split.labels).mean()
 
 
+def convolve(
+    images: jax.Array,
+    kernel: jax.Array,
+    strides: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+) -> jax.Array:
+    """Compute a convolution as a matrix product: in a scan on CPU, XLA's is ten times slower."""
+    images = jnp.pad(images, ((0, 0), *padding, (0, 0)))
+    (height, width), outputs = kernel.shape[:2], kernel.shape[-1]
+    rows, columns = images.shape[1] - height + 1, images.shape[2] - width + 1
+    patches = [
+        images[:, i : i + rows : strides[0], j : j + columns : strides[1]]
+        for i in range(height)
+        for j in range(width)
+    ]
+    return jnp.concatenate(patches, axis=-1) @ kernel.reshape(-1, outputs)
+
+
 def initialize_smooth(key: jax.Array, widths: Sequence[int]) -> list[dict[str, jax.Array]]:
     keys = jax.random.split(key, len(widths) - 1)
     return [

@@ -1,0 +1,459 @@
+"""quantize_state: does training end at the loss of float32 state?
+
+    python examples/evidence/low_precision_training.py
+
+A transformer learns the bytes of Python's standard library, and a convnet learns scikit-learn's
+digits. Each optimizer trains twice from the same initial weights on the same batches: with its
+state in float32, and with its state stored by `quantize_state`. The loss at the end is that of
+text, or of images, that no training saw. The claim is that the mean difference is less than half of
+the spread, the standard deviation over seeds with state in float32.
+
+Two trainings whose weights differ in a last bit end at different losses, too. Two controls show how
+much: AdamW and NOVAK in float32, where the initial weights of the second training are one unit in
+the last place larger. Two rows store AdamW's weights in bfloat16 besides, with 8 more bits or with
+none and random rounding; they compute in float32.
+
+Learning rates were chosen for float32 state, by another seed and a fourth of the steps. They warm
+up and then follow a cosine.
+
+Not to be seen here: trainings of more parameters or of more steps.
+"""
+
+import argparse
+import hashlib
+import sysconfig
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from scipy.ndimage import uniform_filter1d
+
+import _evidence as evidence
+from _evidence import (
+    BLUE,
+    CLASSES,
+    ORANGE,
+    Factory,
+    Finding,
+    Network,
+    Split,
+    Verdict,
+    entitle,
+    log_ticks,
+    tidy,
+)
+from optax_ext import (
+    bfloat16_weights,
+    caadam,
+    dualadam,
+    fame,
+    invadam,
+    master_weights,
+    novak,
+    quantize_state,
+    stochastic_rounding,
+    vradam,
+)
+
+WIDTH, HEADS, LENGTH = 64, 4, 32
+CHANNELS = 32, 64, 64
+# Sequences or images in a step.
+BATCHES = {"transformer": 8, "convnet": 32}
+# The share of the text, at its end, that is not trained on, and how many sequences of it are used.
+HELD_OUT, HELD_OUT_SEQUENCES = 0.05, 512
+WARM_UP = 0.1
+# The largest mean difference that the claim allows, in spreads.
+ALLOWED = 0.5
+# Curves are averages over so many steps.
+SMOOTHED = 50
+
+# The best of a grid of ratio 3 for float32 state, with a seed apart and 500 steps.
+RATES = {
+    "AdamW": {"transformer": 1e-2, "convnet": 3e-3},
+    "FAME": {"transformer": 1e-2, "convnet": 1e-2},
+    "VRAdam": {"transformer": 1e-2, "convnet": 3e-3},
+    "InvAdam": {"transformer": 10.0, "convnet": 10.0},
+    "DualAdam": {"transformer": 1e-2, "convnet": 1e-2},
+    "NOVAK": {"transformer": 1e-1, "convnet": 1e-2},
+    "CaAdam": {"transformer": 1e-2, "convnet": 3e-3},
+    "Lion": {"transformer": 1e-3, "convnet": 3e-4},
+}
+FACTORIES: dict[str, Factory] = {
+    "AdamW": optax.adamw,
+    "FAME": fame,
+    "VRAdam": vradam,
+    "InvAdam": invadam,
+    "DualAdam": dualadam,
+    "NOVAK": novak,
+    "CaAdam": caadam,
+    "Lion": optax.lion,
+}
+
+# They decide the results, and are recorded with them.
+CONSTANTS = {
+    "WIDTH": WIDTH,
+    "HEADS": HEADS,
+    "LENGTH": LENGTH,
+    "CHANNELS": CHANNELS,
+    "BATCHES": list(BATCHES.values()),
+    "HELD_OUT": HELD_OUT,
+    "HELD_OUT_SEQUENCES": HELD_OUT_SEQUENCES,
+    "WARM_UP": WARM_UP,
+    "ALLOWED": ALLOWED,
+    "RATES": [list(rates.values()) for rates in RATES.values()],
+}
+
+
+class Task(NamedTuple):
+    """A network, the data that it learns, and the data that it is judged by."""
+
+    network: Network
+    batch: int
+    train: Split
+    test: Split
+
+
+# Returns the initial weights of a training, from those in float32.
+Prepare = Callable[[Any], Any]
+
+
+def unchanged(params: Any) -> Any:
+    return params
+
+
+class Contender(NamedTuple):
+    """An optimizer, trained twice.
+
+    Attributes:
+      name: of the optimizer, whose learning rates it has.
+      store: returns the second training's optimizer, from that of the first.
+      prepare: returns the second training's initial weights, from those of the first.
+    """
+
+    name: str
+    store: Callable[[optax.GradientTransformation], optax.GradientTransformation]
+    prepare: Prepare = unchanged
+
+
+class Runs(NamedTuple):
+    """Losses of trainings, stacked over seeds.
+
+    Attributes:
+      curve: on the batch of each step.
+      final: at the end, on data that was not trained on.
+    """
+
+    curve: Any
+    final: Any
+
+
+class Judged(NamedTuple):
+    """A contender's trainings with state in float32 and as it stores it, and their bytes of state.
+
+    Bytes are per parameter.
+    """
+
+    exact: Runs
+    stored: Runs
+    bytes: float
+    bytes_stored: float
+
+
+def one_unit_larger(params: Any) -> Any:
+    """Return the next larger float32 numbers."""
+    return jax.tree.map(lambda x: jnp.nextafter(x, jnp.inf), params)
+
+
+CONTENDERS = {name: Contender(name, quantize_state) for name in FACTORIES} | {
+    "AdamW, bfloat16 weights, 24 bits": Contender(
+        "AdamW", lambda tx: master_weights(quantize_state(tx), bits=24), bfloat16_weights
+    ),
+    "AdamW, bfloat16 weights, random rounding": Contender(
+        "AdamW", lambda tx: stochastic_rounding(quantize_state(tx)), bfloat16_weights
+    ),
+    "control: AdamW, float32": Contender("AdamW", lambda tx: tx, one_unit_larger),
+    "control: NOVAK, float32": Contender("NOVAK", lambda tx: tx, one_unit_larger),
+}
+
+
+# The optimizers whose curves are drawn.
+CURVES = {"AdamW": BLUE, "NOVAK": ORANGE}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options = make_parser().parse_args(argv)
+    judged = {
+        task: evidence.side_by_side(partial(compare, task, options), CONTENDERS) for task in TASKS
+    }
+    tables = {
+        f"Losses of the {name} at the end": {
+            contender: row(one) for contender, one in found.items()
+        }
+        for name, found in judged.items()
+    }
+    findings = [judge(tables)]
+    text = {"Text": {"Python's standard library": describe_text()}}
+    name = "low_precision_training"
+    evidence.publish(name, options, findings, tables | text, {name: draw(judged)}, CONSTANTS)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    return evidence.make_parser(
+        __doc__,
+        seeds=(8, "initial weights and orders of the data"),
+        steps=(2000, "of each training"),
+    )
+
+
+@cache
+def load_text() -> np.ndarray:
+    """Return the bytes of the modules of Python's standard library, without its packages."""
+    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    return np.frombuffer(b"".join(file.read_bytes() for file in files), np.uint8)
+
+
+def describe_text() -> dict[str, float | str]:
+    """Return what identifies the text, which differs from one version of Python to the next."""
+    text = load_text()
+    return {"bytes": float(len(text)), "SHA-256": hashlib.sha256(text.tobytes()).hexdigest()[:16]}
+
+
+def make_transformer_task() -> Task:
+    """Predict each byte of a sequence from those before it."""
+    text = load_text()
+    train, test = map(cut, np.split(text, [int((1 - HELD_OUT) * len(text))]))
+    chosen = np.linspace(0, len(test.labels) - 1, HELD_OUT_SEQUENCES).astype(int)
+    test = jax.tree.map(lambda x: x[chosen], test)
+    network = Network(initialize_transformer, apply_transformer)
+    return Task(network, BATCHES["transformer"], *jax.device_put((train, test)))
+
+
+def cut(text: np.ndarray) -> Split:
+    """Return sequences of `LENGTH` bytes, and for each byte the one that follows it."""
+    end = (len(text) - 1) // LENGTH * LENGTH
+    parts = (text[begin : begin + end].reshape(-1, LENGTH) for begin in (0, 1))
+    return Split(*(part.astype(np.int32) for part in parts))
+
+
+def initialize_transformer(key: jax.Array) -> Any:
+    """Return the weights of one layer, an embedding and an output layer."""
+    shapes = {
+        "query, key, value": (WIDTH, 3 * WIDTH),
+        "out": (WIDTH, WIDTH),
+        "up": (WIDTH, 4 * WIDTH),
+        "down": (4 * WIDTH, WIDTH),
+        "logits": (WIDTH, 256),
+    }
+    first, second, *keys = jax.random.split(key, 2 + len(shapes))
+    normal = jax.nn.initializers.lecun_normal()
+    params = {
+        name: {"kernel": normal(k, shape)}
+        for k, (name, shape) in zip(keys, shapes.items(), strict=True)
+    }
+    bytes_ = jax.random.normal(first, (256, WIDTH))
+    positions = 0.02 * jax.random.normal(second, (LENGTH, WIDTH))
+    return params | {"bytes": {"embedding": bytes_}, "positions": {"embedding": positions}}
+
+
+def apply_transformer(params: Any, tokens: jax.Array) -> jax.Array:
+    """Return logits of the next byte at each place of sequences of shape (N, LENGTH)."""
+    x = params["bytes"]["embedding"][tokens] + params["positions"]["embedding"][None]
+    projected = normalize(x) @ params["query, key, value"]["kernel"]
+    query, key, value = jnp.split(projected.reshape(*x.shape[:2], 3 * HEADS, -1), 3, axis=2)
+    attended = jax.nn.dot_product_attention(query, key, value, is_causal=True)
+    x = x + attended.reshape(x.shape) @ params["out"]["kernel"]
+    x = x + jax.nn.gelu(normalize(x) @ params["up"]["kernel"]) @ params["down"]["kernel"]
+    return normalize(x) @ params["logits"]["kernel"]
+
+
+def normalize(x: jax.Array) -> jax.Array:
+    """Divide by the root mean square over the last axis."""
+    return x * lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-6)
+
+
+def make_convnet_task() -> Task:
+    """Recognize digits."""
+    digits = evidence.load_digits()
+    network = Network(initialize_convnet, apply_convnet)
+    return Task(network, BATCHES["convnet"], digits.train, digits.test)
+
+
+def initialize_convnet(key: jax.Array) -> Any:
+    """Return weights after He et al."""
+    he = jax.nn.initializers.he_normal()
+    shapes: list[tuple[int, ...]] = [
+        (3, 3, n, m) for n, m in zip((1, *CHANNELS), CHANNELS, strict=False)
+    ]
+    shapes.append((CHANNELS[-1], CLASSES))
+    keys = jax.random.split(key, len(shapes))
+    return [
+        {"kernel": he(k, shape), "bias": jnp.zeros(shape[-1])}
+        for k, shape in zip(keys, shapes, strict=True)
+    ]
+
+
+def apply_convnet(params: Any, images: jax.Array) -> jax.Array:
+    """Apply convolutions, all but the first with a stride of 2, and a dense layer."""
+    *convolutions, head = params
+    x = images
+    for i, layer in enumerate(convolutions):
+        stride = 1 if i == 0 else 2
+        x = evidence.convolve(x, layer["kernel"], (stride, stride), ((1, 1), (1, 1)))
+        x = jax.nn.relu(x + layer["bias"][None, None, None])
+    return x.mean((1, 2)) @ head["kernel"] + head["bias"][None]
+
+
+TASKS = {"transformer": make_transformer_task, "convnet": make_convnet_task}
+
+
+@cache
+def make_task(name: str) -> Task:
+    return TASKS[name]()
+
+
+def compare(task: str, options: argparse.Namespace, contender: Contender) -> Judged:
+    """Train with each seed, with state in float32 and as the contender stores it."""
+    exact = make_optimizer(contender.name, RATES[contender.name][task], options.steps)
+    pair = (exact, unchanged), (contender.store(exact), contender.prepare)
+    exact_runs, stored_runs = (train(task, *one, options.seeds, options.steps) for one in pair)
+    exact_bytes, stored_bytes = (bytes_of_state(task, *one) for one in pair)
+    return Judged(exact_runs, stored_runs, exact_bytes, stored_bytes)
+
+
+def make_optimizer(name: str, rate: float, steps: int) -> optax.GradientTransformation:
+    warm_up = int(WARM_UP * steps)
+    return FACTORIES[name](optax.warmup_cosine_decay_schedule(0.0, rate, warm_up, steps))
+
+
+def train(
+    task: str, tx: optax.GradientTransformation, prepare: Prepare, seeds: int, steps: int
+) -> Runs:
+    """Return the losses of trainings whose seeds decide initial weights and batches."""
+    network, batch, data, test = make_task(task)
+    chosen = [evidence.draw_batches(seed, steps, len(data.labels), batch) for seed in range(seeds)]
+    params = jax.vmap(prepare)(evidence.initialize(network.init, np.arange(seeds)))
+    found = descend(network.apply, tx, params, np.stack(chosen), data, test)
+    return jax.tree.map(np.asarray, found)
+
+
+@partial(jax.jit, static_argnames=("apply", "tx"))
+def descend(
+    apply: Callable[..., jax.Array],
+    tx: optax.GradientTransformation,
+    params: Any,
+    batches: jax.Array,
+    data: Split,
+    test: Split,
+) -> Runs:
+    """Train from each of the stacked parameters."""
+
+    def loss_of(params: Any, split: Split) -> jax.Array:
+        # Weights may be stored in bfloat16.
+        return evidence.cross_entropy(apply, optax.tree.cast(params, jnp.float32), split)
+
+    def step(run: Any, batch: jax.Array) -> tuple[Any, jax.Array]:
+        params, state = run
+        drawn = jax.tree.map(lambda x: x[batch], data)
+        loss, gradient = jax.value_and_grad(loss_of)(params, drawn)
+        updates, state = tx.update(gradient, state, params)
+        return (optax.apply_updates(params, updates), state), loss
+
+    def run(params_and_batches: Any) -> Runs:
+        params, batches = params_and_batches
+        (params, _), curve = lax.scan(step, (params, tx.init(params)), batches)
+        return Runs(curve, loss_of(params, test))
+
+    return lax.map(run, (params, batches))
+
+
+def bytes_of_state(task: str, tx: optax.GradientTransformation, prepare: Prepare) -> float:
+    """Return the bytes of the state per parameter."""
+    key = jax.eval_shape(partial(jax.random.key, impl="rbg"), 0)
+    params = jax.eval_shape(lambda key: prepare(make_task(task).network.init(key)), key)
+    state = jax.eval_shape(tx.init, params)
+    held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    return held / optax.tree.size(params)
+
+
+DIFFERENCE, SPREAD = "difference", "spread of seeds"
+
+
+def row(found: Judged) -> dict[str, Any]:
+    return {
+        "loss, float32": evidence.mean(found.exact.final),
+        "loss, stored": evidence.mean(found.stored.final),
+        DIFFERENCE: evidence.mean(found.stored.final - found.exact.final),
+        SPREAD: float(np.std(found.exact.final, ddof=1)),
+        "bytes of state, float32": found.bytes,
+        "stored": found.bytes_stored,
+    }
+
+
+def judge(tables: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Finding:
+    """Compare mean differences with the spread of seeds."""
+    ratios = {
+        f"{name}, {task}": abs(cells[DIFFERENCE].mean) / cells[SPREAD]
+        for task, rows in tables.items()
+        for name, cells in rows.items()
+        if name in FACTORIES
+    }
+    worst = sorted(ratios, key=ratios.__getitem__)[-3:]
+    holds = all(ratio < ALLOWED for ratio in ratios.values())
+    shown = ", ".join(f"{name} {ratios[name]:.2f}" for name in reversed(worst))
+    return Finding(
+        "quantize_state: training ends at the loss of float32 state, within half of the spread of"
+        " seeds",
+        Verdict.HOLDS if holds else Verdict.REFUTED,
+        f"The largest mean differences, in spreads: {shown}.",
+    )
+
+
+def draw(judged: Mapping[str, Mapping[str, Judged]]) -> Figure:
+    figure = Figure(figsize=(evidence.WIDTH, 6.4), layout="constrained")
+    grid: Any = figure.subplots(2, 2, width_ratios=(1, 1.2))
+    for (curves, differences), (task, found) in zip(grid, judged.items(), strict=True):
+        draw_curves(curves, task, found)
+        draw_differences(differences, found)
+    handles, labels = grid[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=4, fontsize=8, frameon=False)
+    return figure
+
+
+def draw_curves(axes: Axes, task: str, judged: Mapping[str, Judged]) -> None:
+    """Draw the training loss of some optimizers, with state in float32 and stored."""
+    for name, colour in CURVES.items():
+        for runs, style, label in (
+            (judged[name].exact, "-", f"{name}, float32"),
+            (judged[name].stored, ":", f"{name}, 8 bits"),
+        ):
+            curve = uniform_filter1d(runs.curve.mean(axis=0), SMOOTHED)
+            axes.plot(curve, style, color=colour, label=label, linewidth=1.5)
+    axes.set_yscale("log")
+    log_ticks(axes.yaxis)
+    entitle(axes, f"{task}, mean of seeds", "step", "training loss, nats")
+    tidy(axes)
+
+
+def draw_differences(axes: Axes, judged: Mapping[str, Judged]) -> None:
+    """Draw the mean differences of the losses at the end, with the bound of the claim."""
+    places = np.arange(len(judged))[::-1]
+    cells = [row(found) for found in judged.values()]
+    bounds = ALLOWED * np.array([x[SPREAD] for x in cells])
+    axes.barh(places, 2 * bounds, left=-bounds, color="0.9", height=0.8)
+    differences = [x[DIFFERENCE] for x in cells]
+    evidence.draw_estimates(axes, places, differences, across=True, color=BLUE, linestyle="")
+    entitle(axes, "stored less float32 (grey: what the claim allows)", "loss at the end, nats", "")
+    tidy(axes, "x")
+    axes.set_yticks(places, list(judged))
+
+
+if __name__ == "__main__":
+    main()
