@@ -120,8 +120,8 @@ def skipped(name: str, leaf_set: str) -> float:
     if CONTENDERS[name].floor_of is not None:
         return 0.0
     report = _report(name, leaf_set)
-    predicated = sum(phase.predicated for phase in report.phases)
-    return (1 - 1 / SYNC_PERIOD) * predicated / report.parameters
+    skipped_at_most = sum(phase.skipped for phase in report.phases)
+    return (1 - 1 / SYNC_PERIOD) * skipped_at_most / report.parameters
 
 
 @functools.cache

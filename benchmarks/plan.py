@@ -169,7 +169,7 @@ def measure(
     parameters, report = count(shards(params)), explain(tx, shards(params))
     row: Row = {"floor": report.floor_per_parameter}
     if target.platform == "gpu":
-        row["skipped"] = sum(phase.predicated for phase in report.phases) / parameters
+        row["skipped"] = sum(phase.skipped for phase in report.phases) / parameters
     if placed:
         devices = len(target.devices())
         row |= {"ideal": size((params, state)) / devices, "gradients": size(params) / devices}

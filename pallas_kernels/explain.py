@@ -15,8 +15,8 @@ from pallas_kernels.compile import Compiled, Compiler, whole_step
 from pallas_kernels.fuse import FusedTransformation
 from pallas_kernels.graph import Kind, Node
 from pallas_kernels.launches import Phase
-from pallas_kernels.shardings import of_value
-from pallas_kernels.trace import is_array, types
+from pallas_kernels.shardings import Shardings, of_parameters, of_value
+from pallas_kernels.trace import is_array, paths, types
 
 
 @dataclass(frozen=True)
@@ -26,22 +26,22 @@ class PhaseReport:
     Attributes:
       work: "statistics" or "update". A phase for statistics may also write results that are known
         by then.
-      programs: number of leaves.
-      forms: number of different kernel bodies.
+      leaves: number of leaves.
+      bodies: number of different kernel bodies.
       launches: number of kernels.
       bytes: bytes that all launches together read and write.
-      predicated: those of these bytes that some steps skip, such as lookahead's slow weights.
-      sums: number of all-reduces over the devices. Leaves that are sharded over the same axes of
-        the mesh share one for each kind of reduction.
+      skipped: those of these bytes that some steps skip, such as lookahead's slow weights.
+      all_reduces: number of all-reduces over the devices. Leaves that are sharded over the same axes
+        of the mesh share one for each kind of reduction.
     """
 
     work: str
-    programs: int
-    forms: int
+    leaves: int
+    bodies: int
     launches: int
     bytes: int
-    predicated: int
-    sums: int
+    skipped: int
+    all_reduces: int
 
 
 @dataclass(frozen=True)
@@ -82,9 +82,9 @@ class Report:
         """Return a line for each phase, the totals, and the leaves that fall back to XLA."""
         lines = ["phase       leaves  bodies  launches  bytes/parameter  skipped in some steps"]
         for phase in self.phases:
-            per, skipped = (x / max(self.parameters, 1) for x in (phase.bytes, phase.predicated))
+            per, skipped = (x / max(self.parameters, 1) for x in (phase.bytes, phase.skipped))
             lines.append(
-                f"{phase.work:<10}  {phase.programs:>6}  {phase.forms:>6}  {phase.launches:>8}"
+                f"{phase.work:<10}  {phase.leaves:>6}  {phase.bodies:>6}  {phase.launches:>8}"
                 f"  {per:>15.2f}  {skipped:>21.2f}"
             )
         lines.append(
@@ -92,26 +92,32 @@ class Report:
             f" floor {self.floor_per_parameter:.2f}"
         )
         if self.devices > 1:
-            sums = sum(phase.sums for phase in self.phases)
-            lines.append(f"on each of {self.devices} devices, which add up {sums} vectors of norms")
+            count = sum(phase.all_reduces for phase in self.phases)
+            lines.append(f"on each of {self.devices} devices, with {count} all-reduces of norms")
         return "\n".join([*lines, *(f"left to XLA: {line}" for line in self.fallback_reasons)])
 
 
 def explain(
-    tx: optax.GradientTransformation, params: Any, *, backend: str = "auto", **extra_args: Any
+    tx: optax.GradientTransformation,
+    params: Any,
+    *,
+    backend: str | None = None,
+    **extra_args: Any,
 ) -> Report:
     """Plan the fused step of `tx` without running it.
 
     Args:
       tx: an optimizer, fused or not.
       params: the parameters (arrays or numbers), or their shapes. Gradients are assumed to have the
-        same dtypes. If parameters have a `NamedSharding`, the numbers are per device.
-      backend: the backend of `fuse` whose kernels are planned.
+        same dtypes. The numbers are per device if parameters have a `NamedSharding`, or if `tx` was
+        fused with `shardings`.
+      backend: the backend whose kernels are planned. By default, it is the backend of a fused `tx`,
+        and "auto" for other optimizers.
       **extra_args: further arguments of the optimizer's update, or their shapes.
 
     Raises:
-      ValueError: `tx` is not a transformation, a parameter is neither an array nor a number, or
-        `backend` is unknown or has no kernels.
+      ValueError: `tx` is not a transformation, a parameter is neither an array nor a number,
+        `backend` is unknown or has no kernels, or the shardings don't fit the parameters.
 
     >>> import jax.numpy as jnp, optax
     >>> print(explain(optax.adamw(1e-3), {"w": jnp.ones((64, 64)), "b": jnp.ones(64)}))
@@ -120,11 +126,15 @@ def explain(
     1 launches, 28.00 bytes/parameter, floor 28.00
     """
     _checks.transformation(tx=tx)
-    backends.check(backend, or_chain=False)
     check_parameters(params)
-    fused = isinstance(tx, FusedTransformation)
-    compiler = tx.compiler if fused else Compiler(whole_step(tx), in_place=2)
     shapes = jax.tree.map(_shape, params)
+    if isinstance(tx, FusedTransformation):
+        compiler, chosen = tx.compiler, tx.backend
+        shapes = shapes if tx.shardings is None else _sharded(shapes, tx.shardings)
+    else:
+        compiler, chosen = Compiler(whole_step(tx), in_place=2), "auto"
+    backend = chosen if backend is None else backend
+    backends.check(backend, or_chain=False)
     arguments = (shapes, types(tx.init, shapes), shapes, extra_args)
     compiled, _ = compiler(arguments, backend, {})
     placement = compiled.placement
@@ -143,22 +153,31 @@ def _shape(x: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=of_value(x))
 
 
+def _sharded(shapes: Any, shardings: Shardings) -> Any:
+    """Return the shapes with the shardings that the user gave for them."""
+    given = of_parameters(shapes, shardings)
+    return jax.tree.map(
+        lambda path, x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=given[path]),
+        jax.tree.unflatten(jax.tree.structure(shapes), paths(shapes)),
+        shapes,
+    )
+
+
 def _shard(x: jax.ShapeDtypeStruct) -> tuple[int, ...]:
     return x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
 
 
 def _report(phase: Phase, compiled: Compiled) -> PhaseReport:
     reduces = phase.reduction is not None
-    bodies = {program.body for program in phase.programs}
     bytes_ = [program.bytes for program in phase.programs]
     return PhaseReport(
         work="statistics" if reduces else "update",
-        programs=len(phase.programs),
-        forms=len(bodies),
+        leaves=len(phase.programs),
+        bodies=len({program.body for program in phase.programs}),
         launches=len(phase.launches) + reduces,
         bytes=sum(moved for moved, _ in bytes_),
-        predicated=sum(skipped for _, skipped in bytes_),
-        sums=len(compiled.placement.sums(compiled.traced.graph, phase.programs)),
+        skipped=sum(skipped for _, skipped in bytes_),
+        all_reduces=len(compiled.placement.sums(compiled.traced.graph, phase.programs)),
     )
 
 

@@ -19,11 +19,15 @@ class FusedTransformation(optax.GradientTransformationExtraArgs):
 
     Attributes:
       chain: the transformation that is fused.
+      backend: the argument of `fuse`.
+      shardings: the argument of `fuse`.
       step: `step(params, state, grads, **extra_args) -> (params, state)`. It computes the updates
         and applies them.
     """
 
     chain: optax.GradientTransformation
+    backend: str
+    shardings: Shardings
     step: Callable[..., tuple[optax.Params, optax.OptState]]
     compiler: Compiler  # what `explain` shares
 
@@ -114,7 +118,8 @@ def fuse(
         return updates, state
 
     fused = FusedTransformation(tx.init, update)
-    fused.chain, fused.step, fused.compiler = tx, step, compile_step
+    fused.chain, fused.backend, fused.shardings = tx, backend, shardings
+    fused.step, fused.compiler = step, compile_step
     return fused
 
 

@@ -49,20 +49,20 @@ def test_phases_are_cut_at_reductions(tx, phases):
 def test_leaves_of_one_form_share_a_body():
     params = {name: shape(n + 2) for n, name in enumerate("abcde")} | {"kernel": shape(3, 4)}
     (phase,) = explain(optax.adamw(0.1), params).phases
-    assert (phase.programs, phase.forms, phase.launches) == (6, 1, 1)
+    assert (phase.leaves, phase.bodies, phase.launches) == (6, 1, 1)
 
     def matrices(p):
         return jax.tree.map(lambda x: x.ndim > 1, p)
 
     (phase,) = explain(optax.adamw(0.1, mask=matrices), params).phases
-    assert (phase.programs, phase.forms, phase.launches) == (6, 2, 1)
+    assert (phase.leaves, phase.bodies, phase.launches) == (6, 2, 1)
 
 
 def test_many_leaves_take_several_launches():
     params = {f"layer{n}": shape(4) for n in range(161)}
     report = explain(optax.adamw(0.1), params)
     assert 1 < report.launches < 12
-    assert report.phases[0].programs == 161
+    assert report.phases[0].leaves == 161
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_slow_weights_are_read_and_written_when_they_synchronize():
     assert loads == stores == ["1/slow/kernel"]
     report = explain(tx, LEAF)
     assert report.bytes_per_parameter == ADAM_BYTES + 8
-    assert report.phases[-1].predicated == 8 * report.parameters
+    assert report.phases[-1].skipped == 8 * report.parameters
     assert f"{8:.2f}" in str(report).splitlines()[1]
 
 
@@ -195,7 +195,7 @@ def test_neighbours_of_what_is_left_out_stay_fused():
     tx = optax.adafactor(0.1, min_dim_size_to_factor=8)
     report = explain(tx, {"small": shape(5, 7), "large": shape(16, 16)})
     assert [line.split(":")[0].split("/")[-1] for line in report.fallback_reasons] == ["large"]
-    assert report.phases[-1].programs == 1
+    assert report.phases[-1].leaves == 1
 
 
 def test_dtypes_without_kernels_are_left_out():
@@ -234,6 +234,8 @@ def test_arrays_that_a_backend_can_not_store_are_left_out():
     (line,) = explain(tx, LEAF, backend="mosaic").fallback_reasons
     assert line == "1/kernel: no kernel reads or writes bool"
     assert explain(tx, LEAF, backend="triton").fallback_reasons == ()
+    # A fused optimizer's own backend is the default.
+    assert explain(fuse(tx, backend="mosaic"), LEAF).fallback_reasons == (line,)
 
 
 def test_leaves_past_32_bit_indices_are_left_out():
@@ -252,6 +254,9 @@ def test_nothing_is_computed_to_explain():
 def test_explanation_of_a_fused_optimizer_is_the_chains():
     tx = optax_ext.vradam(0.1)
     assert explain(fuse(tx), RAGGED) == explain(tx, RAGGED)
+
+    with pytest.raises(ValueError, match="got 'xla'"):
+        explain(fuse(tx, backend="xla"), RAGGED)
 
 
 def test_printed_report_names_what_is_left_out():

@@ -377,9 +377,11 @@ def test_explain_shows_what_each_device_does():
     whole, shards = (explain(optax.lamb(0.1), tree) for tree in (TREE, params))
     cut = sum(math.prod(TREE[name].shape) for name in ("bias", "kernel", "out"))
     assert (whole.parameters, shards.parameters) == (cut + 5 * 3, cut // 8 + 5 * 3)
+    fused = fuse(optax.lamb(0.1), shardings=shardings)
+    assert explain(fused, TREE) == shards
     assert shards.bytes_per_parameter == pytest.approx(whole.bytes_per_parameter, rel=0.1)
-    assert [phase.sums for phase in whole.phases] == [0, 0]
-    assert [phase.sums for phase in shards.phases] == [1, 0]
+    assert [phase.all_reduces for phase in whole.phases] == [0, 0]
+    assert [phase.all_reduces for phase in shards.phases] == [1, 0]
     assert "8 devices" in str(shards)
 
 
@@ -388,7 +390,7 @@ def test_one_vector_tells_of_all_leaves_cut_along_the_same_axes():
     mesh = LAYOUTS["fully and by tensor"].mesh
     specs = P("data", "model"), P("model", "data"), P(None, ("model", "data"))
     params = [of_shape(shape(16, 24), NamedSharding(mesh, spec)) for spec in specs]
-    assert [phase.sums for phase in explain(optax.lamb(0.1), params).phases] == [1, 0]
+    assert [phase.all_reduces for phase in explain(optax.lamb(0.1), params).phases] == [1, 0]
 
 
 def of_shape(x: jax.ShapeDtypeStruct, sharding: Any) -> jax.ShapeDtypeStruct:
