@@ -63,7 +63,7 @@ BENCHMARKS = {
         " one command measures everything, the most important results first.",
     ),
     "summary": Benchmark(
-        "Measures nothing. Draws the figures and fills the tables of the main README from the"
+        "Measures nothing. Draws the figures and fills the tables of the pages in docs/ from the"
         " recorded results.",
         "The figures and tables then always agree with the results.",
     ),

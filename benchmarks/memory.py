@@ -111,7 +111,7 @@ def measure(tx: optax.GradientTransformation, params: Leaves) -> Row:
 
 
 def table(rows: Mapping[str, Row]) -> str:
-    """Return the README's table in Markdown."""
+    """Return the table of memory in Markdown."""
     header = ["state of", *COLUMNS.values()]
     lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
     for case, row in rows.items():

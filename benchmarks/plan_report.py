@@ -1,4 +1,4 @@
-"""Tables of compiled steps for the terminal, for Markdown files and for the README."""
+"""Tables of compiled steps for the terminal, for Markdown files and for the pages in `docs/`."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -97,7 +97,7 @@ def markdown(device: str, rows: Mapping[str, Row], topology: str | None = None) 
 
 
 def summary(rows: Mapping[str, Row]) -> str:
-    """Return the README's table of ResNet-50: the chain → the fused step by Triton."""
+    """Return the table of ResNet-50 in `docs/`: the chain → the fused step by Triton."""
     lines = []
     for row in in_order(rows, "ResNet-50"):
         chain, fused = row["chain"], row["triton"]
@@ -114,7 +114,7 @@ def summary(rows: Mapping[str, Row]) -> str:
 
 
 def pod_summary(rows: Mapping[str, Row]) -> str:
-    """Return the README's table of a pod: memory and communication per chip in two layouts."""
+    """Return the table of a pod in `docs/`: memory and communication per chip in two layouts."""
     layouts = {"16 × 16": "LLaMA-7B", "256": "LLaMA-7B, fully sharded"}
     lines = []
     for name in CONTENDERS:

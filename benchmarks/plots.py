@@ -17,7 +17,7 @@ from benchmarks.latest import Row
 from benchmarks.leaf_sets import LEAF_SETS, count
 from benchmarks.peers import PEERS
 
-# Inches; a README shows 96 pixels per inch.
+# Inches; a page shows 96 pixels per inch.
 WIDTH = 8.4
 
 # Okabe and Ito's palette, whose colours are distinct for every kind of colour vision.

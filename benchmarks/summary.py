@@ -1,4 +1,4 @@
-"""Figures and README tables from the latest results; nothing is measured."""
+"""Figures, and tables of the pages in `docs/`, from the latest results; nothing is measured."""
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
@@ -8,7 +8,7 @@ from benchmarks import command_line, latest, memory, plan_report, plots, scaling
 from benchmarks.latest import Row
 from benchmarks.peers import PEERS
 
-README = Path(__file__).parents[1] / "README.md"
+DOCS = Path(__file__).parents[1] / "docs"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -19,27 +19,34 @@ def main(argv: Sequence[str] | None = None) -> None:
         for path in sorted(options.out.glob(f"{benchmark}-*.json")):
             draw_results(path)
             print(path.with_suffix(".svg"))
-    text = options.readme.read_text(encoding="utf-8")
-    for name, content in contents(options.out).items():
-        text = fill(text, name, content)
-    options.readme.write_text(text, encoding="utf-8")
-    print(options.readme)
+    for page, tables in contents(options.out).items():
+        path = options.docs / page
+        text = path.read_text(encoding="utf-8")
+        for name, content in tables.items():
+            text = fill(text, name, content)
+        path.write_text(text, encoding="utf-8")
+        print(path)
 
 
-def contents(folder: Path) -> dict[str, str]:
-    """Return the README's tables for which there are results, by the names of their marks."""
+def contents(folder: Path) -> dict[str, dict[str, str]]:
+    """Return the tables for which there are results, by page and by the name of their marks."""
     tables = {
-        "step-table": (latest.path(folder, "step", "cpu"), table),
-        "plan-table": (latest.path(folder, "plan", "h200-aot"), plan_report.summary),
-        "pod-table": (
-            latest.path(folder, "plan", "tpu-aot-v5e-16x16"),
-            plan_report.pod_summary,
-        ),
-        "memory-table": (latest.path(folder, "memory", "tpu-aot"), memory.table),
+        "performance.md": {
+            "step-table": ("step-cpu", table),
+            "plan-table": ("plan-h200-aot", plan_report.summary),
+        },
+        "sharding.md": {"pod-table": ("plan-tpu-aot-v5e-16x16", plan_report.pod_summary)},
+        "memory.md": {"memory-table": ("memory-tpu-aot", memory.table)},
     }
-    return {
-        name: make(rows) for name, (path, make) in tables.items() if (rows := latest.load(path))
+    found = {
+        page: {
+            name: make(rows)
+            for name, (results, make) in of_page.items()
+            if (rows := latest.load(folder / f"{results}.json"))
+        }
+        for page, of_page in tables.items()
     }
+    return {page: filled for page, filled in found.items() if filled}
 
 
 def draw_steps(path: Path) -> None:
@@ -48,7 +55,7 @@ def draw_steps(path: Path) -> None:
 
 
 def table(rows: Mapping[str, Row]) -> str:
-    """Return the README's step table in Markdown, and the environment of its results."""
+    """Return the table of steps in Markdown, and the environment of its results."""
     results = step.by_set(rows)
     ways = dict.fromkeys(way for found in results.values() for way in found)
     lines = [
@@ -83,7 +90,7 @@ def measured(row: Row) -> str:
 
 
 def fill(text: str, name: str, content: str) -> str:
-    """Return the README's text with this content between two marks.
+    """Return the text of a page with this content between two marks.
 
     The marks are HTML comments, which a page does not show.
 
@@ -94,7 +101,7 @@ def fill(text: str, name: str, content: str) -> str:
     before, found, rest = text.partition(begin)
     _, closed, after = rest.partition(end)
     if not (found and closed):
-        raise ValueError(f"README must have a line {begin.strip()} and, below it, {end.strip()}")
+        raise ValueError(f"the page must have a line {begin.strip()} and, below it, {end.strip()}")
     return f"{before}{begin}\n{content}\n\n{end}{after}"
 
 
@@ -102,10 +109,10 @@ def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = command_line.make_parser("summary", __doc__)
     parser.add_argument(
-        "--readme",
+        "--docs",
         type=Path,
-        default=README,
-        metavar="FILE",
-        help="the file to fill (default: README.md)",
+        default=DOCS,
+        metavar="FOLDER",
+        help="the pages to fill (default: docs)",
     )
     return parser

@@ -31,8 +31,8 @@ class PhaseReport:
       launches: number of kernels.
       bytes: bytes that all launches together read and write.
       skipped: those of these bytes that some steps skip, such as lookahead's slow weights.
-      all_reduces: number of all-reduces over the devices. Leaves that are sharded over the same axes
-        of the mesh share one for each kind of reduction.
+      all_reduces: number of all-reduces over the devices. Leaves that are sharded over the same
+        axes of the mesh share one for each kind of reduction.
     """
 
     work: str

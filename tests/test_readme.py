@@ -1,4 +1,4 @@
-"""The examples of README and of the pages in `docs/`: those of a page run as one program."""
+"""README and the pages in `docs/`: their examples run, and their links lead somewhere."""
 
 import re
 from pathlib import Path
@@ -6,27 +6,60 @@ from typing import Any
 
 import pytest
 
+import optax_ext
+
 ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+PAGES = {page.stem: page for page in (README, *sorted((ROOT / "docs").glob("*.md")))}
 
 
-def run_examples(page: Path, at_least: int) -> dict[str, Any]:
+def run_examples(page: Path) -> dict[str, Any]:
+    """Run the examples of a page as one program; return its variables."""
     blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
-    assert len(blocks) >= at_least
     namespace: dict[str, Any] = {"__name__": page.stem}
     exec(compile("\n".join(blocks), str(page), "exec"), namespace)
     return namespace
 
 
-def test_examples_run(capsys):
-    namespace = run_examples(ROOT / "README.md", at_least=5)
+# What each page prints, in this order.
+PRINTED = {
+    "README": ["step 50: loss", "step 200: loss", "gate"],
+    "low_precision": ["SignedRoot(group_size=64)"],
+    "methods": ["rectification", "trust_ratio", "kernel"],
+    "performance": ["launches", "bytes/parameter"],
+    "sharding": [],
+}
+
+
+@pytest.mark.parametrize("name", PRINTED)
+def test_examples_run(name, capsys):
+    assert run_examples(PAGES[name])
     printed = capsys.readouterr().out
-    assert "kernel" in printed or "path" in printed
-    for name in ("mixture", "gated_lion"):
-        state = namespace[name].init(namespace["variables"]["params"])
-        assert state.inner_state
+    for text in PRINTED[name]:
+        assert text in printed
+        printed = printed.partition(text)[2]
 
 
-@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.stem)
-def test_examples_of_a_page_run(page, capsys):
-    run_examples(page, at_least=1)
-    assert "SignedRoot(group_size=64)" in capsys.readouterr().out
+def test_every_page_with_examples_runs():
+    with_examples = {
+        name for name, page in PAGES.items() if "```python" in page.read_text(encoding="utf-8")
+    }
+    assert with_examples == PRINTED.keys()
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_of_a_page(name):
+    page = PAGES[name]
+    links = re.findall(r"\]\((?!https?://)([^)#]+)", page.read_text(encoding="utf-8"))
+    missing = [link for link in links if not (page.parent / link).exists()]
+    assert not missing
+
+
+def test_readme_is_one_page_and_lists_every_method():
+    text = README.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 150
+    methods = {path.stem for path in (ROOT / "optax_ext/methods").glob("[a-z]*.py")}
+    assert all(f"optax_ext/methods/{name}.py" in text for name in methods)
+    named = set(re.findall(r"^\| \[`(\w+)`\]", text, re.M))
+    assert named == {"fame", "vradam", "invadam", "dualadam", "novak", "caadam"}
+    assert all(callable(getattr(optax_ext, name)) for name in named)

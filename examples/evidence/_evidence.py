@@ -35,7 +35,7 @@ from scipy import stats
 from sklearn.model_selection import train_test_split
 
 RESULTS = Path(__file__).parent / "results"
-# In inches; a README shows 96 pixels in each.
+# In inches; a page shows 96 pixels in each.
 WIDTH = 8.4
 CONFIDENCE = 0.95
 VERSIONS = {module.__name__: module.__version__ for module in (jax, optax)}
@@ -494,7 +494,7 @@ def publish(
     Args:
       name: the script's name, which its file of numbers has too.
       options: the command line; all but `out` decide the results.
-      findings: the findings, each a row in README's table.
+      findings: the findings, each a row in the table of claims.
       tables: the tables by their titles.
       figures: the figures by the names of their files.
       constants: the script's numbers that decide the results, as the options do.

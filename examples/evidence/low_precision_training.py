@@ -375,7 +375,7 @@ def bytes_of_state(task: str, tx: optax.GradientTransformation, prepare: Prepare
     params = jax.eval_shape(lambda key: prepare(make_task(task).network.init(key)), key)
     state = jax.eval_shape(tx.init, params)
     held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-    return held / optax.tree.size(params)
+    return held / sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 DIFFERENCE, SPREAD = "difference", "spread of seeds"

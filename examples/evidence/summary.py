@@ -1,4 +1,4 @@
-"""Fills README's table of claims, and the page with all figures and numbers; runs nothing.
+"""Fills the table of claims, and the page with all figures and numbers; runs nothing.
 
 python examples/evidence/summary.py
 """
@@ -14,9 +14,10 @@ from _evidence import RESULTS, Estimate
 from benchmarks.summary import fill
 
 FOLDER = Path(__file__).parent
-README = FOLDER.parents[1] / "README.md"
+CLAIMS = FOLDER.parents[1] / "docs/evidence.md"
 PAGE = RESULTS / "README.md"
-# In the order of README's methods.
+FROM_CLAIMS = "../examples/evidence/results"
+# In the order of the table.
 SCRIPTS = (
     "lag",
     "edge_of_stability",
@@ -26,6 +27,7 @@ SCRIPTS = (
     "connections",
     "landscapes",
     "low_precision",
+    "low_precision_training",
 )
 
 # A file of results, as `_evidence.publish` writes it.
@@ -34,10 +36,10 @@ Document = Mapping[str, Any]
 
 def main() -> None:
     documents = load(RESULTS)
-    text = README.read_text(encoding="utf-8")
-    README.write_text(fill(text, "evidence-table", table(documents)), encoding="utf-8")
+    text = CLAIMS.read_text(encoding="utf-8")
+    CLAIMS.write_text(fill(text, "evidence-table", table(documents)), encoding="utf-8")
     PAGE.write_text(page(documents), encoding="utf-8")
-    print(README, PAGE, sep="\n")
+    print(CLAIMS, PAGE, sep="\n")
 
 
 def load(folder: Path) -> dict[str, Document]:
@@ -48,15 +50,15 @@ def load(folder: Path) -> dict[str, Document]:
 
 
 def table(documents: Mapping[str, Document]) -> str:
-    """Return README's table in Markdown, a row for each claim."""
+    """Return the table of claims in Markdown."""
     lines = ["| claim | verdict | figure | `python examples/evidence/…` |", "|---|---|---|---|"]
     for script, found in documents.items():
         figures = ", ".join(
-            f"[{Path(name).stem}](examples/evidence/results/{name})" for name in found["figures"]
+            f"[{Path(name).stem}]({FROM_CLAIMS}/{name})" for name in found["figures"]
         )
         command = f"`{script}.py`, {takes(found['seconds'])}"
         for finding in found["findings"]:
-            claim = f"[{finding['claim']}](examples/evidence/results/README.md#{script})"
+            claim = f"[{finding['claim']}]({FROM_CLAIMS}/README.md#{script})"
             lines.append(f"| {claim} | {finding['verdict']} | {figures} | {command} |")
     return "\n".join(lines)
 

@@ -1,7 +1,6 @@
-"""The README's tables and figures of benchmarks, compared with the recorded files."""
+"""The tables and figures of the pages in `docs/`, compared with the recorded files."""
 
 import json
-import re
 
 import pytest
 
@@ -19,19 +18,16 @@ ROW = {
 }
 
 
-def test_readme_shows_what_was_measured():
-    text = summary.README.read_text(encoding="utf-8")
+def test_pages_show_what_was_measured():
     contents = summary.contents(RESULTS)
-    assert contents.keys() == {"step-table", "plan-table", "pod-table", "memory-table"}
-    for name, content in contents.items():
-        assert summary.fill(text, name, content) == text
+    assert contents.keys() == {"performance.md", "sharding.md", "memory.md"}
+    for page, tables in contents.items():
+        text = (summary.DOCS / page).read_text(encoding="utf-8")
+        for name, content in tables.items():
+            assert summary.fill(text, name, content) == text, page
+    text = (summary.DOCS / "performance.md").read_text(encoding="utf-8")
     rows = latest.load(latest.path(RESULTS, "step", "cpu"))
     assert all(f"| {case.partition(' / ')[2]} |" in text for case in rows)
-
-
-def test_every_figure_of_the_readme_is_there():
-    for image in re.findall(r"!\[.*?\]\((.*?)\)", summary.README.read_text(encoding="utf-8")):
-        assert (summary.README.parent / image).is_file(), image
 
 
 def test_the_table_takes_what_is_there():
@@ -61,7 +57,7 @@ def test_what_is_around_the_table_stays():
 
 
 @pytest.mark.parametrize("text", ["", BEGIN, END, f"{END}{BEGIN}"])
-def test_a_readme_without_marks_is_an_error(text):
+def test_a_page_without_marks_is_an_error(text):
     with pytest.raises(ValueError, match="must have a line <!-- table -->"):
         summary.fill(text, "table", "| new |")
 
@@ -73,12 +69,10 @@ def test_figures_are_the_same_each_time(tmp_path):
         for way in ("adamw", "novak", "novak, fused", "torch adamw, fused")
     }
     (tmp_path / "step-gpu.json").write_text(json.dumps(rows), encoding="utf-8")
-    readme = tmp_path / "README.md"
-    readme.write_text("no marks, for there are no times on a CPU", encoding="utf-8")
 
     def draw(rows: object) -> bytes:
         (tmp_path / "step-gpu.json").write_text(json.dumps(rows), encoding="utf-8")
-        summary.main([f"--out={tmp_path}", f"--readme={readme}"])
+        summary.main([f"--out={tmp_path}", f"--docs={tmp_path}"])
         return (tmp_path / "step-gpu.svg").read_bytes()
 
     drawn = draw(rows)

@@ -1,4 +1,4 @@
-"""The bytes that a compiled step moves and allocates on a CPU, as the README explains them."""
+"""The bytes that compiled steps move and allocate on a CPU: see docs/performance.md."""
 
 from typing import NamedTuple
 

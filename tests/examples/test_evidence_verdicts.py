@@ -126,6 +126,24 @@ def test_connections(load_module, how, tuned, untuned, verdict):
     assert verdicts(script.judge(judged)) == [expected, NOT_SEEN, NOT_SEEN]
 
 
+# Differences of the mean loss, where the spread of seeds is .006.
+@pytest.mark.parametrize(
+    ("difference", "verdict"), [(0.002, HOLDS), (-0.004, REFUTED), (np.nan, REFUTED)]
+)
+def test_low_precision_training(load_module, difference, verdict):
+    script = load_module("low_precision_training")
+
+    def judged(difference: float) -> Any:
+        exact = script.Runs(None, 1 + SEEDS)
+        stored = script.Runs(None, 1 + SEEDS[::-1] + difference)
+        return script.row(script.Judged(exact, stored, 8.0, 2.0))
+
+    rows = {task: dict.fromkeys(script.CONTENDERS, judged(0.0)) for task in script.TASKS}
+    # Controls don't decide.
+    rows["convnet"] |= {"NOVAK": judged(difference), "control: NOVAK": judged(1.0)}
+    assert verdicts([script.judge(rows)]) == [verdict]
+
+
 @pytest.mark.parametrize(("loss", "verdict"), [(1e-3, HOLDS), (1e-1, NOT_SEEN)])
 def test_landscapes(load_module, loss, verdict):
     script = load_module("landscapes")
