@@ -63,8 +63,8 @@ BENCHMARKS = {
         " one command measures everything, the most important results first.",
     ),
     "summary": Benchmark(
-        "Measures nothing. Draws the figures and fills the tables of the main README from the"
-        " recorded results.",
+        "Measures nothing. Draws the figures and fills the tables of the main README and of"
+        " docs/low_precision.md from the recorded results.",
         "The figures and tables then always agree with the results.",
     ),
 }

@@ -1,4 +1,4 @@
-"""Figures and README tables from the latest results; nothing is measured."""
+"""Figures, and tables of the pages, from the latest results; nothing is measured."""
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
@@ -8,7 +8,8 @@ from benchmarks import command_line, latest, memory, plan_report, plots, scaling
 from benchmarks.latest import Row
 from benchmarks.peers import PEERS
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+README, LOW_PRECISION = "README.md", "docs/low_precision.md"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -19,26 +20,29 @@ def main(argv: Sequence[str] | None = None) -> None:
         for path in sorted(options.out.glob(f"{benchmark}-*.json")):
             draw_results(path)
             print(path.with_suffix(".svg"))
-    text = options.readme.read_text(encoding="utf-8")
-    for name, content in contents(options.out).items():
-        text = fill(text, name, content)
-    options.readme.write_text(text, encoding="utf-8")
-    print(options.readme)
+    for name, (page, content) in contents(options.out).items():
+        path = ROOT / page
+        path.write_text(fill(path.read_text(encoding="utf-8"), name, content), encoding="utf-8")
+        print(path, name)
 
 
-def contents(folder: Path) -> dict[str, str]:
-    """Return the README's tables for which there are results, by the names of their marks."""
+def contents(folder: Path) -> dict[str, tuple[str, str]]:
+    """Return the tables for which there are results, with their pages, by the names of marks."""
+    steps, plan = latest.path(folder, "step", "cpu"), latest.path(folder, "plan", "h200-aot")
+    pod = latest.path(folder, "plan", "tpu-aot-v5e-16x16")
+    memories = latest.path(folder, "memory", "tpu-aot")
     tables = {
-        "step-table": (latest.path(folder, "step", "cpu"), table),
-        "plan-table": (latest.path(folder, "plan", "h200-aot"), plan_report.summary),
-        "pod-table": (
-            latest.path(folder, "plan", "tpu-aot-v5e-16x16"),
-            plan_report.pod_summary,
-        ),
-        "memory-table": (latest.path(folder, "memory", "tpu-aot"), memory.table),
+        "step-table": (README, steps, table),
+        "plan-table": (README, plan, plan_report.summary),
+        "pod-table": (README, pod, plan_report.pod_summary),
+        "memory-table": (README, memories, memory.table),
+        "quantized-plan-table": (LOW_PRECISION, plan, plan_report.quantized_summary),
+        "quantized-memory-table": (LOW_PRECISION, memories, memory.quantized_table),
     }
     return {
-        name: make(rows) for name, (path, make) in tables.items() if (rows := latest.load(path))
+        name: (page, make(rows))
+        for name, (page, path, make) in tables.items()
+        if (rows := latest.load(path))
     }
 
 
@@ -83,7 +87,7 @@ def measured(row: Row) -> str:
 
 
 def fill(text: str, name: str, content: str) -> str:
-    """Return the README's text with this content between two marks.
+    """Return a page's text with this content between two marks.
 
     The marks are HTML comments, which a page does not show.
 
@@ -94,18 +98,10 @@ def fill(text: str, name: str, content: str) -> str:
     before, found, rest = text.partition(begin)
     _, closed, after = rest.partition(end)
     if not (found and closed):
-        raise ValueError(f"README must have a line {begin.strip()} and, below it, {end.strip()}")
+        raise ValueError(f"the page must have a line {begin.strip()} and, below it, {end.strip()}")
     return f"{before}{begin}\n{content}\n\n{end}{after}"
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = command_line.make_parser("summary", __doc__)
-    parser.add_argument(
-        "--readme",
-        type=Path,
-        default=README,
-        metavar="FILE",
-        help="the file to fill (default: README.md)",
-    )
-    return parser
+    return command_line.make_parser("summary", __doc__)

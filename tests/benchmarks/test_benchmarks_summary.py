@@ -1,4 +1,4 @@
-"""The README's tables and figures of benchmarks, compared with the recorded files."""
+"""The pages' tables and figures of benchmarks, compared with the recorded files."""
 
 import json
 import re
@@ -19,19 +19,25 @@ ROW = {
 }
 
 
-def test_readme_shows_what_was_measured():
-    text = summary.README.read_text(encoding="utf-8")
+def read(page: str) -> str:
+    return (summary.ROOT / page).read_text(encoding="utf-8")
+
+
+def test_pages_show_what_was_measured():
     contents = summary.contents(RESULTS)
-    assert contents.keys() == {"step-table", "plan-table", "pod-table", "memory-table"}
-    for name, content in contents.items():
-        assert summary.fill(text, name, content) == text
+    for name, (page, content) in contents.items():
+        assert summary.fill(read(page), name, content) == read(page)
+    assert contents.keys() == {
+        *("step-table", "plan-table", "pod-table", "memory-table"),
+        *("quantized-plan-table", "quantized-memory-table"),
+    }
     rows = latest.load(latest.path(RESULTS, "step", "cpu"))
-    assert all(f"| {case.partition(' / ')[2]} |" in text for case in rows)
+    assert all(f"| {case.partition(' / ')[2]} |" in read(summary.README) for case in rows)
 
 
 def test_every_figure_of_the_readme_is_there():
-    for image in re.findall(r"!\[.*?\]\((.*?)\)", summary.README.read_text(encoding="utf-8")):
-        assert (summary.README.parent / image).is_file(), image
+    for image in re.findall(r"!\[.*?\]\((.*?)\)", read(summary.README)):
+        assert (summary.ROOT / image).is_file(), image
 
 
 def test_the_table_takes_what_is_there():
@@ -66,19 +72,18 @@ def test_a_readme_without_marks_is_an_error(text):
         summary.fill(text, "table", "| new |")
 
 
-def test_figures_are_the_same_each_time(tmp_path):
+def test_figures_are_the_same_each_time(tmp_path, monkeypatch):
+    # Without times on a CPU, no table of a page is filled.
+    monkeypatch.setattr(summary, "ROOT", tmp_path)
     rows = {
         f"{leaf_set} / {way}": ROW
         for leaf_set in ("ResNet-50", "1000 of 64 KB")
         for way in ("adamw", "novak", "novak, fused", "torch adamw, fused")
     }
-    (tmp_path / "step-gpu.json").write_text(json.dumps(rows), encoding="utf-8")
-    readme = tmp_path / "README.md"
-    readme.write_text("no marks, for there are no times on a CPU", encoding="utf-8")
 
     def draw(rows: object) -> bytes:
         (tmp_path / "step-gpu.json").write_text(json.dumps(rows), encoding="utf-8")
-        summary.main([f"--out={tmp_path}", f"--readme={readme}"])
+        summary.main([f"--out={tmp_path}"])
         return (tmp_path / "step-gpu.svg").read_bytes()
 
     drawn = draw(rows)
