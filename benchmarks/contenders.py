@@ -90,6 +90,8 @@ CONTENDERS: dict[str, Contender] = {
     "novak, 8 bits": Contender(optax_ext.quantize_state(optax_ext.novak(RATE))),
 }
 
+# The optimizers with quantized state.
+QUANTIZED = [name for name in CONTENDERS if "8 bits" in name]
 
 _FUSED = ", fused"
 

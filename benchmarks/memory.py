@@ -17,10 +17,10 @@ from rich.console import Console
 import optax_ext
 from benchmarks import command_line, history, latest
 from benchmarks.aot import V5E, compiled_anew, lower
-from benchmarks.contenders import RATE
+from benchmarks.contenders import CONTENDERS, QUANTIZED, RATE, Contender
 from benchmarks.hlo import live_bytes, read_entry
 from benchmarks.latest import Row
-from benchmarks.layouts import size, state_of
+from benchmarks.layouts import held, size, state_of
 from benchmarks.leaf_sets import LEAF_SETS, Leaves, count, in_words
 from pallas_kernels.compile import whole_step
 
@@ -50,8 +50,13 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 
-# The keys of a row, each with its column in the table.
-COLUMNS = {"on_device": "on the device", "on_host": "in host memory", "beside": "temporary"}
+# The keys of a row, each with its column in the table. On the device, arrays are padded.
+COLUMNS = {
+    "arrays": "its arrays",
+    "on_device": "on the device",
+    "on_host": "in host memory",
+    "beside": "temporary",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -65,44 +70,55 @@ def main(argv: Sequence[str] | None = None) -> None:
     title = f"{LEAF_SET}: {in_words(params)}, bytes per parameter"
     shown = command_line.make_table(title, ["state of"], COLUMNS.values())
     progress = command_line.progress_display(console)
-    task = progress.add_task("", total=sum(map(len, OPTIONS.values())))
+    measured = cases()
+    task = progress.add_task("", total=len(measured))
     rows: dict[str, Row] = {}
     with progress:
-        for name, several in OPTIONS.items():
-            for words, arguments in several.items():
-                progress.update(task, description=f"{name} {words}")
-                found = measure(make(name, arguments), params)
-                rows[f"{name}({words})"] = found | asdict(shared)
-                shown.add_row(f"{name}({words})", *(f"{found[key]:.2f}" for key in COLUMNS))
-                progress.advance(task)
+        for case, contender in measured.items():
+            progress.update(task, description=case)
+            found = measure(contender, params)
+            rows[case] = found | asdict(shared)
+            shown.add_row(case, *(f"{found[key]:.2f}" for key in COLUMNS))
+            progress.advance(task)
     console.print(shown)
     latest.write(latest.path(options.out, "memory", "tpu-aot"), rows)
 
 
-def make(name: str, arguments: Mapping[str, Any]) -> optax.GradientTransformation:
+def cases() -> dict[str, Contender]:
+    """Return each optimizer with each of its options, and all optimizers with quantized state."""
+    found = {
+        f"{name}({words})": make(name, arguments)
+        for name, several in OPTIONS.items()
+        for words, arguments in several.items()
+    }
+    return found | {name: CONTENDERS[name] for name in QUANTIZED}
+
+
+def make(name: str, arguments: Mapping[str, Any]) -> Contender:
     """Return an optimizer of `optax_ext` or of Optax."""
-    return getattr(optax if name == "adamw" else optax_ext, name)(RATE, **arguments)
+    return Contender(getattr(optax if name == "adamw" else optax_ext, name)(RATE, **arguments))
 
 
-def measure(tx: optax.GradientTransformation, params: Leaves) -> Row:
+def measure(contender: Contender, params: Leaves) -> Row:
     """Measure the bytes per parameter of a step's memory, without parameters and gradients."""
-    sharding = V5E.sharding()
+    tx, sharding = contender.tx, V5E.sharding()
     params = {
         name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-        for name, x in params.items()
+        for name, x in held(contender.hold, params).items()
     }
-    chain = whole_step(tx)
+    state, chain = state_of(tx, params), whole_step(tx)
 
     def step(params: Any, state: Any, grads: Any) -> Any:
         return chain(params, state, grads, {})
 
     with compiled_anew():
-        compiled = lower(step, params, state_of(tx, params), V5E).compile()
+        compiled = lower(step, params, state, V5E).compile()
     memory, text = compiled.memory_analysis(), compiled.as_text()
     assert memory is not None
     assert text is not None
     not_aliased = memory.output_size_in_bytes - memory.alias_size_in_bytes
     found = {
+        "arrays": size(state),
         "on_device": memory.argument_size_in_bytes - 2 * size(params),
         "on_host": memory.host_argument_size_in_bytes,
         "beside": live_bytes(read_entry(text)) + not_aliased,
@@ -111,11 +127,20 @@ def measure(tx: optax.GradientTransformation, params: Leaves) -> Row:
 
 
 def table(rows: Mapping[str, Row]) -> str:
-    """Return the table of memory in Markdown."""
+    """Return the table in Markdown: the options of each optimizer."""
+    return _table({case: row for case, row in rows.items() if case not in QUANTIZED})
+
+
+def quantized_table(rows: Mapping[str, Row]) -> str:
+    """Return the table of quantized states in Markdown."""
+    return _table({case: rows[case] for case in QUANTIZED})
+
+
+def _table(rows: Mapping[str, Row]) -> str:
     header = ["state of", *COLUMNS.values()]
     lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
     for case, row in rows.items():
-        cells = [f"`{case.removesuffix('()')}`", *(f"{row[key]:.1f}" for key in COLUMNS)]
+        cells = [f"`{case.removesuffix('()')}`", *(f"{row[key]:.2f}" for key in COLUMNS)]
         lines.append(f"| {' | '.join(cells)} |")
     last = [*rows.values()][-1]
     versions = ", ".join(map(" ".join, last["versions"].items()))

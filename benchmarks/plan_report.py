@@ -7,7 +7,7 @@ from rich.text import Text
 
 from benchmarks import shared_report
 from benchmarks.command_line import make_table
-from benchmarks.contenders import CONTENDERS, WAYS
+from benchmarks.contenders import CONTENDERS, QUANTIZED, REFERENCE, WAYS
 from benchmarks.latest import Row
 from benchmarks.layouts import SHARDED_SETS
 from benchmarks.leaf_sets import COMPILED_SETS, in_words, leaves
@@ -110,6 +110,20 @@ def summary(rows: Mapping[str, Row]) -> str:
                 "compile": f"{min(fused['compile']) / min(chain['compile']):.1f} ×",
             }
         )
+    return _table(lines)
+
+
+def quantized_summary(rows: Mapping[str, Row]) -> str:
+    """Return the table of quantized states: the chain → the fused step by Triton."""
+    lines = []
+    for name in (REFERENCE, *QUANTIZED):
+        line = {"optimizer": name}
+        for leaf_set in ("ResNet-50", "one of 4096 × 4096"):
+            row = rows[f"{leaf_set} / {name}"]
+            for figure, digits in (("kernels", "d"), ("bytes", ".1f"), ("temporary", ".0%")):
+                before, after = (format(row[way][figure], digits) for way in ("chain", "triton"))
+                line[f"{leaf_set}: {figure}"] = f"{before} → {after}"
+        lines.append(line)
     return _table(lines)
 
 

@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             draw_results(path)
             print(path.with_suffix(".svg"))
     for page, tables in contents(options.out).items():
-        path = options.docs / page
+        path = DOCS / page
         text = path.read_text(encoding="utf-8")
         for name, content in tables.items():
             text = fill(text, name, content)
@@ -37,6 +37,10 @@ def contents(folder: Path) -> dict[str, dict[str, str]]:
         },
         "sharding.md": {"pod-table": ("plan-tpu-aot-v5e-16x16", plan_report.pod_summary)},
         "memory.md": {"memory-table": ("memory-tpu-aot", memory.table)},
+        "low_precision.md": {
+            "quantized-plan-table": ("plan-h200-aot", plan_report.quantized_summary),
+            "quantized-memory-table": ("memory-tpu-aot", memory.quantized_table),
+        },
     }
     found = {
         page: {
@@ -107,12 +111,4 @@ def fill(text: str, name: str, content: str) -> str:
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = command_line.make_parser("summary", __doc__)
-    parser.add_argument(
-        "--docs",
-        type=Path,
-        default=DOCS,
-        metavar="FOLDER",
-        help="the pages to fill (default: docs)",
-    )
-    return parser
+    return command_line.make_parser("summary", __doc__)

@@ -20,7 +20,7 @@ ROW = {
 
 def test_pages_show_what_was_measured():
     contents = summary.contents(RESULTS)
-    assert contents.keys() == {"performance.md", "sharding.md", "memory.md"}
+    assert contents.keys() == {*("performance.md", "sharding.md", "memory.md", "low_precision.md")}
     for page, tables in contents.items():
         text = (summary.DOCS / page).read_text(encoding="utf-8")
         for name, content in tables.items():
@@ -72,7 +72,7 @@ def test_figures_are_the_same_each_time(tmp_path):
 
     def draw(rows: object) -> bytes:
         (tmp_path / "step-gpu.json").write_text(json.dumps(rows), encoding="utf-8")
-        summary.main([f"--out={tmp_path}", f"--docs={tmp_path}"])
+        summary.main([f"--out={tmp_path}"])
         return (tmp_path / "step-gpu.svg").read_bytes()
 
     drawn = draw(rows)

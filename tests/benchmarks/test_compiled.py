@@ -180,7 +180,7 @@ def test_topologies_that_can_not_be_compiled_for(options, message, capsys):
 # One for each structure of phases and scalars.
 @pytest.mark.slow
 def test_a_network_runs_what_is_recorded():
-    selected = ["--sets=ResNet-50", "--optimizers", "adamw", "novak", "lamb"]
+    selected = ["--sets=ResNet-50", "--optimizers", "adamw", "novak", "lamb", "adamw, 8 bits"]
     plan.main([*selected, "--ways=triton"])
 
 
