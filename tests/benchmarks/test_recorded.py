@@ -50,6 +50,8 @@ BY_HAND = {
     "caadam": Expected(28),
 }
 
+IN_8_BITS = [f"{name}, 8 bits" for name in ("adamw", "lion", "fame", "vradam", "novak")]
+
 # A TPU keeps one array of the large leaf on the chip, and so need not read it again.
 KEPT_ON_TPU = {"lamb": 4, "novak, trust ratio": 4}
 
@@ -98,10 +100,11 @@ def test_fused_steps_need_no_memory_beside_arguments_and_results(name):
         assert max(row["triton"]["temporary"], row["mosaic"]["temporary"]) < 0.01
 
 
-@every_optimizer
+@pytest.mark.parametrize("name", [*BY_HAND, *IN_8_BITS])
 def test_mosaic_runs_the_same_program(name):
     for _, row in steps(name):
         assert 0 < row["triton"]["pallas"] == row["mosaic"]["pallas"]
+        assert row["mosaic"]["bytes"] == pytest.approx(row["triton"]["bytes"], rel=0.005)
 
 
 @every_optimizer
