@@ -33,6 +33,13 @@ def clamp(low: jax.Array, x: jax.Array, high: jax.Array) -> jax.Array:
     return minimum(maximum(low, x), high)
 
 
+def bitcast(x: jax.Array, *, new_dtype: Any) -> jax.Array:
+    """Compute `lax.bitcast_convert_type`; Mosaic's keeps the sign of integers."""
+    if jnp.issubdtype(x.dtype, jnp.integer) and jnp.issubdtype(new_dtype, jnp.integer):
+        return convert(x, new_dtype=new_dtype, weak_type=False, sharding=None)
+    return lax.bitcast_convert_type(x, new_dtype)
+
+
 def convert(x: jax.Array, *, new_dtype: Any, **params: Any) -> jax.Array:
     """Compute `lax.convert_element_type`."""
     if new_dtype == x.dtype:

@@ -19,6 +19,8 @@ import jax.numpy as jnp
 
 from pallas_kernels.program import Body
 
+# The warps that run a block of Mosaic's kernels; each has whole rows.
+WARPS = 4
 # The first operands of a launch: all scalars, as one float vector and one integer vector.
 PACKS = ("float32", "int32")
 
@@ -162,16 +164,29 @@ class Layout:
 
     def _groups(self) -> Iterator[Group]:
         for form in range(len(self.forms)):
-            spans: dict[int, list[Span]] = {width: [] for width in self.widths}
+            widths = self._widths(self.forms[form].body)
+            spans: dict[int, list[Span]] = {width: [] for width in widths}
             for leaf in range(self.first[form], self.first[form + 1]):
                 size, at = self.leaves[leaf].size, 0
-                for width in self.widths:
+                for width in widths:
                     whole, rest = divmod(size - at, width)
-                    blocks = whole + (rest > 0 and width == self.widths[-1])
+                    blocks = whole + (rest > 0 and width == widths[-1])
                     if blocks:
                         spans[width].append(Span(leaf, at, blocks))
                     at += whole * width
             yield from (Group(form, width, tuple(s)) for width, s in spans.items() if s)
+
+    def _widths(self, body: Body) -> tuple[int, ...]:
+        """Return the widths of a body's blocks.
+
+        If blocks may not extend past a leaf's end, they have one row, or at least one for each
+        warp.
+        """
+        if self.widths[-1] > 1 or not body.lengths:
+            return self.widths
+        row, (first, *rest) = body.lengths[0], self.widths
+        of_rows = (width if width >= WARPS * row else row for width in rest)
+        return tuple(dict.fromkeys((max(first, WARPS * row), *of_rows)))
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,6 @@ _NO_NUMBERS = Support(missing=FLOATS | INTEGERS | BITS)
 # Narrow integers are computed in 32 bits, where other bits are shifted in.
 _NARROW = frozenset(("bfloat16", "float16", "int8", "uint8", "int16"))
 _ONLY_32_BITS = Support(missing=_NARROW)
-_BITCASTS = Support(missing=_NARROW)
 
 _elementwise = partial(_rows, OpClass.ELEMENTWISE)
 
@@ -92,13 +91,15 @@ TABLE: dict[str, Row] = {
     **_elementwise("abs add and atan2 cos eq exp exp2 ge gt le log log2 logistic lt mul ne not or"),
     **_elementwise("rsqrt sin sub tanh xor"),
     **_elementwise("add_any", Support(jnp.add)),
-    **_elementwise("bitcast_convert_type", triton=_BITCASTS, mosaic=_NO_NUMBERS),
+    **_elementwise(
+        "bitcast_convert_type", _ONLY_32_BITS, mosaic=Support(arithmetic.bitcast, _NARROW)
+    ),
     **_elementwise("cbrt expm1 log1p tan", mosaic=_NO_FLOATS),
     **_elementwise("ceil", mosaic=Support(arithmetic.ceil_by_round)),
     **_elementwise("clamp", Support(arithmetic.clamp)),
     **_elementwise("convert_element_type", Support(arithmetic.convert)),
     **_elementwise("copy stop_gradient", Support(arithmetic.identity)),
-    **_elementwise("div", Support(missing=INTEGERS)),  # results of a division by 0 differ
+    **_elementwise("div", Support(missing=INTEGERS | BITS)),  # results of a division by 0 differ
     **_elementwise("erf", triton=_NO_FLOATS),
     **_elementwise("floor", mosaic=Support(arithmetic.floor_by_round)),
     **_elementwise("integer_pow", Support(arithmetic.integer_pow)),
@@ -111,11 +112,7 @@ TABLE: dict[str, Row] = {
     **_elementwise("rem", _NO_NUMBERS),
     **_elementwise("round", triton=Support(arithmetic.round_by_floor)),
     **_elementwise("select_n", Support(arithmetic.select)),
-    **_elementwise(
-        "shift_left shift_right_arithmetic shift_right_logical",
-        triton=_ONLY_32_BITS,
-        mosaic=_NO_NUMBERS,
-    ),
+    **_elementwise("shift_left shift_right_arithmetic shift_right_logical", _ONLY_32_BITS),
     **_elementwise("sign", Support(arithmetic.sign)),
     **_elementwise("sqrt", mosaic=Support(arithmetic.sqrt_by_rsqrt) if _BEFORE_0_11 else NATIVE),
     **_elementwise("square", Support(arithmetic.square)),
@@ -148,16 +145,12 @@ class Target:
       column: its column in the table.
       widths: the widths of the blocks into which leaves are cut, in decreasing order. A block of
         the last width may extend past a leaf's end.
-      dtypes: the dtypes that its kernels can compute with.
       in_memory: dtypes of arrays that its kernels can read and write.
-      has_rows: whether its kernels can compute values that each stand for a row of elements.
     """
 
     column: str
     widths: tuple[int, ...]
-    dtypes: frozenset[str]
     in_memory: frozenset[str]
-    has_rows: bool
 
     def support(self, primitive: str) -> Support:
         """Return how the backend computes a primitive of the table."""
@@ -168,12 +161,6 @@ class Target:
         return primitive in TABLE and self.support(primitive).missing.isdisjoint(operands)
 
 
-TRITON = Target("triton", (512,), dtypes=DTYPES, in_memory=DTYPES, has_rows=True)
+TRITON = Target("triton", (512,), in_memory=DTYPES)
 # Mosaic accesses vectors or single elements, without a mask. So no block extends past a leaf's end.
-MOSAIC = Target(
-    "mosaic",
-    (512, 128, 1),
-    dtypes=FLOATS | INTEGERS | {"bool"},
-    in_memory=FLOATS | INTEGERS,
-    has_rows=False,
-)
+MOSAIC = Target("mosaic", (512, 128, 1), in_memory=DTYPES - {"bool"})

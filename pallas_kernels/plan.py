@@ -12,7 +12,7 @@ from functools import partial
 from pallas_kernels import program
 from pallas_kernels.graph import Graph, Kind, Node
 from pallas_kernels.launches import Phase, make_phase
-from pallas_kernels.ops import LONGEST_ROW, Target
+from pallas_kernels.ops import DTYPES, LONGEST_ROW, Target
 from pallas_kernels.placement import Placement
 from pallas_kernels.program import Program
 
@@ -147,7 +147,7 @@ def _fallback_reasons(
             why = _reason_against(node, component, written, target, placement)
             for value in (node, *node.args):
                 if value.on_leaf:
-                    why = why or _reason_against_rows(value, largest[component], target)
+                    why = why or _reason_against_rows(value, largest[component])
             if why is not None:
                 fall_back(node, why)
     return reasons
@@ -159,7 +159,7 @@ def _reason_against(
     """Return why no kernel can compute the node, or `None` if one can."""
     values = [v for v in (node, *node.args) if v.kind is not Kind.REDUCED]
     for value in values:
-        if value.dtype.name not in target.dtypes:
+        if value.dtype.name not in DTYPES:
             return f"no kernel for {value.dtype.name}"
         in_memory = value.on_leaf and (value.kind is not Kind.ELEMENTWISE or value in written)
         if in_memory and value.dtype.name not in target.in_memory:
@@ -174,13 +174,11 @@ def _reason_against(
     return None
 
 
-def _reason_against_rows(node: Node, largest: Node, target: Target) -> str | None:
+def _reason_against_rows(node: Node, largest: Node) -> str | None:
     """Return why no kernel can compute a value that has one element for each row of a leaf."""
     row, rest = divmod(largest.size, node.size)
     if row == 1:
         return None
-    if not target.has_rows:
-        return "no kernel for rows"
     if rest or row > LONGEST_ROW or row & (row - 1):
         return (
             f"no kernel for rows of {row}: their length must be a power of 2, {LONGEST_ROW} at most"

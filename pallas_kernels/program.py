@@ -120,6 +120,12 @@ class Body:
     roots: tuple[Root, ...]
 
     @cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """The lengths of its rows, in decreasing order; empty if all values are elementwise."""
+        rows = {*self.rows, *(op.row for op in self.ops)}
+        return tuple(sorted(rows - {1}, reverse=True))
+
+    @cached_property
     def stored(self) -> tuple[Root, ...]:
         """The roots that are stored."""
         return tuple(root for root in self.roots if root.reduction is None)

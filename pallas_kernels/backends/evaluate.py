@@ -4,7 +4,7 @@ Arithmetic on narrow dtypes is done in 32 bits, and the result is rounded to the
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -21,22 +21,39 @@ _WIDE = {"bfloat16": "float32", "float16": "float32"} | dict.fromkeys(
 _MOVES = frozenset(("convert_element_type", "copy", "stop_gradient"))
 
 
+class Tile(Protocol):
+    """The form of a block's values.
+
+    In all functions, `row` is how many elements of the leaf share one element of the result.
+    """
+
+    def shape(self, row: int) -> tuple[int, ...]:
+        """Return the shape of a value."""
+        ...
+
+    def spread(self, x: jax.Array, row: int) -> jax.Array:
+        """Repeat the elements of a value of longer rows."""
+        ...
+
+    def reduce(self, x: jax.Array, row: int, reduce: Callable[..., jax.Array]) -> jax.Array:
+        """Reduce a value of shorter rows by `reduce(..., axis=...)`."""
+        ...
+
+
 def evaluate(
     body: Body,
     blocks: Sequence[jax.Array],
     scalars: Sequence[jax.Array],
-    width: int,
+    tile: Tile,
     target: Target,
 ) -> list[jax.Array]:
     """Return the roots' values for one block.
-
-    A value that has one element for each row is that much shorter.
 
     Args:
       body: what to compute.
       blocks: one block of each input.
       scalars: the values of the body's scalars.
-      width: the width of a block; a block of width 1 is a scalar.
+      tile: the form of the block.
       target: the backend whose kernel this is.
     """
     done: list[jax.Array] = []
@@ -52,25 +69,21 @@ def evaluate(
             case _:
                 x = done[ref.index]
         own = body.row(ref)
-        if own is not None and own > row:  # repeat the value of a row for its elements
-            x = jnp.broadcast_to(x[:, None], (width // own, own // row)).reshape(width // row)
-        return jnp.broadcast_to(x, () if width == 1 else (width // row,))
+        if own is not None and own > row:
+            x = tile.spread(x, row)
+        return jnp.broadcast_to(x, tile.shape(row))
 
     for op in body.ops:
         if op.primitive.name in ROW_REDUCTIONS:
             (x,) = op.operands
-            rows = value(x, body.row(x) or 1).reshape(width // op.row, -1)
-            done.append(_reduce_rows(op, rows))
+            x = value(x, body.row(x) or 1)
+            reduce = REDUCE[REDUCTIONS[op.primitive.name]]
+            done.append(tile.reduce(x.astype(jnp.float32), op.row, reduce).astype(x.dtype))
         elif op.primitive is lax.broadcast_in_dim_p:
             done.append(value(op.operands[0], op.row))
         else:
             done.append(_apply(op, [value(ref, op.row) for ref in op.operands], target))
     return [value(root.value, root.row) for root in body.roots]
-
-
-def _reduce_rows(op: Op, rows: jax.Array) -> jax.Array:
-    reduce = REDUCE[REDUCTIONS[op.primitive.name]]
-    return reduce(rows.astype(jnp.float32), axis=1).astype(rows.dtype)
 
 
 def _apply(op: Op, operands: Sequence[jax.Array], target: Target) -> jax.Array:

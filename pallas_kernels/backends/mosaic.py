@@ -5,6 +5,9 @@ has a mask. So a leaf is cut into blocks that never extend past its end: wide bl
 128 elements, then single elements. A block finds its leaf by comparing its index in the grid with
 the constant bounds of the spans. Leaves whose programs have the same form share the code of the
 computation. Only the loads and the stores have code for each leaf.
+
+A leaf with rows is cut into blocks of whole rows, and then into single rows: `tile.py` has the form
+of a block.
 """
 
 import itertools
@@ -20,16 +23,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.backends.evaluate import COMBINE, REDUCE, evaluate, holds, identity_of
+from pallas_kernels.backends.tile import LANES, Tile, load, shape_in_memory
 from pallas_kernels.layout import Group, Layout, PartialReduction, Span
 from pallas_kernels.ops import MOSAIC
-from pallas_kernels.program import Predicate
 
-_LANES = 128  # threads of a warpgroup
 # Partial statistics that one step of `reduce_partials` reads: few steps with many loads in flight.
-_PARTIALS = 16 * _LANES
+_PARTIALS = 16 * LANES
 
-_BEFORE_0_11 = jax.__version_info__ < (0, 11)
-_PLGPU_STORE = getattr(plgpu, "store", None)
 _INTERPRETER = getattr(plgpu, "InterpretGPUParams", None)
 
 
@@ -37,7 +37,16 @@ def launch(
     layout: Layout, operands: Sequence[jax.Array], *, interpret: bool
 ) -> Sequence[jax.Array]:
     """Run one launch, as `protocol.Kernels` says."""
-    results, blocks = layout.results, layout.starts[-1]
+    blocks, packs = layout.starts[-1], layout.first_input[0]
+    # Mosaic's interpreter can't reshape an array inside of a kernel.
+    inputs = [shape_in_memory(leaf, row) for leaf in layout.leaves for row in leaf.body.rows]
+    arrays = [x.reshape(shape) for x, shape in zip(operands[packs:], inputs, strict=True)]
+    operands = [*operands[:packs], *arrays]
+    stored = [(leaf, root) for leaf in layout.leaves for root in leaf.body.stored]
+    results = [
+        (jax.ShapeDtypeStruct(shape_in_memory(leaf, root.row), x.dtype), operand)
+        for (leaf, root), (x, operand) in zip(stored, layout.results, strict=True)
+    ]
     fresh = {i: shape for i, (shape, operand) in enumerate(results) if operand is None}
     in_place = {i: operand for i, (_, operand) in enumerate(results) if operand is not None}
     if layout.columns:  # padded, because `reduce_partials` reads whole vectors
@@ -52,16 +61,17 @@ def launch(
         def store_results(
             block: "_Block", scalars: Sequence[jax.Array], values: Sequence[jax.Array]
         ) -> None:
+            tile = block.tile
             pairs = [*zip(layout.forms[block.group.form].body.roots, values, strict=True)]
             parts = [(root.reduction, x.astype(jnp.float32)) for root, x in pairs if root.reduction]
             for k, (reduction, value) in enumerate(parts):
                 mine = k * blocks + block.me + block.look_up(table, _SHIFT)
-                new[-1][mine] = REDUCE[reduction](value) if value.shape else value
+                new[-1][mine] = tile.total(value, REDUCE[reduction])
             stored = [(root, x.astype(root.dtype)) for root, x in pairs if not root.reduction]
 
             def store(leaf: int, at: jax.Array) -> Any:
                 for k, (root, value) in enumerate(stored):
-                    write = partial(_store, targets[layout.first_result[leaf] + k], at, value)
+                    write = partial(tile.store, targets[layout.first_result[leaf] + k], at, value)
                     if root.needed is None:
                         write()
                     else:
@@ -75,7 +85,7 @@ def launch(
     table = jnp.asarray(_table(layout), jnp.int32)
     call = _make(kernel, blocks, list(fresh.values()), interpret)
     if not in_place:
-        return list(call(table, *operands))
+        return [x.reshape(-1) for x in call(table, *operands)]
 
     def run(state: Any) -> None:
         written, new = state
@@ -91,7 +101,7 @@ def launch(
         )
     )
     new |= {i: written[operand] for i, operand in in_place.items()}
-    return [new[i] for i in sorted(new)]
+    return [new[i].reshape(-1) for i in sorted(new)]
 
 
 def reduce_partials(
@@ -105,11 +115,13 @@ def reduce_partials(
         first, count, kind, index = (table[me * 4 + i] for i in range(4))
 
         def add_up(source: Any, reduction: str) -> None:
-            neutral = _strided(jnp.full((_PARTIALS,), identity_of(reduction), jnp.float32))
-            lane = _strided(lax.iota(jnp.int32, _PARTIALS))
+            layout = plgpu.Layout.WG_STRIDED((_PARTIALS,), vec_size=1)
+            neutral = jnp.full((_PARTIALS,), identity_of(reduction), jnp.float32)
+            neutral = plgpu.layout_cast(neutral, layout)
+            lane = plgpu.layout_cast(lax.iota(jnp.int32, _PARTIALS), layout)
 
             def step(i: jax.Array, total: jax.Array) -> jax.Array:
-                x = _load(source, first + i * _PARTIALS, _PARTIALS, vector=1)
+                x = load(source.at[pl.ds(first + i * _PARTIALS, _PARTIALS)], layout)
                 return COMBINE[reduction](
                     total, jnp.where(lane < count - i * _PARTIALS, x, neutral)
                 )
@@ -173,6 +185,7 @@ class _Block:
       first_span: the index of the group's first span among all spans.
       starts: for each span of the group, the index of its first block.
       span: the index of the block's span in the group.
+      tile: the form of its values.
     """
 
     me: jax.Array
@@ -180,6 +193,7 @@ class _Block:
     first_span: int
     starts: Sequence[int]
     span: jax.Array
+    tile: Tile
 
     def look_up(self, table: Any, column: int) -> jax.Array:
         """Return an entry of the table for the block's span."""
@@ -209,21 +223,20 @@ def _run_block(
     def run_group(number: int) -> None:
         group = layout.groups[number]
         starts = layout.starts[bounds[number] : bounds[number + 1]]
-        block = _Block(me, group, bounds[number], starts, _find_range(me, starts))
         form = layout.forms[group.form]
+        tile = Tile(group.width, form.body.lengths)
+        block = _Block(me, group, bounds[number], starts, _find_range(me, starts), tile)
         which = block.look_up(table, _WHICH) if any(slot.per_leaf for slot in form.slots) else 0
         scalars = [slot.read(sources, which) for slot in form.slots]
 
-        def load(leaf: int, at: jax.Array) -> Any:
+        def load_inputs(leaf: int, at: jax.Array) -> Any:
             refs = sources[layout.first_input[leaf] : layout.first_input[leaf + 1]]
-            return _kept_apart(
-                [
-                    _load_if(needed, scalars, ref, at, group.width)
-                    for ref, needed in zip(refs, form.body.loads, strict=True)
-                ]
+            each = zip(refs, form.body.rows, form.body.loads, strict=True)
+            return tile.kept_apart(
+                [tile.load_if(needed, scalars, ref, at, row) for ref, row, needed in each]
             )
 
-        values = evaluate(form.body, block.on_leaf(load), scalars, group.width, MOSAIC)
+        values = evaluate(form.body, block.on_leaf(load_inputs), scalars, tile, MOSAIC)
         store_results(block, scalars, values)
 
     starts_of_groups = [layout.starts[bound] for bound in bounds[:-1]]
@@ -237,53 +250,3 @@ def _run_block(
 def _find_range(me: jax.Array, starts: Sequence[int]) -> jax.Array:
     """Return the index of the range that contains block `me`, given the starts of all ranges."""
     return sum((jnp.where(me >= start, 1, 0) for start in starts[1:]), jnp.int32(0))
-
-
-def _load_if(
-    needed: Predicate | None, scalars: Sequence[jax.Array], ref: Any, at: jax.Array, width: int
-) -> jax.Array:
-    """Load the block's part of an array, or return zeros without a load if it is not needed."""
-    vector = width // _LANES
-
-    def zeros() -> jax.Array:
-        return _strided(jnp.zeros((width,) if vector else (), ref.dtype), vector)
-
-    load = partial(_load, ref, at, width, vector)
-    return load() if needed is None else lax.cond(holds(needed, scalars), load, zeros)
-
-
-def _load(ref: Any, at: jax.Array, width: int, vector: int) -> jax.Array:
-    if width == 1:
-        return ref[at]
-    whole = {"idx": ()} if _BEFORE_0_11 else {}
-    layout = plgpu.Layout.WG_STRIDED((width,), vec_size=vector)
-    return plgpu.load(ref.at[pl.ds(at, width)], **whole, layout=layout, optimized=False)
-
-
-def _kept_apart(blocks: list[jax.Array]) -> list[jax.Array]:
-    """Keep the loads of one leaf separate from those of other leaves.
-
-    Otherwise LLVM merges the loads of all leaves into one. It does not know the alignment of the
-    merged pointer, so it accesses vectors element by element.
-    """
-    # The barrier works on whole registers, not on booleans or on single elements of 16 bits.
-    whole = [i for i, x in enumerate(blocks) if x.size > _LANES and x.dtype != bool]
-    passed = lax.optimization_barrier([blocks[i] for i in whole])
-    apart = dict(zip(whole, passed, strict=True))
-    return [apart.get(i, x) for i, x in enumerate(blocks)]
-
-
-def _store(ref: Any, at: jax.Array, value: jax.Array) -> None:
-    if not value.shape:
-        ref[at] = value
-    elif _PLGPU_STORE is None:
-        ref[pl.ds(at, value.size)] = value
-    else:
-        _PLGPU_STORE(ref.at[pl.ds(at, value.size)], value, optimized=False)
-
-
-def _strided(x: jax.Array, vector: int = 1) -> jax.Array:
-    """Give `x` the layout of an array that `_load` returns."""
-    if not x.shape:
-        return x
-    return plgpu.layout_cast(x, plgpu.Layout.WG_STRIDED(x.shape, vec_size=vector))

@@ -98,7 +98,7 @@ class _Block:
         """Load the block, compute, and store the results."""
         body, scalars = self.layout.forms[self.form].body, self._scalars()
         *arrays, valid = self._on_leaf(partial(self._load, scalars))
-        values = evaluate(body, arrays, scalars, BLOCK, TRITON)
+        values = evaluate(body, arrays, scalars, _Tile(), TRITON)
         pairs = [*zip(body.roots, values, strict=True)]
         parts = [(root.reduction, root.row, x) for root, x in pairs if root.reduction]
         for k, (reduction, row, value) in enumerate(parts):
@@ -229,6 +229,19 @@ def _search(
         lambda: _search(me, candidates[:middle], starts, found),
         lambda: _search(me, candidates[middle:], starts, found),
     )
+
+
+class _Tile:
+    """The form of all blocks, as `evaluate.Tile` says: vectors, which are shorter for rows."""
+
+    def shape(self, row: int) -> tuple[int, ...]:
+        return (BLOCK // row,)
+
+    def spread(self, x: jax.Array, row: int) -> jax.Array:
+        return jnp.broadcast_to(x[:, None], (x.size, BLOCK // row // x.size)).reshape(-1)
+
+    def reduce(self, x: jax.Array, row: int, reduce: Callable[..., jax.Array]) -> jax.Array:
+        return reduce(x.reshape(BLOCK // row, -1), axis=1)
 
 
 @dataclass(frozen=True)

@@ -151,7 +151,7 @@ def test_what_is_not_recorded_is_an_error(command, capsys):
 
 
 def test_mosaic_runs_what_is_recorded():
-    selected = ["--sets=ragged", "--optimizers", "adamw", "novak", "lamb"]
+    selected = ["--sets=ragged", "--optimizers", "adamw", "novak", "lamb", "adamw, 8 bits"]
     plan.main([*selected, "--ways=mosaic"])
 
 

@@ -10,18 +10,13 @@ import numpy as np
 import optax
 import pytest
 from jax import lax
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend.core.primitives import add_jaxvals_p
 
 from pallas_kernels import arithmetic, explain, fuse, ops
 from pallas_kernels.backends import evaluate
 from pallas_kernels.ops import DTYPES
 from support.cases import METHODS
-from support.fused import lowered
-
-INTERPRETERS = ["interpret"]
-if hasattr(plgpu, "InterpretGPUParams"):
-    INTERPRETERS.append("interpret-mosaic")
+from support.fused import INTERPRETERS, lowered
 
 
 def partner(x: jax.Array) -> jax.Array:

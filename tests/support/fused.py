@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend.core import jaxprs_in_params
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
@@ -17,6 +18,11 @@ from support.cases import gradients, parameters
 from support.strategies import shape
 
 Step = Callable[..., tuple[Any, Any]]
+
+# The backends whose kernels can be interpreted here.
+INTERPRETERS = ["interpret"]
+if hasattr(plgpu, "InterpretGPUParams"):
+    INTERPRETERS.append("interpret-mosaic")
 
 # Some blocks with a rest, less than a block, four axes, and what no kernel takes: one element, no
 # axis, nothing, `None`.
