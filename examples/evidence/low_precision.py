@@ -173,10 +173,10 @@ def by(format_: Any) -> Rounding:
     return lambda x: format_.encode(x).decode()
 
 
-def only_second_in_bfloat16(path: Any, leaf: Any) -> formats.BFloat16 | None:
+def only_second_in_bfloat16(field: Any, parameter: Any, leaf: Any) -> formats.BFloat16 | None:
     """Return the format of Adam's second moment; no other leaf has one."""
-    del leaf
-    return formats.BFloat16() if path[-1].name == "nu" else None
+    del parameter, leaf
+    return formats.BFloat16() if field[-1].name == "nu" else None
 
 
 class Stored(NamedTuple):

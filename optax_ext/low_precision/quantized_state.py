@@ -37,10 +37,11 @@ def quantize_state(
 
     Each update decodes the state, runs `tx`, and encodes the new state. By default, first moments
     take 8 bits (`SignedRoot`), second moments 8 bits (`FourthRoot`), and lookahead's slow weights
-    24 bits (`Split`), so Adam's state takes 2.125 bytes a parameter in place of 8. The
-    name of a leaf's field decides its format. Other fields, and leaves that are small, don't fit
-    or are not float32, stay as they are; `quantization_report` says why. With bfloat16 parameters,
-    wrap the result in `master_weights` or `stochastic_rounding`, which keep float32 state.
+    24 bits (`Split`), so Adam's state takes 2.125 bytes a parameter in place of 8. The name of a
+    field of the state decides the format of its arrays. Other fields, and leaves that are small,
+    don't fit or are not float32, stay as they are; `quantization_report` says why. With bfloat16
+    parameters, wrap the result in `master_weights` or `stochastic_rounding`, which keep float32
+    state.
 
     The random bits that round second moments come from the bits of the gradient that arrives here.
     So wrap a whole optimizer, clipping included: then equal gradients get equal random bits on any
@@ -52,9 +53,10 @@ def quantize_state(
 
     Args:
       tx: an optimizer.
-      formats: a function from path and array of a leaf of the state to its format; `None` leaves it
-        as it is. The path's keys are those of JAX, but for a `NamedTuple` it has
-        `optax.tree_utils.NamedTupleKey`. The default is `default_formats(group_size)`.
+      formats: a function that returns the format of an array of the state, or `None` to leave it as
+        it is. It takes the path of the field (`field[-1].name` is "mu"), the path of the parameter
+        inside of the field, and the array. The paths' keys are those of JAX, but for a `NamedTuple`
+        they have `optax.tree_utils.NamedTupleKey`. The default is `default_formats(group_size)`.
       group_size: number of neighbors that share a scale in the default formats.
       min_size: leaves with fewer elements stay as they are.
       shardings: a tree like the parameters with their `NamedSharding`, if parameters are sharded. A
@@ -78,7 +80,7 @@ def quantize_state(
     tx = optax.with_extra_args_support(tx)
 
     def init(params: optax.Params) -> QuantizedState:
-        return QuantizedState(first_count(), _encode(tx.init(params), choose))
+        return QuantizedState(first_count(), _encode(tx.init(params), params, choose))
 
     def update(updates, state, params=None, **extra_args):
         step = next_count(state.step)
@@ -93,7 +95,9 @@ def quantize_state(
             bits = _random_bits(path, x, gradient_of, step) if node.is_dithered else None
             return node.encode(x, bits)
 
-        encoded = jax.tree_util.tree_map_with_path(encode, old, new, is_leaf=is_whole)
+        new, structure = jax.tree.flatten(new, is_leaf=is_whole)
+        pairs = zip(leaves(old, is_whole), new, strict=True)
+        encoded = jax.tree.unflatten(structure, [encode(*place, x) for place, x in pairs])
         return result, QuantizedState(step, encoded)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -119,6 +123,7 @@ def dequantize_state(state: Any) -> Any:
 
 def quantize_existing_state(
     state: optax.OptState,
+    params: optax.Params,
     formats: Formats | None = None,
     *,
     group_size: int = 64,
@@ -129,6 +134,7 @@ def quantize_existing_state(
 
     Args:
       state: the state of `tx`.
+      params: its parameters, or their shapes.
       formats: see `quantize_state`.
       group_size: see `quantize_state`.
       min_size: see `quantize_state`.
@@ -139,16 +145,16 @@ def quantize_existing_state(
 
     >>> tx, params = optax.lion(1e-3), jnp.ones(4096)
     >>> _, state = tx.update(params, tx.init(params), params)
-    >>> quantized = quantize_existing_state(state)
+    >>> quantized = quantize_existing_state(state, params)
     >>> updates, quantized = quantize_state(tx).update(params, quantized, params)
     """
     choose = chooser(formats, group_size, min_size, shardings)
-    return QuantizedState(first_count(), _encode(state, choose))
+    return QuantizedState(first_count(), _encode(state, params, choose))
 
 
-def _encode(state: Any, choose: Choose) -> Any:
-    chosen = [(choose(path, named, x), x) for path, named, x in leaves(state, is_whole)]
-    encoded = [x if isinstance(format_, str) else format_.encode(x) for format_, x in chosen]
+def _encode(state: Any, params: optax.Params, choose: Choose) -> Any:
+    choices = choose(leaves(state, is_whole), params)
+    encoded = [x if format_ is None else format_.encode(x) for _, x, format_, _ in choices]
     return jax.tree.unflatten(jax.tree.structure(state, is_leaf=is_whole), encoded)
 
 

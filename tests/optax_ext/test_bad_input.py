@@ -104,9 +104,9 @@ COUNT = Range(
     ),
 )
 FORMATS = Range(
-    (None, lambda path, leaf: None),
+    (None, lambda field, parameter, leaf: None),
     tuple(
-        (value, f"must be a function of path and leaf, got {value!r}")
+        (value, f"must be a function of field, parameter and leaf, got {value!r}")
         for value in (8, "int8", optax_ext.formats.SignedRoot())
     ),
 )
@@ -338,7 +338,7 @@ TABLE = [
         LOOKAHEAD | {"inner": TRANSFORMATION, "mode": choice("exact", "rotating")},
     ),
     Row(optax_ext.quantize_state, {"tx": INNER}, {"tx": TRANSFORMATION} | QUANTIZATION),
-    Row(optax_ext.quantize_existing_state, {"state": ()}, QUANTIZATION),
+    Row(optax_ext.quantize_existing_state, {"state": (), "params": ()}, QUANTIZATION),
     Row(optax_ext.quantization_report, {"tx": INNER, "params": PARAMS}, QUANTIZATION),
     Row(
         optax_ext.quantization_report,

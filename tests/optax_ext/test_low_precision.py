@@ -1,5 +1,6 @@
 """State and weights in few bits: their errors, their bits, and what users do with them."""
 
+import re
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,6 +22,17 @@ from support.strategies import seeds
 
 KERNEL, BIAS = (64, 128), (128,)
 PARAMS = {"kernel": 0.1 * jnp.ones(KERNEL), "bias": jnp.zeros(BIAS)}
+
+
+class Inner(NamedTuple):
+    mu: Any
+
+
+class Weights(NamedTuple):
+    """Parameters whose names are those of fields of a state."""
+
+    nu: Any
+    mu: Any
 
 
 def gradient(seed: int, tree: Any = PARAMS, scale: float = 1.0) -> Any:
@@ -271,14 +283,18 @@ class TestState:
             "0/mu/half": "bfloat16",
             "0/mu/kernel": "",
         }
-        chosen = optax_ext.quantization_report(optax.lion(1.0), params, lambda path, leaf: None)
+        chosen = optax_ext.quantization_report(
+            optax.lion(1.0), params, lambda field, parameter, leaf: None
+        )
         assert {x.reason for x in chosen.leaves} >= {"no format for this field"}
 
     @pytest.mark.parametrize("case", slow_unless(METHODS[:1], METHODS))
     def test_dequantized_state_is_that_of_the_chain(self, case):
         tx = case.build()
         _, state = run(tx, PARAMS, tx.init(PARAMS), [gradient(0)])
-        ours = optax_ext.dequantize_state({"opt": optax_ext.quantize_existing_state(state)})["opt"]
+        ours = optax_ext.dequantize_state(
+            {"opt": optax_ext.quantize_existing_state(state, PARAMS)}
+        )["opt"]
         assert jax.tree.structure(ours) == jax.tree.structure(state)
         for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(state), strict=True):
             assert (a.shape, a.dtype) == (b.shape, b.dtype)
@@ -296,15 +312,36 @@ class TestState:
             assert jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), state) == types
             assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
 
-    def test_names_of_parameters_do_not_decide(self):
-        class Params(NamedTuple):
-            mu: jax.Array
-            nu: jax.Array
-
-        report = optax_ext.quantization_report(optax.adam(1.0), Params(*2 * [jnp.ones(4096)]))
-        chosen = {leaf.path: type(leaf.format).__name__ for leaf in report.leaves}
-        assert chosen["0/mu/mu"] == chosen["0/mu/nu"] == "SignedRoot"
-        assert chosen["0/nu/mu"] == chosen["0/nu/nu"] == "FourthRoot"
+    @pytest.mark.parametrize(
+        ("wrap", "others"),
+        [
+            (lambda tx: tx, set()),
+            (lambda tx: optax.MultiSteps(tx, 2), {("acc_grads", None)}),
+            (lambda tx: optax.chain(optax.contrib.dog(), tx), {("init_params", None)}),
+            (
+                lambda tx: optax.masked(
+                    optax.MultiSteps(tx, 2), Weights(True, {"x": Inner(False)})
+                ),
+                {("acc_grads", None)},
+            ),
+        ],
+        ids=["alone", "MultiSteps", "dog", "masked"],
+    )
+    def test_names_of_parameters_do_not_decide(self, wrap, others):
+        params = Weights(jnp.ones(4096), {"x": Inner(jnp.ones(4096))})
+        tx = wrap(optax.adam(1.0))
+        tx = optax.GradientTransformationExtraArgs(tx.init, tx.update)
+        report = optax_ext.quantization_report(tx, params)
+        fields = {
+            (re.sub("/(nu|mu/x/mu)$", "", leaf.path).rpartition("/")[2], leaf.format)
+            for leaf in report.leaves
+            if leaf.shape == (4096,)
+        }
+        moments = {("mu", formats.SignedRoot()), ("nu", formats.FourthRoot())}
+        assert fields - moments == others
+        # A state that was initialized before is treated in the same way.
+        quantized = optax_ext.quantize_existing_state(tx.init(params), params)
+        assert_same_bits(quantized, optax_ext.quantize_state(tx).init(params))
 
     def test_encoded_state_is_not_encoded_again(self):
         inner = optax_ext.quantize_state(optax.adam(1.0))
@@ -340,7 +377,7 @@ class TestState:
     def test_a_run_changes_over_at_a_checkpoint(self):
         tx = optax.adamw(1e-3)
         params, state = run(tx, PARAMS, tx.init(PARAMS), map(gradient, range(3)))
-        quantized = optax_ext.quantize_existing_state(state)
+        quantized = optax_ext.quantize_existing_state(state, params)
         ours, quantized = run(
             optax_ext.quantize_state(tx), params, quantized, [gradient(3), gradient(4)]
         )

@@ -59,7 +59,7 @@ CHAINS = {
     "lion": ROWS(optax.lion(1e-2)),
     "fame": ROWS(optax_ext.fame(1e-2)),
     "novak": ROWS(optax_ext.novak(1e-2, sync_period=2)),
-    "bfloat16 moments": ROWS(optax.adamw(1e-2), lambda path, x: optax_ext.formats.BFloat16()),
+    "bfloat16 moments": ROWS(optax.adamw(1e-2), lambda *leaf: optax_ext.formats.BFloat16()),
 }
 # Of bfloat16 parameters.
 WEIGHTS = {
