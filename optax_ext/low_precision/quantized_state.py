@@ -46,8 +46,9 @@ def quantize_state(
     The random bits that round second moments come from the bits of the gradient that arrives here.
     So wrap a whole optimizer, clipping included: then equal gradients get equal random bits on any
     mesh, compiled or fused. Averages with a decay above .999 (AdEMAMix' `m2`), error sums and
-    schedule-free's `z` need float32, and are not encoded. A NaN stays NaN, and infinity becomes the
-    largest finite number of its group.
+    schedule-free's `z` need float32, and are not encoded. What is not finite stays with its
+    element: an infinite first moment becomes the largest finite number of its group, and a second
+    moment that is NaN becomes infinite.
 
     Source: ours. `formats.py` compares it with published formats.
 

@@ -176,15 +176,15 @@ class TestFormats:
         node = format_.encode(jnp.abs(gradient(0, jnp.zeros(KERNEL))))
         np.testing.assert_array_equal(node.encode(node.decode()).codes, node.codes)
 
-    @pytest.mark.parametrize("format_", [formats.SignedRoot(), formats.FourthRoot()], ids=repr)
-    def test_what_is_not_finite_stays_with_its_element(self, format_):
+    def test_what_is_not_finite_stays_with_its_element(self):
         x = jnp.ones(192).at[jnp.array([3, 70, 130])].set(jnp.array([jnp.nan, jnp.inf, 0]))
-        ours = format_.encode(x).decode()
-        assert np.isnan(ours).nonzero()[0].tolist() == [3]
-        assert ours[70] == 1
-        np.testing.assert_allclose(ours[128:130], 1)
-        assert ours[130] == 0
-        np.testing.assert_array_equal(format_.encode(jnp.zeros(64)).decode(), 0)
+        # An infinite first moment may be finite; an infinite divisor must not.
+        stored = {formats.SignedRoot(): (jnp.nan, 1), formats.FourthRoot(): (jnp.inf, jnp.inf)}
+        for format_, expected in stored.items():
+            ours = format_.encode(x).decode()
+            np.testing.assert_array_equal(ours[jnp.array([3, 70, 130])], (*expected, 0))
+            np.testing.assert_allclose(np.delete(ours, [3, 70, 130]), 1, rtol=1e-6)
+            np.testing.assert_array_equal(format_.encode(jnp.zeros(64)).decode(), 0)
 
     def test_random_rounding_is_right_on_average(self):
         x = jnp.full((4096, 64), 0.3).at[:, 0].set(1.0)
