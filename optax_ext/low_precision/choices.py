@@ -13,7 +13,7 @@ from optax_ext.low_precision.formats import Format, FourthRoot, SignedRoot, Spli
 from optax_ext.transforms.cascades import CascadeOfSquaresState
 
 Path = tuple[Any, ...]
-Formats = Callable[[Path, Path, Any], Format | None]
+Formats = Callable[[Path, Path, Any], Format | str | None]
 
 
 class Choice(NamedTuple):
@@ -47,14 +47,15 @@ _NEEDS_FLOAT32 = (
 )
 
 
-def default_formats(group_size: int = 64) -> Formats:
+def default_formats(*, group_size: int = 64, min_size: int = 4096) -> Formats:
     """Return the function that `quantize_state` uses by default; see there.
 
     Args:
       group_size: number of neighbors that share a scale.
+      min_size: arrays with fewer elements stay as they are.
 
     Raises:
-      ValueError: `group_size` is not a positive integer.
+      ValueError: a number is not a positive integer.
 
     >>> import optax_ext
     >>> narrow = default_formats()
@@ -64,10 +65,12 @@ def default_formats(group_size: int = 64) -> Formats:
     >>> print(optax_ext.quantization_report(tx, jnp.ones(4096), formats).bytes)
     37128
     """
-    _checks.size(group_size=group_size)
+    _checks.size(group_size=group_size, min_size=min_size)
 
-    def formats(field: Path, parameter: Path, leaf: Any) -> Format | None:
-        del parameter, leaf
+    def formats(field: Path, parameter: Path, leaf: Any) -> Format | str | None:
+        del parameter
+        if leaf.size < min_size:
+            return f"fewer than {min_size} elements"
         for key in field:
             if isinstance(key, optax.tree_utils.NamedTupleKey):
                 if key.tuple_name in _NEEDS_FLOAT32:
@@ -83,41 +86,37 @@ def default_formats(group_size: int = 64) -> Formats:
     return formats
 
 
-def chooser(formats: Formats | None, group_size: int, min_size: int, shardings: Any) -> Choose:
+def chooser(formats: Formats | None, shardings: Any) -> Choose:
     """Check the arguments; return the function that chooses for each leaf."""
-    _checks.size(min_size=min_size)
-    by_default = default_formats(group_size)
     if formats is not None and not callable(formats):
         raise ValueError(
             f"formats must be a function of field, parameter and leaf, got {formats!r}"
         )
-    format_of = by_default if formats is None else formats
+    format_of = default_formats() if formats is None else formats
     sharding_of = ByPath(shardings)
 
-    def choose_one(path: Path, parameters: ByPath, x: Any) -> Format | str:
+    def choose_one(path: Path, parameters: ByPath, x: Any) -> tuple[Format | None, str]:
+        """Return the format, or `None` and the reason."""
         if isinstance(x, tuple):
-            return "encoded already"
+            return None, "encoded already"
         if (dtype := jnp.result_type(x)) != jnp.float32:
-            return dtype.name
-        if x.size < min_size:
-            return f"fewer than {min_size} elements"
+            return None, dtype.name
+        if not x.size:
+            return None, "no elements"
         type_ = jax.typeof(x) if isinstance(x, jax.Array) else x
         if getattr(type_, "memory_space", None) == jax.memory.Space.Host:
-            return "in host memory"
+            return None, "in host memory"
         chosen = format_of(*parameters.divide(path), x)
-        if chosen is None:
-            return "no format for this field"
+        if chosen is None or isinstance(chosen, str):
+            return None, chosen or "no format for this field"
         sharding = sharding_of(path, lambda s: len(s.spec) <= x.ndim) or _explicit_sharding(type_)
         shard = x.shape if sharding is None else sharding.shard_shape(x.shape)
-        return chosen.misfit(x.shape, shard) or chosen
+        misfit = chosen.misfit(x.shape, shard)
+        return (None, misfit) if misfit else (chosen, "")
 
     def choose(leaves: Iterable[tuple[Path, Any]], params: optax.Params) -> list[Choice]:
         parameters = ByPath(params)
-        found = [(path, x, choose_one(path, parameters, x)) for path, x in leaves]
-        return [
-            Choice(path, x, None, one) if isinstance(one, str) else Choice(path, x, one, "")
-            for path, x, one in found
-        ]
+        return [Choice(path, x, *choose_one(path, parameters, x)) for path, x in leaves]
 
     return choose
 

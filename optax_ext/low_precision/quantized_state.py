@@ -29,8 +29,6 @@ def quantize_state(
     tx: optax.GradientTransformation,
     formats: Formats | None = None,
     *,
-    group_size: int = 64,
-    min_size: int = 4096,
     shardings: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Store the state of `tx` in few bits between the steps.
@@ -54,18 +52,17 @@ def quantize_state(
 
     Args:
       tx: an optimizer.
-      formats: a function that returns the format of an array of the state, or `None` to leave it as
-        it is. It takes the path of the field (`field[-1].name` is "mu"), the path of the parameter
-        inside of the field, and the array. The paths' keys are those of JAX, but for a `NamedTuple`
-        they have `optax.tree_utils.NamedTupleKey`. The default is `default_formats(group_size)`.
-      group_size: number of neighbors that share a scale in the default formats.
-      min_size: leaves with fewer elements stay as they are.
+      formats: a function that returns the format of an array of the state. To leave the array as it
+        is, it returns `None` or a string with the reason. It takes the path of the field
+        (`field[-1].name` is "mu"), the path of the parameter inside of the field, and the array.
+        The keys of paths are those of JAX, but `optax.tree_utils.NamedTupleKey` for a `NamedTuple`.
+        The default is `default_formats()`, which has options.
       shardings: a tree like the parameters with their `NamedSharding`, if parameters are sharded. A
         leaf whose groups would cross shards then stays as it is. Shardings along explicit axes of a
         mesh are known without it.
 
     Raises:
-      ValueError: `tx` is not a transformation, or a number is out of its range.
+      ValueError: `tx` is not a transformation, or `formats` is not a function.
 
     >>> params = {"kernel": jnp.ones((64, 128)), "bias": jnp.zeros(128)}
     >>> tx = quantize_state(optax.adamw(1e-3))
@@ -77,7 +74,7 @@ def quantize_state(
     0.00100
     """
     _checks.transformation(tx=tx)
-    choose = chooser(formats, group_size, min_size, shardings)
+    choose = chooser(formats, shardings)
     tx = optax.with_extra_args_support(tx)
 
     def init(params: optax.Params) -> QuantizedState:
@@ -127,8 +124,6 @@ def quantize_existing_state(
     params: optax.Params,
     formats: Formats | None = None,
     *,
-    group_size: int = 64,
-    min_size: int = 4096,
     shardings: Any = None,
 ) -> QuantizedState:
     """Return a state for `quantize_state(tx, ...)` that continues from a state of `tx`.
@@ -137,19 +132,17 @@ def quantize_existing_state(
       state: the state of `tx`.
       params: its parameters, or their shapes.
       formats: see `quantize_state`.
-      group_size: see `quantize_state`.
-      min_size: see `quantize_state`.
       shardings: see `quantize_state`.
 
     Raises:
-      ValueError: as for `quantize_state`.
+      ValueError: `formats` is not a function.
 
     >>> tx, params = optax.lion(1e-3), jnp.ones(4096)
     >>> _, state = tx.update(params, tx.init(params), params)
     >>> quantized = quantize_existing_state(state, params)
     >>> updates, quantized = quantize_state(tx).update(params, quantized, params)
     """
-    choose = chooser(formats, group_size, min_size, shardings)
+    choose = chooser(formats, shardings)
     return QuantizedState(first_count(), _encode(state, params, choose))
 
 

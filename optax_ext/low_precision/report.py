@@ -70,8 +70,6 @@ def quantization_report(
     params: optax.Params,
     formats: Formats | None = None,
     *,
-    group_size: int = 64,
-    min_size: int = 4096,
     shardings: Any = None,
 ) -> QuantizationReport:
     """Report how `quantize_state(tx, ...)` stores each array of the state; compute nothing.
@@ -80,8 +78,6 @@ def quantization_report(
       tx: the optimizer.
       params: its parameters, or their shapes.
       formats: see `quantize_state`.
-      group_size: see `quantize_state`.
-      min_size: see `quantize_state`.
       shardings: see `quantize_state`.
 
     Raises:
@@ -95,7 +91,7 @@ def quantization_report(
     16644 -> 4612 bytes
     """
     _checks.transformation(tx=tx)
-    choose = chooser(formats, group_size, min_size, shardings)
+    choose = chooser(formats, shardings)
     state = _host_memory.types(tx.init, params)
     return QuantizationReport(
         tuple(

@@ -240,7 +240,7 @@ class Row(NamedTuple):
     ranges: Mapping[str, Range]
 
 
-QUANTIZATION = {"formats": FORMATS, "group_size": COUNT, "min_size": COUNT}
+QUANTIZATION = {"formats": FORMATS}
 TABLE = [
     Row(
         optax_ext.fame,
@@ -345,7 +345,7 @@ TABLE = [
         {"params": PARAMS},
         {"tx": Range((INNER,), TRANSFORMATION.bad)},
     ),
-    Row(optax_ext.default_formats, {}, {"group_size": COUNT}),
+    Row(optax_ext.default_formats, {}, {"group_size": COUNT, "min_size": COUNT}),
     Row(optax_ext.master_weights, {"tx": INNER}, {"tx": TRANSFORMATION, "bits": BITS}),
     Row(optax_ext.stochastic_rounding, {"tx": INNER}, {"tx": TRANSFORMATION}),
     Row(optax_ext.scale_by_connections, {"scaling": "additive"}, CONNECTIONS),

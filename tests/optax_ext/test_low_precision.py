@@ -21,6 +21,8 @@ from support.cases import CASES, METHODS, slow_unless
 from support.strategies import seeds
 
 KERNEL, BIAS = (64, 128), (128,)
+# The default formats, for arrays of any size.
+SMALL = optax_ext.default_formats(min_size=64)
 PARAMS = {"kernel": 0.1 * jnp.ones(KERNEL), "bias": jnp.zeros(BIAS)}
 
 
@@ -283,10 +285,23 @@ class TestState:
             "0/mu/half": "bfloat16",
             "0/mu/kernel": "",
         }
-        chosen = optax_ext.quantization_report(
-            optax.lion(1.0), params, lambda field, parameter, leaf: None
-        )
-        assert {x.reason for x in chosen.leaves} >= {"no format for this field"}
+        params["empty"] = jnp.ones((0, 64))
+        for choice, expected in (
+            (lambda *leaf: None, "no format for this field"),
+            (lambda *leaf: "too slow", "too slow"),
+        ):
+            report = optax_ext.quantization_report(optax.lion(1.0), params, choice)
+            reasons = {leaf.path: leaf.reason for leaf in report.leaves}
+            assert reasons["0/mu/small"] == reasons["0/mu/kernel"] == expected
+            assert reasons["0/mu/empty"] == "no elements"
+
+    def test_formats_decide_by_the_parameter(self):
+        def by_parameter(field, parameter, leaf):
+            return formats.BFloat16() if parameter[-1].key == "bias" else SMALL(field, (), leaf)
+
+        report = optax_ext.quantization_report(optax.lion(1.0), PARAMS, by_parameter)
+        chosen = {leaf.path: leaf.format for leaf in report.leaves if leaf.format}
+        assert chosen == {"0/mu/kernel": formats.SignedRoot(), "0/mu/bias": formats.BFloat16()}
 
     @pytest.mark.parametrize("case", slow_unless(METHODS[:1], METHODS))
     def test_dequantized_state_is_that_of_the_chain(self, case):
@@ -304,7 +319,7 @@ class TestState:
     @pytest.mark.parametrize("case", slow_unless(METHODS[:1], METHODS))
     def test_contract(self, case):
         """Structure, shapes and dtypes are stable; extreme gradients make finite steps."""
-        tx = optax_ext.quantize_state(case.build(), min_size=64)
+        tx = optax_ext.quantize_state(case.build(), SMALL)
         state = tx.init(PARAMS)
         types = jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), state)
         for scale in (1e-30, 1.0, 1e15, 0.0):
@@ -350,7 +365,7 @@ class TestState:
 
     def test_a_spike_does_not_make_its_neighbors_explode(self):
         tx = optax.adam(1.0)
-        coded = optax_ext.quantize_state(tx, min_size=64)
+        coded = optax_ext.quantize_state(tx, SMALL)
         params = {"kernel": jnp.zeros(KERNEL)}
         state = coded.init(params)
         for t in range(40):
@@ -363,12 +378,12 @@ class TestState:
             assert np.isfinite(others).all()
 
     def test_zero_gradients_move_nothing(self):
-        tx = optax_ext.quantize_state(optax.adam(1.0), min_size=64)
+        tx = optax_ext.quantize_state(optax.adam(1.0), SMALL)
         params, _ = run(tx, PARAMS, tx.init(PARAMS), 3 * [jax.tree.map(jnp.zeros_like, PARAMS)])
         assert_same_bits(params, PARAMS)
 
     def test_absent_gradients(self):
-        tx = optax_ext.quantize_state(optax_ext.fame(0.1), min_size=64)
+        tx = optax_ext.quantize_state(optax_ext.fame(0.1), SMALL)
         state = tx.init(PARAMS)
         updates, after = tx.update({"kernel": None, "bias": jnp.ones(BIAS)}, state, PARAMS)
         assert updates["kernel"] is None
@@ -390,7 +405,7 @@ class TestState:
 
 class TestComposition:
     TX = optax_ext.quantize_state(
-        optax.chain(optax.clip(1.0), optax_ext.novak(1e-2, sync_period=2)), min_size=64
+        optax.chain(optax.clip(1.0), optax_ext.novak(1e-2, sync_period=2)), SMALL
     )
 
     def test_scan_jit_and_donation(self):
@@ -449,7 +464,7 @@ class TestComposition:
     @pytest.mark.parametrize("outside", [True, False])
     def test_wrappers(self, wrap, outside):
         inner = optax.adamw(1e-2)
-        quantize = partial(optax_ext.quantize_state, min_size=64)
+        quantize = partial(optax_ext.quantize_state, formats=SMALL)
         tx = wrap(quantize(inner)) if outside else quantize(wrap(inner))
         tx = optax.GradientTransformationExtraArgs(tx.init, tx.update)
         params = PARAMS
@@ -468,7 +483,7 @@ class TestComposition:
     def test_checkpoint_also_onto_another_mesh(self, tmp_path):
         """Resumed, and resumed on other devices: the same codes, to the bit."""
         grads = [gradient(t) for t in range(4)]
-        tx = optax_ext.master_weights(optax_ext.quantize_state(optax.adamw(1e-2), min_size=64))
+        tx = optax_ext.master_weights(optax_ext.quantize_state(optax.adamw(1e-2), SMALL))
         params = optax_ext.bfloat16_weights(PARAMS)
         middle = run(tx, params, tx.init(PARAMS), grads[:2])
         expected = run(tx, *middle, grads[2:])
@@ -507,9 +522,7 @@ class TestComposition:
             "kernel": NamedSharding(mesh, PartitionSpec(None, "x")),
             "bias": NamedSharding(mesh, PartitionSpec()),
         }
-        report = optax_ext.quantization_report(
-            optax.lion(1.0), PARAMS, min_size=64, shardings=shardings
-        )
+        report = optax_ext.quantization_report(optax.lion(1.0), PARAMS, SMALL, shardings=shardings)
         reasons = {leaf.path: leaf.reason for leaf in report.leaves}
         assert reasons["0/mu/kernel"] == "a shard's last axis, 16, is no multiple of 64"
         assert reasons["0/mu/bias"] == ""
@@ -520,7 +533,7 @@ class TestComposition:
     def test_explicit_axes_are_known(self, spec, dtype):
         mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
         params = jax.device_put(jnp.ones((8, 256)), NamedSharding(mesh, PartitionSpec(*spec)))
-        tx = optax_ext.quantize_state(optax.adamw(1e-2), min_size=64)
+        tx = optax_ext.quantize_state(optax.adamw(1e-2), SMALL)
         with jax.set_mesh(mesh):
             state = jax.jit(tx.init)(params)
             _, after = jax.jit(tx.update)(params, state, params)

@@ -29,10 +29,11 @@ STEPS = 4
 
 def in_small_groups(field: Any, parameter: Any, leaf: Any) -> Any:
     """The default formats in groups of 4, or of 1 where these don't fit."""
-    return optax_ext.default_formats(4 if leaf.size % 4 == 0 else 1)(field, parameter, leaf)
+    size = 4 if leaf.size % 4 == 0 else 1
+    return optax_ext.default_formats(group_size=size, min_size=1)(field, parameter, leaf)
 
 
-quantize = partial(optax_ext.quantize_state, formats=in_small_groups, min_size=1)
+quantize = partial(optax_ext.quantize_state, formats=in_small_groups)
 RATE = 1e-2
 # Zero weight decay, so that zero gradients move nothing.
 OPTIMIZERS = {str(case): build(case, weight_decay=0.0) for case in PATHS} | {

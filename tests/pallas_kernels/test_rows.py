@@ -18,7 +18,7 @@ from support.strategies import shape, streams
 
 # Whole blocks, a ragged last block, groups over the flattened array, and what stays float32.
 SHAPES = {"kernel": (8, 192), "ragged": (9, 64), "conv": (3, 3, 64, 5), "bias": (60,)}
-ROWS = partial(optax_ext.quantize_state, min_size=64)
+ROWS = partial(optax_ext.quantize_state, formats=optax_ext.default_formats(min_size=64))
 
 
 def arrays(seed, dtype=jnp.float32):
@@ -61,7 +61,7 @@ CHAINS = {
     "lion": ROWS(optax.lion(1e-2)),
     "fame": ROWS(optax_ext.fame(1e-2)),
     "novak": ROWS(optax_ext.novak(1e-2, sync_period=2)),
-    "bfloat16 moments": ROWS(optax.adamw(1e-2), lambda *leaf: optax_ext.formats.BFloat16()),
+    "bfloat16 moments": ROWS(optax.adamw(1e-2), formats=lambda *leaf: optax_ext.formats.BFloat16()),
 }
 # Of bfloat16 parameters.
 WEIGHTS = {
