@@ -33,8 +33,9 @@ import numpy as np
 from optax_ext import _checks
 from optax_ext.low_precision.bits import dither, join, round_stochastically, split
 
-# Scales are kept in this range, so that neither they nor their inverses overflow.
-_SMALLEST_SCALE, _LARGEST_SCALE = np.float32(1e-34), np.float32(3.4e38)
+# Scales are kept in this range, so that neither they nor the square of the largest code, divided by
+# them, overflow.
+_SMALLEST_SCALE, _LARGEST_SCALE = np.float32(1e-33), np.float32(3.4e38)
 _LARGEST_ROOT = np.float32(1.8e19)  # its square is finite, too
 _SIGNED_NAN, _SIGNED_MAX = -128, 127
 # A square that overflowed must stay infinite, as a divisor of a finite first moment. One code is
@@ -309,8 +310,7 @@ def _fourth_root(
     offset = np.float32(0.5) if bits is None else dither(bits).reshape(root.shape)
     # A positive number never becomes 0: as a divisor, it would make the update explode.
     code = jnp.maximum(jnp.floor(fourth_root + offset), jnp.where(root > 0, 1.0, 0.0))
-    code = jnp.minimum(code, _UNSIGNED_MAX)
-    code = jnp.where(root < jnp.inf, code, _UNSIGNED_INFINITY)
+    code = jnp.where(code < jnp.inf, jnp.minimum(code, _UNSIGNED_MAX), _UNSIGNED_INFINITY)
     return FourthRootCodes(_to_integers(code, jnp.uint8).reshape(x.shape), scales)
 
 
