@@ -220,6 +220,7 @@ STORED = {
         round_adam(nu=partial(in_groups, size=64, codes=linear_codes)), 5 + 4 / 64
     ),
 }
+# DualAdam has become Adam after 100 steps.
 OPTIMIZERS = {
     "AdamW": optax.adamw(1.0),
     "FAME": fame(1.0),
