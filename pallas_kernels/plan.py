@@ -43,7 +43,8 @@ def plan(graph: Graph, in_place: int, target: Target, placement: Placement) -> P
       placement: the shardings of the leaves.
     """
     reachable = graph.reachable()
-    reasons = _fallback_reasons(graph, reachable, target, placement)
+    largest = _largest(graph, reachable)
+    reasons = _fallback_reasons(graph, reachable, largest, target, placement)
     # Only components with an argument become kernels: other arrays (a list of norms) are small.
     fused = {graph.component(n) for n in graph.inputs if n.on_leaf} - reasons.keys()
 
@@ -55,7 +56,6 @@ def plan(graph: Graph, in_place: int, target: Target, placement: Placement) -> P
                 groups.setdefault(component, []).append(node)
         return groups
 
-    largest = _largest(graph, reachable)
     statistics = computed(reachable, Kind.REDUCED)
     writes = computed(dict.fromkeys(graph.outputs), Kind.ELEMENTWISE)
     targets = _targets(graph, in_place)
@@ -126,7 +126,11 @@ def _moved(passes: Mapping[int | None, Program]) -> int:
 
 
 def _fallback_reasons(
-    graph: Graph, reachable: Sequence[Node], target: Target, placement: Placement
+    graph: Graph,
+    reachable: Sequence[Node],
+    largest: Mapping[Node, Node],
+    target: Target,
+    placement: Placement,
 ) -> dict[Node, str]:
     work = [n for n in reachable if n.kind in (Kind.ELEMENTWISE, Kind.REDUCED)]
     computed = {_component(graph, n) for n in work}
@@ -137,7 +141,6 @@ def _fallback_reasons(
             reasons.setdefault(_component(graph, node), why)
 
     reached, written = set(reachable), set(graph.outputs)
-    largest = _largest(graph, reachable)
     for node, why in graph.escapes:
         if node in reached:
             fall_back(node, why)

@@ -38,7 +38,7 @@ from matplotlib.figure import Figure
 
 import _evidence as evidence
 from _evidence import BLUE, ORANGE, Estimate, Finding, Verdict, entitle, log_ticks, tidy
-from optax_ext import caadam, fame, formats, invadam, novak, quantize_state, vradam
+from optax_ext import caadam, dualadam, fame, formats, invadam, novak, quantize_state, vradam
 
 SHAPE = 32, 256
 # Typical size of a gradient, and the deviations of its logarithm over rows and over columns.
@@ -70,12 +70,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = make_parser().parse_args(argv)
     # CaAdam is Adam on a single array.
     warnings.filterwarnings("ignore", ".*nothing will be scaled", UserWarning)
-    pairs = {name: Pair(ADAM, stored.tx) for name, stored in STORED.items()}
-    pairs |= {name: Pair(tx, quantize_state(tx)) for name, tx in OPTIMIZERS.items()}
+    # All formats of Adam in one program, which draws the gradients and runs float32's Adam once.
+    races = {"Adam": Race(ADAM, tuple(stored.tx for stored in STORED.values()))}
+    races |= {name: Race(tx, (quantize_state(tx),)) for name, tx in OPTIMIZERS.items()}
     compare_one = partial(compare, seeds=options.seeds, steps=options.steps)
-    found = evidence.side_by_side(compare_one, pairs)
-    of_adam = {name: {"bytes": stored.bytes} | row(found[name]) for name, stored in STORED.items()}
-    of_all = {name: row(found[name]) for name in OPTIMIZERS}
+    found = evidence.side_by_side(compare_one, races)
+    of_adam = {
+        name: {"bytes": stored.bytes} | row(phases)
+        for (name, stored), phases in zip(STORED.items(), found["Adam"], strict=True)
+    }
+    of_all = {name: row(*found[name]) for name in OPTIMIZERS}
     tables = {
         "Adam with its state in several formats, bytes of the state per parameter": of_adam,
         "Optimizers with their state in the default formats of quantize_state": of_all,
@@ -173,10 +177,10 @@ def by(format_: Any) -> Rounding:
     return lambda x: format_.encode(x).decode()
 
 
-def only_second_in_bfloat16(path: Any, leaf: Any) -> formats.BFloat16 | None:
+def only_second_in_bfloat16(field: Any, parameter: Any, leaf: Any) -> formats.BFloat16 | None:
     """Return the format of Adam's second moment; no other leaf has one."""
-    del leaf
-    return formats.BFloat16() if path[-1].name == "nu" else None
+    del parameter, leaf
+    return formats.BFloat16() if field[-1].name == "nu" else None
 
 
 class Stored(NamedTuple):
@@ -216,22 +220,24 @@ STORED = {
         round_adam(nu=partial(in_groups, size=64, codes=linear_codes)), 5 + 4 / 64
     ),
 }
+# DualAdam has become Adam after 100 steps.
 OPTIMIZERS = {
     "AdamW": optax.adamw(1.0),
     "FAME": fame(1.0),
     "VRAdam": vradam(1.0),
     "InvAdam": invadam(1.0),
+    "DualAdam": dualadam(1.0),
     "NOVAK": novak(1.0),
     "CaAdam": caadam(1.0),
     "Lion": optax.lion(1.0),
 }
 
 
-class Pair(NamedTuple):
-    """An optimizer with its state in float32, and with its state stored in a format."""
+class Race(NamedTuple):
+    """An optimizer with its state in float32, and with its state stored in some formats."""
 
     exact: optax.GradientTransformation
-    stored: optax.GradientTransformation
+    stored: tuple[optax.GradientTransformation, ...]
 
 
 class Phase(NamedTuple):
@@ -246,9 +252,9 @@ class Phase(NamedTuple):
     largest: Any
 
 
-def compare(pair: Pair, seeds: int, steps: int) -> tuple[Phase, Phase]:
-    """Return the steady phase and the one after the fall."""
-    found = [run(pair, seed, *draw_sizes(seed), steps) for seed in range(seeds)]
+def compare(race: Race, seeds: int, steps: int) -> list[tuple[Phase, Phase]]:
+    """Return for each format the steady phase and the one after the fall."""
+    found = [run(race, seed, *draw_sizes(seed), steps) for seed in range(seeds)]
     return jax.tree.map(lambda *x: np.stack(x), *found)
 
 
@@ -260,25 +266,31 @@ def draw_sizes(seed: int) -> tuple[Any, Any]:
     return np.float32(SIZE * np.exp(rows + columns)), np.float32(falls[None])
 
 
-@partial(jax.jit, static_argnames=("pair", "steps"))
+@partial(jax.jit, static_argnames=("race", "steps"))
 def run(
-    pair: Pair, seed: jax.Array, size: jax.Array, falls: jax.Array, steps: int
-) -> tuple[Phase, Phase]:
-    """Return both phases of one seed."""
+    race: Race, seed: jax.Array, size: jax.Array, falls: jax.Array, steps: int
+) -> list[tuple[Phase, Phase]]:
+    """Return both phases of one seed for each format."""
     params = jnp.zeros(SHAPE)
 
-    def step(states: tuple[Any, Any], key_and_phase: Any) -> Any:
+    def step(states: tuple[Any, ...], key_and_phase: Any) -> Any:
         key, has_fallen = key_and_phase
         gradient = jax.random.normal(key, SHAPE) * size * jnp.where(has_fallen, falls, 1)
-        exact, state = pair.exact.update(gradient, states[0], params)
-        ours, state_stored = pair.stored.update(gradient, states[1], params)
-        return (state, state_stored), measure(ours, exact)
+        (exact, state), *stored = [
+            tx.update(gradient, state, params)
+            for tx, state in zip((race.exact, *race.stored), states, strict=True)
+        ]
+        measured = [measure(ours, exact) for ours, _ in stored]
+        return (state, *(state for _, state in stored)), measured
 
     # JAX's default generator takes most of the time to compile.
     keys = jax.random.split(jax.random.key(seed, impl="rbg"), 2 * steps)
-    states = pair.exact.init(params), pair.stored.init(params)
+    states = tuple(tx.init(params) for tx in (race.exact, *race.stored))
     _, found = lax.scan(step, states, (keys, jnp.arange(2 * steps) >= steps))
-    return summarize(*(x[:steps] for x in found)), summarize(*(x[steps:] for x in found))
+    return [
+        (summarize(*(x[:steps] for x in one)), summarize(*(x[steps:] for x in one)))
+        for one in found
+    ]
 
 
 def measure(ours: Any, exact: Any) -> tuple[jax.Array, ...]:

@@ -33,12 +33,14 @@ import numpy as np
 from optax_ext import _checks
 from optax_ext.low_precision.bits import dither, join, round_stochastically, split
 
-# Scales are kept in this range, so that neither they nor their inverses overflow.
-_SMALLEST_SCALE, _LARGEST_SCALE = np.float32(1e-34), np.float32(3.4e38)
+# Scales are kept in this range, so that neither they nor the square of the largest code, divided by
+# them, overflow.
+_SMALLEST_SCALE, _LARGEST_SCALE = np.float32(1e-33), np.float32(3.4e38)
 _LARGEST_ROOT = np.float32(1.8e19)  # its square is finite, too
-# The codes of NaN.
-_SIGNED_NAN, _UNSIGNED_NAN = -128, 255
-_SIGNED_MAX, _UNSIGNED_MAX = 127, 254
+_SIGNED_NAN, _SIGNED_MAX = -128, 127
+# A square that overflowed must stay infinite, as a divisor of a finite first moment. One code is
+# enough for NaN, too: the first moment has it from the same gradient.
+_UNSIGNED_INFINITY, _UNSIGNED_MAX = 255, 254
 
 
 @runtime_checkable
@@ -112,7 +114,7 @@ class FourthRootCodes(NamedTuple):
     """An array of numbers >= 0 in the format `FourthRoot`.
 
     Attributes:
-      codes: uint8, in the shape of the array; 255 is NaN.
+      codes: uint8, in the shape of the array; 255 is infinity, and stands for NaN, too.
       scales: float32, one for each group: the root of its largest element.
     """
 
@@ -126,7 +128,8 @@ class FourthRootCodes(NamedTuple):
         codes = _in_groups(self.codes, self.scales.shape)
         fourth_root = codes * np.float32(1 / _UNSIGNED_MAX)
         root = fourth_root * fourth_root * self.scales[..., None]
-        return jnp.where(codes == _UNSIGNED_NAN, jnp.nan, root * root).reshape(self.codes.shape)
+        x = jnp.where(codes == _UNSIGNED_INFINITY, jnp.inf, root * root)
+        return x.reshape(self.codes.shape)
 
     def encode(self, x: jax.Array, bits: jax.Array | None = None) -> "FourthRootCodes":
         """Return the node of a new value of the array."""
@@ -307,8 +310,7 @@ def _fourth_root(
     offset = np.float32(0.5) if bits is None else dither(bits).reshape(root.shape)
     # A positive number never becomes 0: as a divisor, it would make the update explode.
     code = jnp.maximum(jnp.floor(fourth_root + offset), jnp.where(root > 0, 1.0, 0.0))
-    code = jnp.minimum(code, _UNSIGNED_MAX)
-    code = jnp.where(root == root, code, _UNSIGNED_NAN)
+    code = jnp.where(code < jnp.inf, jnp.minimum(code, _UNSIGNED_MAX), _UNSIGNED_INFINITY)
     return FourthRootCodes(_to_integers(code, jnp.uint8).reshape(x.shape), scales)
 
 

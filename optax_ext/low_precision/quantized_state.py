@@ -29,40 +29,40 @@ def quantize_state(
     tx: optax.GradientTransformation,
     formats: Formats | None = None,
     *,
-    group_size: int = 64,
-    min_size: int = 4096,
     shardings: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Store the state of `tx` in few bits between the steps.
 
     Each update decodes the state, runs `tx`, and encodes the new state. By default, first moments
     take 8 bits (`SignedRoot`), second moments 8 bits (`FourthRoot`), and lookahead's slow weights
-    24 bits (`Split`), so Adam's state takes 2.125 bytes a parameter in place of 8. The
-    name of a leaf's field decides its format. Other fields, and leaves that are small, don't fit
-    or are not float32, stay as they are; `quantization_report` says why. With bfloat16 parameters,
-    wrap the result in `master_weights` or `stochastic_rounding`, which keep float32 state.
+    24 bits (`Split`), so Adam's state takes 2.125 bytes a parameter in place of 8. The name of a
+    field of the state decides the format of its arrays. Other fields, and leaves that are small,
+    don't fit or are not float32, stay as they are; `quantization_report` says why. With bfloat16
+    parameters, wrap the result in `master_weights` or `stochastic_rounding`, which keep float32
+    state.
 
     The random bits that round second moments come from the bits of the gradient that arrives here.
     So wrap a whole optimizer, clipping included: then equal gradients get equal random bits on any
     mesh, compiled or fused. Averages with a decay above .999 (AdEMAMix' `m2`), error sums and
-    schedule-free's `z` need float32, and are not encoded. A NaN stays NaN, and infinity becomes the
-    largest finite number of its group.
+    schedule-free's `z` need float32, and are not encoded. What is not finite stays with its
+    element: an infinite first moment becomes the largest finite number of its group, and a second
+    moment that is NaN becomes infinite.
 
     Source: ours. `formats.py` compares it with published formats.
 
     Args:
       tx: an optimizer.
-      formats: a function from path and array of a leaf of the state to its format; `None` leaves it
-        as it is. The path's keys are those of JAX, but for a `NamedTuple` it has
-        `optax.tree_utils.NamedTupleKey`. The default is `default_formats(group_size)`.
-      group_size: number of neighbors that share a scale in the default formats.
-      min_size: leaves with fewer elements stay as they are.
+      formats: a function that returns the format of an array of the state. To leave the array as it
+        is, it returns `None` or a string with the reason. It takes the path of the field
+        (`field[-1].name` is "mu"), the path of the parameter inside of the field, and the array.
+        The keys of paths are those of JAX, but `optax.tree_utils.NamedTupleKey` for a `NamedTuple`.
+        The default is `default_formats()`, which has options.
       shardings: a tree like the parameters with their `NamedSharding`, if parameters are sharded. A
         leaf whose groups would cross shards then stays as it is. Shardings along explicit axes of a
         mesh are known without it.
 
     Raises:
-      ValueError: `tx` is not a transformation, or a number is out of its range.
+      ValueError: `tx` is not a transformation, or `formats` is not a function.
 
     >>> params = {"kernel": jnp.ones((64, 128)), "bias": jnp.zeros(128)}
     >>> tx = quantize_state(optax.adamw(1e-3))
@@ -74,11 +74,11 @@ def quantize_state(
     0.00100
     """
     _checks.transformation(tx=tx)
-    choose = chooser(formats, group_size, min_size, shardings)
+    choose = chooser(formats, shardings)
     tx = optax.with_extra_args_support(tx)
 
     def init(params: optax.Params) -> QuantizedState:
-        return QuantizedState(first_count(), _encode(tx.init(params), choose))
+        return QuantizedState(first_count(), _encode(tx.init(params), params, choose))
 
     def update(updates, state, params=None, **extra_args):
         step = next_count(state.step)
@@ -93,7 +93,9 @@ def quantize_state(
             bits = _random_bits(path, x, gradient_of, step) if node.is_dithered else None
             return node.encode(x, bits)
 
-        encoded = jax.tree_util.tree_map_with_path(encode, old, new, is_leaf=is_whole)
+        new, structure = jax.tree.flatten(new, is_leaf=is_whole)
+        pairs = zip(leaves(old, is_whole), new, strict=True)
+        encoded = jax.tree.unflatten(structure, [encode(*place, x) for place, x in pairs])
         return result, QuantizedState(step, encoded)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -119,36 +121,34 @@ def dequantize_state(state: Any) -> Any:
 
 def quantize_existing_state(
     state: optax.OptState,
+    params: optax.Params,
     formats: Formats | None = None,
     *,
-    group_size: int = 64,
-    min_size: int = 4096,
     shardings: Any = None,
 ) -> QuantizedState:
     """Return a state for `quantize_state(tx, ...)` that continues from a state of `tx`.
 
     Args:
       state: the state of `tx`.
+      params: its parameters, or their shapes.
       formats: see `quantize_state`.
-      group_size: see `quantize_state`.
-      min_size: see `quantize_state`.
       shardings: see `quantize_state`.
 
     Raises:
-      ValueError: as for `quantize_state`.
+      ValueError: `formats` is not a function.
 
     >>> tx, params = optax.lion(1e-3), jnp.ones(4096)
     >>> _, state = tx.update(params, tx.init(params), params)
-    >>> quantized = quantize_existing_state(state)
+    >>> quantized = quantize_existing_state(state, params)
     >>> updates, quantized = quantize_state(tx).update(params, quantized, params)
     """
-    choose = chooser(formats, group_size, min_size, shardings)
-    return QuantizedState(first_count(), _encode(state, choose))
+    choose = chooser(formats, shardings)
+    return QuantizedState(first_count(), _encode(state, params, choose))
 
 
-def _encode(state: Any, choose: Choose) -> Any:
-    chosen = [(choose(path, named, x), x) for path, named, x in leaves(state, is_whole)]
-    encoded = [x if isinstance(format_, str) else format_.encode(x) for format_, x in chosen]
+def _encode(state: Any, params: optax.Params, choose: Choose) -> Any:
+    choices = choose(leaves(state, is_whole), params)
+    encoded = [x if format_ is None else format_.encode(x) for _, x, format_, _ in choices]
     return jax.tree.unflatten(jax.tree.structure(state, is_leaf=is_whole), encoded)
 
 

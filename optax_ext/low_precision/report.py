@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_ext import _checks, _host_memory
-from optax_ext.low_precision.choices import Formats, chooser, leaves
+from optax_ext.low_precision.choices import Formats, Path, chooser, leaves
 from optax_ext.low_precision.formats import Format
 from optax_ext.low_precision.quantized_state import is_whole
 
@@ -70,8 +70,6 @@ def quantization_report(
     params: optax.Params,
     formats: Formats | None = None,
     *,
-    group_size: int = 64,
-    min_size: int = 4096,
     shardings: Any = None,
 ) -> QuantizationReport:
     """Report how `quantize_state(tx, ...)` stores each array of the state; compute nothing.
@@ -80,8 +78,6 @@ def quantization_report(
       tx: the optimizer.
       params: its parameters, or their shapes.
       formats: see `quantize_state`.
-      group_size: see `quantize_state`.
-      min_size: see `quantize_state`.
       shardings: see `quantize_state`.
 
     Raises:
@@ -95,22 +91,26 @@ def quantization_report(
     16644 -> 4612 bytes
     """
     _checks.transformation(tx=tx)
-    choose = chooser(formats, group_size, min_size, shardings)
-    reports = []
-    for path, named, x in leaves(_host_memory.types(tx.init, params), is_whole):
-        chosen = choose(path, named, x)
-        stays = isinstance(chosen, str)
-        reports.append(
+    choose = chooser(formats, shardings)
+    state = _host_memory.types(tx.init, params)
+    return QuantizationReport(
+        tuple(
             LeafReport(
-                path=jax.tree_util.keystr(path, simple=True, separator="/"),
+                path=_name(path),
                 shape=getattr(x, "shape", ()),
-                format=None if stays else chosen,
-                reason=chosen if stays else "",
-                bytes=_bytes(x if stays else jax.eval_shape(chosen.encode, x)),
+                format=format_,
+                reason=reason,
+                bytes=_bytes(x if format_ is None else jax.eval_shape(format_.encode, x)),
                 bytes_before=_bytes(x),
             )
+            for path, x, format_, reason in choose(leaves(state, is_whole), params)
         )
-    return QuantizationReport(tuple(reports))
+    )
+
+
+def _name(path: Path) -> str:
+    keys = (jax.tree_util.GetAttrKey(k.name) if hasattr(k, "name") else k for k in path)
+    return jax.tree_util.keystr(tuple(keys), simple=True, separator="/")
 
 
 def _bytes(tree: Any) -> int:

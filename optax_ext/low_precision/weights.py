@@ -92,12 +92,13 @@ def master_weights(
         weights = jax.tree.map(join, params, state.correction)
         steps, inner_state = tx.update(_wide(updates), state.inner_state, weights, **extra_args)
 
-        def apply(u, g, w):
+        def apply(u, g, w, p):
             random = None if bits == 32 else _random_bits(g, w, step)
-            return split(w + u, bits, random)
+            high, low = split(w + u, bits, random)
+            return _difference(high, p), low
 
-        new = tree_map(apply, steps, updates, weights)
-        result = tree_map(lambda _, p, n: _difference(n[0], p), steps, params, new)
+        new = tree_map(apply, steps, updates, weights, params)
+        result = tree_map(lambda _, n: n[0], steps, new)
         correction = jax.tree.map(lambda old, n: old if n is None else n[1], state.correction, new)
         return result, MasterWeightsState(step, correction, inner_state)
 

@@ -104,9 +104,9 @@ COUNT = Range(
     ),
 )
 FORMATS = Range(
-    (None, lambda path, leaf: None),
+    (None, lambda field, parameter, leaf: None),
     tuple(
-        (value, f"must be a function of path and leaf, got {value!r}")
+        (value, f"must be a function of field, parameter and leaf, got {value!r}")
         for value in (8, "int8", optax_ext.formats.SignedRoot())
     ),
 )
@@ -240,7 +240,7 @@ class Row(NamedTuple):
     ranges: Mapping[str, Range]
 
 
-QUANTIZATION = {"formats": FORMATS, "group_size": COUNT, "min_size": COUNT}
+QUANTIZATION = {"formats": FORMATS}
 TABLE = [
     Row(
         optax_ext.fame,
@@ -338,14 +338,14 @@ TABLE = [
         LOOKAHEAD | {"inner": TRANSFORMATION, "mode": choice("exact", "rotating")},
     ),
     Row(optax_ext.quantize_state, {"tx": INNER}, {"tx": TRANSFORMATION} | QUANTIZATION),
-    Row(optax_ext.quantize_existing_state, {"state": ()}, QUANTIZATION),
+    Row(optax_ext.quantize_existing_state, {"state": (), "params": ()}, QUANTIZATION),
     Row(optax_ext.quantization_report, {"tx": INNER, "params": PARAMS}, QUANTIZATION),
     Row(
         optax_ext.quantization_report,
         {"params": PARAMS},
         {"tx": Range((INNER,), TRANSFORMATION.bad)},
     ),
-    Row(optax_ext.default_formats, {}, {"group_size": COUNT}),
+    Row(optax_ext.default_formats, {}, {"group_size": COUNT, "min_size": COUNT}),
     Row(optax_ext.master_weights, {"tx": INNER}, {"tx": TRANSFORMATION, "bits": BITS}),
     Row(optax_ext.stochastic_rounding, {"tx": INNER}, {"tx": TRANSFORMATION}),
     Row(optax_ext.scale_by_connections, {"scaling": "additive"}, CONNECTIONS),

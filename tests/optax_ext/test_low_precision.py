@@ -1,5 +1,6 @@
 """State and weights in few bits: their errors, their bits, and what users do with them."""
 
+import re
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,7 +21,20 @@ from support.cases import CASES, METHODS, slow_unless
 from support.strategies import seeds
 
 KERNEL, BIAS = (64, 128), (128,)
+# The default formats, for arrays of any size.
+SMALL = optax_ext.default_formats(min_size=64)
 PARAMS = {"kernel": 0.1 * jnp.ones(KERNEL), "bias": jnp.zeros(BIAS)}
+
+
+class Inner(NamedTuple):
+    mu: Any
+
+
+class Weights(NamedTuple):
+    """Parameters whose names are those of fields of a state."""
+
+    nu: Any
+    mu: Any
 
 
 def gradient(seed: int, tree: Any = PARAMS, scale: float = 1.0) -> Any:
@@ -164,15 +178,20 @@ class TestFormats:
         node = format_.encode(jnp.abs(gradient(0, jnp.zeros(KERNEL))))
         np.testing.assert_array_equal(node.encode(node.decode()).codes, node.codes)
 
-    @pytest.mark.parametrize("format_", [formats.SignedRoot(), formats.FourthRoot()], ids=repr)
-    def test_what_is_not_finite_stays_with_its_element(self, format_):
+    def test_what_is_not_finite_stays_with_its_element(self):
         x = jnp.ones(192).at[jnp.array([3, 70, 130])].set(jnp.array([jnp.nan, jnp.inf, 0]))
-        ours = format_.encode(x).decode()
-        assert np.isnan(ours).nonzero()[0].tolist() == [3]
-        assert ours[70] == 1
-        np.testing.assert_allclose(ours[128:130], 1)
-        assert ours[130] == 0
-        np.testing.assert_array_equal(format_.encode(jnp.zeros(64)).decode(), 0)
+        # An infinite first moment may be finite; an infinite divisor must not.
+        stored = {formats.SignedRoot(): (jnp.nan, 1), formats.FourthRoot(): (jnp.inf, jnp.inf)}
+        for format_, expected in stored.items():
+            ours = format_.encode(x).decode()
+            np.testing.assert_array_equal(ours[jnp.array([3, 70, 130])], (*expected, 0))
+            np.testing.assert_allclose(np.delete(ours, [3, 70, 130]), 1, rtol=1e-6)
+
+    @pytest.mark.parametrize("format_", [formats.SignedRoot(), formats.FourthRoot()], ids=repr)
+    def test_zeros_are_encoded_without_a_nan(self, format_):
+        """Whose conversion to an integer depends on the device."""
+        with jax.debug_nans(True):
+            np.testing.assert_array_equal(format_.encode(jnp.zeros(64)).decode(), 0)
 
     def test_random_rounding_is_right_on_average(self):
         x = jnp.full((4096, 64), 0.3).at[:, 0].set(1.0)
@@ -271,14 +290,31 @@ class TestState:
             "0/mu/half": "bfloat16",
             "0/mu/kernel": "",
         }
-        chosen = optax_ext.quantization_report(optax.lion(1.0), params, lambda path, leaf: None)
-        assert {x.reason for x in chosen.leaves} >= {"no format for this field"}
+        params["empty"] = jnp.ones((0, 64))
+        for choice, expected in (
+            (lambda *leaf: None, "no format for this field"),
+            (lambda *leaf: "too slow", "too slow"),
+        ):
+            report = optax_ext.quantization_report(optax.lion(1.0), params, choice)
+            reasons = {leaf.path: leaf.reason for leaf in report.leaves}
+            assert reasons["0/mu/small"] == reasons["0/mu/kernel"] == expected
+            assert reasons["0/mu/empty"] == "no elements"
+
+    def test_formats_decide_by_the_parameter(self):
+        def by_parameter(field, parameter, leaf):
+            return formats.BFloat16() if parameter[-1].key == "bias" else SMALL(field, (), leaf)
+
+        report = optax_ext.quantization_report(optax.lion(1.0), PARAMS, by_parameter)
+        chosen = {leaf.path: leaf.format for leaf in report.leaves if leaf.format}
+        assert chosen == {"0/mu/kernel": formats.SignedRoot(), "0/mu/bias": formats.BFloat16()}
 
     @pytest.mark.parametrize("case", slow_unless(METHODS[:1], METHODS))
     def test_dequantized_state_is_that_of_the_chain(self, case):
         tx = case.build()
         _, state = run(tx, PARAMS, tx.init(PARAMS), [gradient(0)])
-        ours = optax_ext.dequantize_state({"opt": optax_ext.quantize_existing_state(state)})["opt"]
+        ours = optax_ext.dequantize_state(
+            {"opt": optax_ext.quantize_existing_state(state, PARAMS)}
+        )["opt"]
         assert jax.tree.structure(ours) == jax.tree.structure(state)
         for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(state), strict=True):
             assert (a.shape, a.dtype) == (b.shape, b.dtype)
@@ -288,7 +324,7 @@ class TestState:
     @pytest.mark.parametrize("case", slow_unless(METHODS[:1], METHODS))
     def test_contract(self, case):
         """Structure, shapes and dtypes are stable; extreme gradients make finite steps."""
-        tx = optax_ext.quantize_state(case.build(), min_size=64)
+        tx = optax_ext.quantize_state(case.build(), SMALL)
         state = tx.init(PARAMS)
         types = jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), state)
         for scale in (1e-30, 1.0, 1e15, 0.0):
@@ -296,15 +332,36 @@ class TestState:
             assert jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), state) == types
             assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
 
-    def test_names_of_parameters_do_not_decide(self):
-        class Params(NamedTuple):
-            mu: jax.Array
-            nu: jax.Array
-
-        report = optax_ext.quantization_report(optax.adam(1.0), Params(*2 * [jnp.ones(4096)]))
-        chosen = {leaf.path: type(leaf.format).__name__ for leaf in report.leaves}
-        assert chosen["0/mu/mu"] == chosen["0/mu/nu"] == "SignedRoot"
-        assert chosen["0/nu/mu"] == chosen["0/nu/nu"] == "FourthRoot"
+    @pytest.mark.parametrize(
+        ("wrap", "others"),
+        [
+            (lambda tx: tx, set()),
+            (lambda tx: optax.MultiSteps(tx, 2), {("acc_grads", None)}),
+            (lambda tx: optax.chain(optax.contrib.dog(), tx), {("init_params", None)}),
+            (
+                lambda tx: optax.masked(
+                    optax.MultiSteps(tx, 2), Weights(True, {"x": Inner(False)})
+                ),
+                {("acc_grads", None)},
+            ),
+        ],
+        ids=["alone", "MultiSteps", "dog", "masked"],
+    )
+    def test_names_of_parameters_do_not_decide(self, wrap, others):
+        params = Weights(jnp.ones(4096), {"x": Inner(jnp.ones(4096))})
+        tx = wrap(optax.adam(1.0))
+        tx = optax.GradientTransformationExtraArgs(tx.init, tx.update)
+        report = optax_ext.quantization_report(tx, params)
+        fields = {
+            (re.sub("/(nu|mu/x/mu)$", "", leaf.path).rpartition("/")[2], leaf.format)
+            for leaf in report.leaves
+            if leaf.shape == (4096,)
+        }
+        moments = {("mu", formats.SignedRoot()), ("nu", formats.FourthRoot())}
+        assert fields - moments == others
+        # A state that was initialized before is treated in the same way.
+        quantized = optax_ext.quantize_existing_state(tx.init(params), params)
+        assert_same_bits(quantized, optax_ext.quantize_state(tx).init(params))
 
     def test_encoded_state_is_not_encoded_again(self):
         inner = optax_ext.quantize_state(optax.adam(1.0))
@@ -313,7 +370,7 @@ class TestState:
 
     def test_a_spike_does_not_make_its_neighbors_explode(self):
         tx = optax.adam(1.0)
-        coded = optax_ext.quantize_state(tx, min_size=64)
+        coded = optax_ext.quantize_state(tx, SMALL)
         params = {"kernel": jnp.zeros(KERNEL)}
         state = coded.init(params)
         for t in range(40):
@@ -326,12 +383,12 @@ class TestState:
             assert np.isfinite(others).all()
 
     def test_zero_gradients_move_nothing(self):
-        tx = optax_ext.quantize_state(optax.adam(1.0), min_size=64)
+        tx = optax_ext.quantize_state(optax.adam(1.0), SMALL)
         params, _ = run(tx, PARAMS, tx.init(PARAMS), 3 * [jax.tree.map(jnp.zeros_like, PARAMS)])
         assert_same_bits(params, PARAMS)
 
     def test_absent_gradients(self):
-        tx = optax_ext.quantize_state(optax_ext.fame(0.1), min_size=64)
+        tx = optax_ext.quantize_state(optax_ext.fame(0.1), SMALL)
         state = tx.init(PARAMS)
         updates, after = tx.update({"kernel": None, "bias": jnp.ones(BIAS)}, state, PARAMS)
         assert updates["kernel"] is None
@@ -340,7 +397,7 @@ class TestState:
     def test_a_run_changes_over_at_a_checkpoint(self):
         tx = optax.adamw(1e-3)
         params, state = run(tx, PARAMS, tx.init(PARAMS), map(gradient, range(3)))
-        quantized = optax_ext.quantize_existing_state(state)
+        quantized = optax_ext.quantize_existing_state(state, params)
         ours, quantized = run(
             optax_ext.quantize_state(tx), params, quantized, [gradient(3), gradient(4)]
         )
@@ -353,7 +410,7 @@ class TestState:
 
 class TestComposition:
     TX = optax_ext.quantize_state(
-        optax.chain(optax.clip(1.0), optax_ext.novak(1e-2, sync_period=2)), min_size=64
+        optax.chain(optax.clip(1.0), optax_ext.novak(1e-2, sync_period=2)), SMALL
     )
 
     def test_scan_jit_and_donation(self):
@@ -412,7 +469,7 @@ class TestComposition:
     @pytest.mark.parametrize("outside", [True, False])
     def test_wrappers(self, wrap, outside):
         inner = optax.adamw(1e-2)
-        quantize = partial(optax_ext.quantize_state, min_size=64)
+        quantize = partial(optax_ext.quantize_state, formats=SMALL)
         tx = wrap(quantize(inner)) if outside else quantize(wrap(inner))
         tx = optax.GradientTransformationExtraArgs(tx.init, tx.update)
         params = PARAMS
@@ -431,7 +488,7 @@ class TestComposition:
     def test_checkpoint_also_onto_another_mesh(self, tmp_path):
         """Resumed, and resumed on other devices: the same codes, to the bit."""
         grads = [gradient(t) for t in range(4)]
-        tx = optax_ext.master_weights(optax_ext.quantize_state(optax.adamw(1e-2), min_size=64))
+        tx = optax_ext.master_weights(optax_ext.quantize_state(optax.adamw(1e-2), SMALL))
         params = optax_ext.bfloat16_weights(PARAMS)
         middle = run(tx, params, tx.init(PARAMS), grads[:2])
         expected = run(tx, *middle, grads[2:])
@@ -470,9 +527,7 @@ class TestComposition:
             "kernel": NamedSharding(mesh, PartitionSpec(None, "x")),
             "bias": NamedSharding(mesh, PartitionSpec()),
         }
-        report = optax_ext.quantization_report(
-            optax.lion(1.0), PARAMS, min_size=64, shardings=shardings
-        )
+        report = optax_ext.quantization_report(optax.lion(1.0), PARAMS, SMALL, shardings=shardings)
         reasons = {leaf.path: leaf.reason for leaf in report.leaves}
         assert reasons["0/mu/kernel"] == "a shard's last axis, 16, is no multiple of 64"
         assert reasons["0/mu/bias"] == ""
@@ -483,7 +538,7 @@ class TestComposition:
     def test_explicit_axes_are_known(self, spec, dtype):
         mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
         params = jax.device_put(jnp.ones((8, 256)), NamedSharding(mesh, PartitionSpec(*spec)))
-        tx = optax_ext.quantize_state(optax.adamw(1e-2), min_size=64)
+        tx = optax_ext.quantize_state(optax.adamw(1e-2), SMALL)
         with jax.set_mesh(mesh):
             state = jax.jit(tx.init)(params)
             _, after = jax.jit(tx.update)(params, state, params)

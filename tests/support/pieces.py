@@ -14,6 +14,7 @@ JOINS = {
 CASCADE = {"decays": (0.9, 0.7, 0.5), "bias_correction": "exact"}
 VELOCITY = {"beta3": 1.0, "lr_cutoff": 10.0, "norm_of": "corrected_velocity", "b1": 0.9}
 LOOKAHEAD = {"sync_period": 2, "slow_step_size": 0.5}
+FORMATS = optax_ext.default_formats(min_size=1)
 PIECES = tuple(
     Row(name, factory, arguments)
     for name, factory, arguments in (
@@ -32,7 +33,7 @@ PIECES = tuple(
         ("trust_ratio", optax_ext.scale_by_trust_ratio, {"max_ratio": 10.0}),
         ("lookahead_exact", optax_ext.lookahead, ADAM | LOOKAHEAD),
         ("lookahead_rotating", optax_ext.lookahead, ADAM | LOOKAHEAD | {"mode": "rotating"}),
-        ("quantize_state", optax_ext.quantize_state, {"tx": ADAM["inner"], "min_size": 1}),
+        ("quantize_state", optax_ext.quantize_state, {"tx": ADAM["inner"], "formats": FORMATS}),
         ("connections", optax_ext.scale_by_connections, {"scaling": "additive"}),
     )
 )

@@ -3,7 +3,7 @@
 Arrays are NumPy, as in `cases.py`: the test that receives them chooses the precision.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -37,9 +37,21 @@ MENAGERIE = {
 }
 
 
-def trees(dtypes: Sequence[Any]) -> st.SearchStrategy[Any]:
+# In groups of 4: along the last axis, over the flattened array, a single one, and none.
+GROUPED = {
+    "last": shape(3, 8),
+    "flattened": [shape(4, 3), None],
+    "group": (shape(4),),
+    "element": shape(1),
+    "scalar": shape(),
+}
+
+
+def trees(
+    dtypes: Sequence[Any], shapes: Sequence[tuple[int, ...]] = SHAPES
+) -> st.SearchStrategy[Any]:
     """Nested containers of shapes and `None`, the empty tree and the single leaf among them."""
-    leaves = st.builds(jax.ShapeDtypeStruct, st.sampled_from(SHAPES), st.sampled_from(dtypes))
+    leaves = st.builds(jax.ShapeDtypeStruct, st.sampled_from(shapes), st.sampled_from(dtypes))
     names = st.sampled_from(["bias", "conv2", "conv10", "kernel"])
 
     def containers(inside):
@@ -73,3 +85,44 @@ def with_some_missing(tree: Any, seed: int) -> Any:
 
 
 seeds = st.integers(0, 2**16)
+
+
+def _powers(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """Numbers of either sign, from 1e-30 to 1e30."""
+    return rng.choice([-1, 1], shape) * 10.0 ** rng.uniform(-30, 30, shape)
+
+
+def _with_an_infinity(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    values = rng.standard_normal(shape)
+    values.flat[rng.integers(values.size)] = rng.choice([-np.inf, np.inf])
+    return values
+
+
+# Functions that draw a gradient in a shape.
+FINITE = {
+    "normal": lambda rng, shape: rng.standard_normal(shape),
+    "zeros": lambda rng, shape: np.zeros(shape),
+    "tiny": lambda rng, shape: np.full(shape, 1e-30),
+    "huge": lambda rng, shape: np.full(shape, -1e30),
+    "powers": _powers,
+    "powers, most are 0": lambda rng, shape: _powers(rng, shape) * (rng.random(shape) < 0.2),
+}
+WITH_INFINITIES = FINITE | {"infinity": _with_an_infinity}
+
+
+def streams(tree: Any, steps: int, kinds: Mapping[str, Any] = FINITE) -> st.SearchStrategy[Any]:
+    """Gradients for a tree of shapes, a kind drawn for each leaf of each step."""
+    leaves, structure = jax.tree.flatten(tree)
+    count = steps * len(leaves)
+
+    def draw(names: Sequence[str], seed: int) -> list[Any]:
+        rng = np.random.default_rng(seed)
+        values = [
+            np.asarray(kinds[name](rng, x.shape)).astype(x.dtype)
+            for name, x in zip(names, steps * leaves, strict=True)
+        ]
+        size = len(leaves)
+        return [structure.unflatten(values[t * size :][:size]) for t in range(steps)]
+
+    names = st.lists(st.sampled_from(sorted(kinds)), min_size=count, max_size=count)
+    return st.builds(draw, names, seeds)
