@@ -52,6 +52,11 @@ class Node:
         return "" if self.primitive is None else self.primitive.name
 
     @property
+    def number(self) -> Any:
+        """The value of a literal."""
+        return np.frombuffer(self.params["bytes"], self.dtype)[0]
+
+    @property
     def size(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)

@@ -120,8 +120,11 @@ def _slots(body: Body, programs: Sequence[Program], packs: Sequence[list[Node]])
         nodes = [program.scalars[i] for program in programs]
         shared = all(node is nodes[0] for node in nodes)
         pack = 0 if jnp.issubdtype(jnp.dtype(dtype), jnp.floating) else 1
-        yield Slot(pack, len(packs[pack]), not shared, dtype)
-        packs[pack].extend(nodes[:1] if shared else nodes)
+        if shared and nodes[0] in packs[pack]:  # another body of the launch has it
+            yield Slot(pack, packs[pack].index(nodes[0]), False, dtype)
+        else:
+            yield Slot(pack, len(packs[pack]), not shared, dtype)
+            packs[pack].extend(nodes[:1] if shared else nodes)
 
 
 class _Statistic(NamedTuple):

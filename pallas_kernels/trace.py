@@ -168,6 +168,11 @@ class _Reader:
     def _apply_to_scalars(self, op: Operation) -> list[Node]:
         result = op.types[0]
         if not any(a.kind is Kind.BROADCAST for a in op.args):
+            if op.primitive is lax.convert_element_type_p and op.args[0].kind is Kind.LITERAL:
+                number = op.args[0].number
+                converted = number.astype(result.dtype)
+                if np.array_equal(converted.astype(number.dtype), number, equal_nan=True):
+                    return [self.graph.literal(converted)]  # exact, so a kernel can contain it
             if op.primitive is lax.broadcast_in_dim_p and result.size > 1:
                 return [self._broadcast(op.args[0], result)]
         elif op.primitive.name in SAME_ORDER and result.size == op.args[0].size:

@@ -129,7 +129,7 @@ def test_fused_weights_are_those_of_the_chain(name, backend):
 
 
 @pytest.mark.parametrize("backend", ["triton", "mosaic"])
-@pytest.mark.parametrize("name", [*CHAINS, *WEIGHTS])
+@pytest.mark.parametrize("name", slow_unless(["adamw", "24 bits"], [*CHAINS, *WEIGHTS]))
 def test_one_launch_at_the_floor(name, backend):
     tx = (CHAINS | WEIGHTS)[name]
     large = {"kernel": jax.ShapeDtypeStruct((512, 512), jnp.float32)}
@@ -142,7 +142,7 @@ def test_one_launch_at_the_floor(name, backend):
 
 
 @pytest.mark.parametrize("backend", ["triton", "mosaic"])
-@pytest.mark.parametrize("name", [*CHAINS, *WEIGHTS])
+@pytest.mark.parametrize("name", slow_unless(["adamw", "24 bits"], [*CHAINS, *WEIGHTS]))
 def test_chains_lower_for_a_gpu(name, backend):
     tx = (CHAINS | WEIGHTS)[name]
     params = arrays(0)
