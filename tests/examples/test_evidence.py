@@ -133,13 +133,15 @@ def check_low_precision(tables: dict[str, Any]) -> None:
 
 
 def check_low_precision_training(tables: dict[str, Any]) -> None:
-    transformer, convnet, text = tables.values()
-    for rows in (transformer, convnet):
+    text = tables.pop("Text")
+    assert len(tables) >= 2  # more if a difference is too large for few seeds
+    for rows in tables.values():
         for cells in rows.values():
             # Few steps, so codes are all that differs; whole groups of 64 have a float32 scale.
             assert cells["loss, stored"][0] == pytest.approx(cells["loss, float32"][0], rel=0.02)
-        assert rows["AdamW"]["bytes of state, float32"] == pytest.approx(8, abs=0.01)
-        assert 2 + 8 / 64 < rows["AdamW"]["stored"] < 2.3
+        if "AdamW" in rows:
+            assert rows["AdamW"]["bytes of state, float32"] == pytest.approx(8, abs=0.01)
+            assert 2 + 8 / 64 < rows["AdamW"]["stored"] < 2.3
     assert text["Python's standard library"]["bytes"] > 1e6
 
 
