@@ -1,4 +1,4 @@
-"""Fills the table of claims, and the page with all figures and numbers; runs nothing.
+"""Fills the tables of evidence in `docs/`, and the page with all figures and numbers; runs nothing.
 
 python examples/evidence/summary.py
 """
@@ -14,9 +14,9 @@ from _evidence import RESULTS, Estimate
 from benchmarks.summary import fill
 
 FOLDER = Path(__file__).parent
-CLAIMS = FOLDER.parents[1] / "docs/evidence.md"
+DOCS = FOLDER.parents[1] / "docs"
 PAGE = RESULTS / "README.md"
-FROM_CLAIMS = "../examples/evidence/results"
+FROM_DOCS = "../examples/evidence/results"
 # In the order of the table.
 SCRIPTS = (
     "lag",
@@ -36,10 +36,23 @@ Document = Mapping[str, Any]
 
 def main() -> None:
     documents = load(RESULTS)
-    text = CLAIMS.read_text(encoding="utf-8")
-    CLAIMS.write_text(fill(text, "evidence-table", table(documents)), encoding="utf-8")
-    PAGE.write_text(page(documents), encoding="utf-8")
-    print(CLAIMS, PAGE, sep="\n")
+    for path, text in pages(documents).items():
+        path.write_text(text, encoding="utf-8")
+        print(path)
+
+
+def pages(documents: Mapping[str, Document]) -> dict[Path, str]:
+    """Return the text of each page."""
+    claims, low_precision = DOCS / "evidence.md", DOCS / "low_precision.md"
+    filled = fill(
+        low_precision.read_text(encoding="utf-8"), "stress", tables_of(documents["low_precision"])
+    )
+    training = tables_of(documents["low_precision_training"])
+    return {
+        claims: fill(claims.read_text(encoding="utf-8"), "evidence-table", table(documents)),
+        low_precision: fill(filled, "training", training),
+        PAGE: page(documents),
+    }
 
 
 def load(folder: Path) -> dict[str, Document]:
@@ -53,12 +66,10 @@ def table(documents: Mapping[str, Document]) -> str:
     """Return the table of claims in Markdown."""
     lines = ["| claim | verdict | figure | `python examples/evidence/…` |", "|---|---|---|---|"]
     for script, found in documents.items():
-        figures = ", ".join(
-            f"[{Path(name).stem}]({FROM_CLAIMS}/{name})" for name in found["figures"]
-        )
+        figures = ", ".join(f"[{Path(name).stem}]({FROM_DOCS}/{name})" for name in found["figures"])
         command = f"`{script}.py`, {takes(found['seconds'])}"
         for finding in found["findings"]:
-            claim = f"[{finding['claim']}]({FROM_CLAIMS}/README.md#{script})"
+            claim = f"[{finding['claim']}]({FROM_DOCS}/README.md#{script})"
             lines.append(f"| {claim} | {finding['verdict']} | {figures} | {command} |")
     return "\n".join(lines)
 
@@ -85,7 +96,7 @@ def section(script: str, found: Document) -> str:
         how,
         *(f"- **{x['claim']}: {x['verdict']}.** {x['shown']}" for x in found["findings"]),
         *(f"![{Path(name).stem}]({name})" for name in found["figures"]),
-        *(table_of(title, rows) for title, rows in found["tables"].items()),
+        tables_of(found),
     ]
     return "\n\n".join(parts)
 
@@ -94,6 +105,10 @@ def read_docstring(script: str) -> str:
     """Return a script's docstring without importing it."""
     tree = ast.parse((FOLDER / f"{script}.py").read_text(encoding="utf-8"))
     return ast.get_docstring(tree) or ""
+
+
+def tables_of(found: Document) -> str:
+    return "\n\n".join(table_of(title, rows) for title, rows in found["tables"].items())
 
 
 def table_of(title: str, rows: Mapping[str, Mapping[str, Any]]) -> str:
