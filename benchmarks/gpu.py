@@ -215,7 +215,11 @@ NOTES = """\
 - of_copy: the bytes that a fused step must move, divided by its time, relative to the copy.
 - to_adamw_per_byte: the time per byte, relative to optax.adamw by XLA with graphs.
 - drift: the difference from the chain's parameters after a call, relative to their movement.
-- graphs: whether XLA may use CUDA graphs. It uses them for five launches or more."""
+- graphs: whether XLA may use CUDA graphs. It uses them for five launches or more.
+- to_chain, to_chain_narrow, to_float64: the largest difference after a step from the chain's state,
+  relative to the largest value of the array. narrow: arrays in fewer bits than float32; changed:
+  the share of their values that differ. other_bits: how many of 20 repeats differ in any bit.
+- by_xla: the components that XLA computes, because the backend has no kernel for them."""
 
 TIMED = (
     *("optimizer", "backend", "graphs", "chain_ms", "median_ms", "spread_ms", "speed_up"),
@@ -247,7 +251,7 @@ def report(
             f"A copy moves {bandwidth / 1e9:.0f} GB/s.",
             summary(rows, missing),
             NOTES,
-            _sections(sets),
+            _sections(sets) + "\n",
         ]
     )
 

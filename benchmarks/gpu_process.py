@@ -336,6 +336,7 @@ class Times:
             "chain_ms": 1e3 * chain.median,
             "median_ms": 1e3 * fused.median,
             "spread_ms": 1e3 * fused.spread,
+            "copy_gb_per_s": bandwidth / 1e9,
             "speed_up": chain.median / fused.median,
             "of_copy": moved / fused.median / bandwidth,
             "to_adamw_per_byte": fused.median / moved * self.adamw / times[REFERENCE].median,

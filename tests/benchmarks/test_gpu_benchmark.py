@@ -71,7 +71,7 @@ def test_a_cpu_in_the_place_of_the_gpu(tmp_path):
     assert 0 < numerics["to_chain"] < 1e-6
     assert numerics["to_float64"] < 1e-4
     assert [x["graphs"] for x in timed] == [True, False]
-    assert all(x["median_ms"] > 0 and x["drift"] < 1e-5 for x in timed)
+    assert all(x["drift"] < 1e-5 for x in timed)
     lines = (tmp_path / "history.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["case"] for line in lines] == [x["case"] for x in timed]
     assert "Not measured" not in (tmp_path / "gpu-cpu.md").read_text(encoding="utf-8")
