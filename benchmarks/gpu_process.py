@@ -329,8 +329,9 @@ class Times:
     def figures(self, case: Case, times: Mapping[str, timing.Times]) -> Row:
         """Return times, bandwidth and ratios; only fused steps skip bytes that do not change."""
         fused, chain = times["fused"], times.get("chain", times[REFERENCE])
-        moved = contenders.floor(case.optimizer, self.leaf_set) * count(self.leaves)
-        moved -= contenders.skipped(case.optimizer, self.leaf_set) * count(self.leaves)
+        skipped = contenders.skipped(case.optimizer, self.leaf_set)
+        per_parameter = contenders.floor(case.optimizer, self.leaf_set) - skipped
+        moved = per_parameter * count(self.leaves)
         bandwidth = timing.copied_bytes() / times["copy"].median
         return {
             "chain_ms": 1e3 * chain.median,
