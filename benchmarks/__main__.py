@@ -57,8 +57,8 @@ BENCHMARKS = {
     ),
     "gpu": Benchmark(
         "Compares fused steps with their chains and with float64 on an NVIDIA GPU. Then measures"
-        " the bandwidth of a copy and the times of all steps with XLA, Triton and Mosaic, with and"
-        " without CUDA graphs. Takes a few minutes.",
+        " the times of steps by XLA, Triton and Mosaic, with and without CUDA graphs, in turns with"
+        " a copy. Takes a few minutes.",
         "Kernels must be correct, and faster than XLA. A GPU may be available for minutes only, so"
         " one command measures everything, the most important results first.",
     ),

@@ -128,4 +128,5 @@ def skipped(name: str, leaf_set: str) -> float:
 
 @functools.cache
 def _report(name: str, leaf_set: str) -> Report:
-    return explain(CONTENDERS[CONTENDERS[name].floor_of or name].tx, LEAF_SETS[leaf_set])
+    contender = CONTENDERS[CONTENDERS[name].floor_of or name]
+    return explain(contender.tx, jax.eval_shape(contender.hold, LEAF_SETS[leaf_set]))

@@ -70,24 +70,17 @@ def installed() -> list[str]:
     return [name for name, peer in PEERS.items() if {"torch", peer.package} <= available]
 
 
-def running(
-    name: str, params: Sequence[np.ndarray], grads: Sequence[np.ndarray], device: str = "cpu"
-) -> Run:
-    """Return a function that runs a baseline's steps, on the GPU if the device is "cuda".
-
-    On a CPU, PyTorch uses as many threads as JAX.
-    """
+def running(name: str, params: Sequence[np.ndarray], grads: Sequence[np.ndarray]) -> Run:
+    """Return a function that runs a baseline's steps on the CPU, with as many threads as JAX."""
     peer, torch = PEERS[name], _torch()
-    leaves = [torch.nn.Parameter(torch.tensor(leaf, device=device)) for leaf in params]
+    leaves = [torch.nn.Parameter(torch.tensor(leaf)) for leaf in params]
     for leaf, grad in zip(leaves, grads, strict=True):
-        leaf.grad = torch.tensor(grad, device=device)
+        leaf.grad = torch.tensor(grad)
     optimizer = peer.make(importlib.import_module(peer.package), leaves)
 
     def run(steps: int) -> None:
         for _ in range(steps):
             optimizer.step()
-        if device == "cuda":  # on a CPU, a step is complete when it returns
-            torch.cuda.synchronize()
 
     run(STEPS_BEFORE_RECTIFICATION)
     return run

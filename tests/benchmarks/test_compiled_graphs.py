@@ -12,7 +12,7 @@ pytest.importorskip("jax_cuda13_plugin", reason="needs the extra `aot`: XLA's co
 
 from benchmarks import timing
 from benchmarks.aot import H200, compiled_anew, lower
-from benchmarks.gpu.times import Lowering
+from benchmarks.gpu_process import NO_GRAPHS
 from benchmarks.leaf_sets import leaves
 
 LEAVES = leaves([(4096,), (512, 512), (3, 1024)])
@@ -25,7 +25,8 @@ def launched(folder: Path, *, graphs: bool, steps: int | None = None) -> str:
     program = timing.in_loop(step, steps) if steps else step
     with compiled_anew():
         lowered = lower(program, LEAVES, jax.eval_shape(CLIPPED.init, LEAVES), H200)
-        Lowering(lowered).compile(graphs=graphs, xla_dump_to=str(folder))
+        options = {"xla_dump_to": str(folder)} | ({} if graphs else NO_GRAPHS)
+        lowered.compile(compiler_options=options)
     return "".join(path.read_text() for path in folder.glob("*thunk_sequence*.txt"))
 
 
