@@ -1,4 +1,4 @@
-"""Five recent optimizers for Optax, and the pieces that they are built from."""
+"""Six optimizers from five recent papers for Optax, and the pieces that they are built from."""
 
 from optax_ext.architecture import Architecture, architecture
 from optax_ext.low_precision import formats

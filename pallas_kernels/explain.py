@@ -27,7 +27,7 @@ class PhaseReport:
       work: "statistics" or "update". A phase for statistics may also write results that are known
         by then.
       leaves: number of leaves.
-      bodies: number of different kernel bodies.
+      bodies: number of different kernel bodies; leaves with the same computation share one.
       launches: number of kernels.
       bytes: bytes that all launches together read and write.
       skipped: those of these bytes that some steps skip, such as lookahead's slow weights.

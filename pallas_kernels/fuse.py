@@ -47,14 +47,16 @@ def fuse(
     the same checkpoint.
 
     The kernels run on NVIDIA GPUs. The chain runs on other platforms, and under `vmap` and
-    differentiation. A leaf falls back to XLA if its step is not elementwise (matrix products,
-    statistics of single rows, random bits). On a mesh with explicit axes, the whole chain then
-    runs instead. `explain` lists these leaves, with reasons.
+    differentiation. Kernels compute elementwise operations, reductions of a whole leaf, and
+    reductions over last axes whose length is a power of 2, at most 256. A leaf that needs anything
+    else (matrix products, `jax.random`) falls back to XLA. If a leaf falls back on a mesh with
+    explicit axes, the chain runs for all leaves. `explain` lists these leaves, with reasons.
 
-    A step is also compiled outside of `jit`: once for each structure, types and shardings of the
-    arguments, and for each value of options such as a flag. As under `jit`, the chain's Python code
-    does not run again after that. A Python number is part of the compiled program, so give arrays
-    for values that change. A step that takes a function as an argument is compiled at every call.
+    Outside of `jit`, `step` and `update` compile themselves. They compile again if the structure,
+    the types or the shardings of the arguments change, or the value of an option such as a flag. As
+    under `jit`, the chain's Python code runs only when they compile. A Python number is part of the
+    compiled program, so give arrays for values that change. A step that takes a function as an
+    argument is compiled at every call.
 
     `step` moves the fewest bytes, because it writes parameters and state in place. Donate both to
     the `jit` around it, or XLA copies them first. `update` is for loops that need the updates.

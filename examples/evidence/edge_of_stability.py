@@ -403,7 +403,7 @@ def judge_steadiness(edge: Mapping[str, Cells]) -> Finding:
 
     slow = ", ".join(f"{how} {shown(name)}" for name, how in SLOW.items())
     return Finding(
-        "VRAdam: a gate that bites steadies training at that edge, as a lower rate would not",
+        "VRAdam: a gate below 1 makes training at that edge steadier, and a lower rate does not",
         verdict,
         f"With beta3 = {STRONG:.0f} the loss peaks by {gated[PEAKS].mean:.2g} decades (its"
         f" logarithm is {gated[LOSS].mean:.2f} in the end), at {gated[OF_OWN_EDGE].mean:.2f} of"

@@ -38,15 +38,16 @@ def quantize_state(
     24 bits (`Split`), so Adam's state takes 2.125 bytes a parameter in place of 8. The name of a
     field of the state decides the format of its arrays. Other fields, and leaves that are small,
     don't fit or are not float32, stay as they are; `quantization_report` says why. With bfloat16
-    parameters, wrap the result in `master_weights` or `stochastic_rounding`, which keep float32
-    state.
+    parameters, wrap the result in `master_weights` or `stochastic_rounding`. They pass float32
+    parameters to `tx`, so its state is float32 and can be encoded.
 
     The random bits that round second moments come from the bits of the gradient that arrives here.
     So wrap a whole optimizer, clipping included: then equal gradients get equal random bits on any
-    mesh, compiled or fused. Averages with a decay above .999 (AdEMAMix' `m2`), error sums and
-    schedule-free's `z` need float32, and are not encoded. What is not finite stays with its
-    element: an infinite first moment becomes the largest finite number of its group, and a second
-    moment that is NaN becomes infinite.
+    mesh, compiled or fused. AdEMAMix' `m2`, sums of errors and schedule-free's `z` need float32; by
+    their names they are not encoded. The decay itself is not checked: if `b1` is far above .9, pass
+    `formats` that leave the first moment as it is. What is not finite stays with its element: an
+    infinite first moment becomes the largest finite number of its group, and a second moment that
+    is NaN becomes infinite.
 
     Source: ours. `formats.py` compares it with published formats.
 
