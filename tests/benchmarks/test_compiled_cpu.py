@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 LEAVES = {"leaf": jax.ShapeDtypeStruct((512, 512), jnp.float32)}
 PARAMETERS = 512 * 512
 
-PAGE = (summary.ROOT / summary.LOW_PRECISION).read_text(encoding="utf-8")
+PAGE = (summary.DOCS / "low_precision.md").read_text(encoding="utf-8")
 
 
 class Bytes(NamedTuple):
