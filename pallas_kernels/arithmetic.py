@@ -34,7 +34,7 @@ def clamp(low: jax.Array, x: jax.Array, high: jax.Array) -> jax.Array:
 
 
 def bitcast(x: jax.Array, *, new_dtype: Any) -> jax.Array:
-    """Compute `lax.bitcast_convert_type`; Mosaic's keeps the sign of integers."""
+    """Compute `lax.bitcast_convert_type`; Mosaic's result is signed as its operand is."""
     if jnp.issubdtype(x.dtype, jnp.integer) and jnp.issubdtype(new_dtype, jnp.integer):
         return convert(x, new_dtype=new_dtype, weak_type=False, sharding=None)
     return lax.bitcast_convert_type(x, new_dtype)

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -65,7 +66,8 @@ def _by_xla(node: Node, values: Mapping[Node, Any]) -> Any:
 
 def _bind(node: Node, operands: Sequence[Any]) -> Any:
     assert node.primitive is not None
-    return node.primitive.bind(*operands, **node.primitive.get_bind_params(node.params))
+    with np.errstate(all="ignore"):  # JAX may convert a number by NumPy, which warns
+        return node.primitive.bind(*operands, **node.primitive.get_bind_params(node.params))
 
 
 def _run_phase(compiled: Compiled, phase: Phase, value: Values) -> dict[Node, jax.Array]:

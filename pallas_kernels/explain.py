@@ -16,7 +16,8 @@ from pallas_kernels.fuse import FusedTransformation
 from pallas_kernels.graph import Kind, Node
 from pallas_kernels.launches import Phase
 from pallas_kernels.shardings import Shardings, of_parameters, of_value
-from pallas_kernels.trace import is_array, paths, types
+from pallas_kernels.shardings import check as check_sharding
+from pallas_kernels.trace import is_array, types
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class Report:
         )
         if self.devices > 1:
             count = sum(phase.all_reduces for phase in self.phases)
-            lines.append(f"on each of {self.devices} devices, with {count} all-reduces of norms")
+            lines.append(f"on each of {self.devices} devices, all-reduces: {count}")
         return "\n".join([*lines, *(f"left to XLA: {line}" for line in self.fallback_reasons)])
 
 
@@ -133,6 +134,8 @@ def explain(
         shapes = shapes if tx.shardings is None else _sharded(shapes, tx.shardings)
     else:
         compiler, chosen = Compiler(whole_step(tx), in_place=2), "auto"
+    if backend is None and chosen == backends.CHAIN:
+        raise ValueError(f"tx must be fused with a backend that has kernels, got {chosen!r}")
     backend = chosen if backend is None else backend
     backends.check(backend, or_chain=False)
     arguments = (shapes, types(tx.init, shapes), shapes, extra_args)
@@ -156,11 +159,12 @@ def _shape(x: Any) -> jax.ShapeDtypeStruct:
 def _sharded(shapes: Any, shardings: Shardings) -> Any:
     """Return the shapes with the shardings that the user gave for them."""
     given = of_parameters(shapes, shardings)
-    return jax.tree.map(
-        lambda path, x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=given[path]),
-        jax.tree.unflatten(jax.tree.structure(shapes), paths(shapes)),
-        shapes,
-    )
+    leaves, structure = jax.tree.flatten(shapes)
+    sharded = []
+    for (path, sharding), x in zip(given.items(), leaves, strict=True):
+        check_sharding(path, x.shape, sharding)
+        sharded.append(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding))
+    return jax.tree.unflatten(structure, sharded)
 
 
 def _shard(x: jax.ShapeDtypeStruct) -> tuple[int, ...]:

@@ -48,7 +48,7 @@ def fuse(
 
     The kernels run on NVIDIA GPUs. The chain runs on other platforms, and under `vmap` and
     differentiation. Kernels compute elementwise operations, reductions of a whole leaf, and
-    reductions over last axes whose length is a power of 2, at most 256. A leaf that needs anything
+    reductions over last axes that have 2, 4, … or 256 elements together. A leaf that needs anything
     else (matrix products, `jax.random`) falls back to XLA. If a leaf falls back on a mesh with
     explicit axes, the chain runs for all leaves. `explain` lists these leaves, with reasons.
 

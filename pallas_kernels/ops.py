@@ -81,7 +81,8 @@ def _rows(
 
 _NO_FLOATS = Support(missing=FLOATS)
 _NO_NUMBERS = Support(missing=FLOATS | INTEGERS | BITS)
-# Narrow integers are computed in 32 bits, where other bits are shifted in.
+# Narrow numbers are computed in 32 bits: a shift would move other bits in, and a bitcast would read
+# other bits.
 _NARROW = frozenset(("bfloat16", "float16", "int8", "uint8", "int16"))
 _ONLY_32_BITS = Support(missing=_NARROW)
 

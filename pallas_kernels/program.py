@@ -57,7 +57,7 @@ Ref = Input | Scalar | Result | Number
 class Predicate:
     """A condition: a scalar, and the value that it must have."""
 
-    scalar: Ref
+    scalar: Scalar
     value: bool
 
 
@@ -232,9 +232,11 @@ class _Code:
         reduced = result.kind is Kind.REDUCED
         value, needed = (result.args[0] if reduced else result), None
         if old is not None and _keeps(value, old):
-            kept = int(value.args[2] is old)  # the value of the predicate that selects `old`
-            needed = Predicate(self.ref(value.args[0]), value=not kept)
-            value = value.args[2 - kept]
+            which = self.ref(value.args[0])
+            if isinstance(which, Scalar):  # it is a number if the chain's code decides
+                kept = int(value.args[2] is old)  # the value of the predicate that selects `old`
+                needed = Predicate(which, value=not kept)
+                value = value.args[2 - kept]
         in_place = None if old is None else self.ref(old)
         assert in_place is None or isinstance(in_place, Input)
         return Root(

@@ -168,11 +168,8 @@ class _Reader:
     def _apply_to_scalars(self, op: Operation) -> list[Node]:
         result = op.types[0]
         if not any(a.kind is Kind.BROADCAST for a in op.args):
-            if op.primitive is lax.convert_element_type_p and op.args[0].kind is Kind.LITERAL:
-                number = op.args[0].number
-                converted = number.astype(result.dtype)
-                if np.array_equal(converted.astype(number.dtype), number, equal_nan=True):
-                    return [self.graph.literal(converted)]  # exact, so a kernel can contain it
+            if (literal := self._converted_literal(op)) is not None:
+                return [literal]
             if op.primitive is lax.broadcast_in_dim_p and result.size > 1:
                 return [self._broadcast(op.args[0], result)]
         elif op.primitive.name in SAME_ORDER and result.size == op.args[0].size:
@@ -183,6 +180,16 @@ class _Reader:
             (scalar,) = self.graph.results(Kind.XLA, op._replace(args=bare, types=[type_]))
             return [self._broadcast(scalar, result)]
         return self.graph.results(Kind.XLA, op)
+
+    def _converted_literal(self, op: Operation) -> Node | None:
+        """Return a literal of another dtype, which a kernel can contain, if it is exact."""
+        if op.primitive is not lax.convert_element_type_p or op.args[0].kind is not Kind.LITERAL:
+            return None
+        number = op.args[0].number
+        with np.errstate(all="ignore"):
+            converted = number.astype(op.types[0].dtype)
+            is_exact = np.array_equal(converted.astype(number.dtype), number, equal_nan=True)
+        return self.graph.literal(converted) if is_exact else None
 
     def _broadcast(self, scalar: Node, type_: Any) -> Node:
         if scalar.shape:

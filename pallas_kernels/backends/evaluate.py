@@ -99,7 +99,6 @@ def _apply(op: Op, operands: Sequence[jax.Array], target: Target) -> jax.Array:
 
 def holds(needed: Predicate, scalars: Sequence[jax.Array]) -> jax.Array:
     """Return whether a condition is met."""
-    assert isinstance(needed.scalar, Scalar)
     value = scalars[needed.scalar.index]
     return value if needed.value else jnp.logical_not(value)
 

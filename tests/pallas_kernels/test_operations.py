@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Callable
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -146,6 +147,39 @@ def test_each_lowers_for_a_gpu_or_is_left_to_xla(name, function, backend):
     assert all(": no kernel for " in line for line in left)
     text = lowered(lambda p: fuse(tx, backend=backend).update(p, tx.init(p)), params)
     assert (f"{backend}" in text) == (len(left) < len(params))
+
+
+def choose_by_a_constant(g, m):
+    return jnp.where(jnp.ones(m.shape, bool), 0.9 * m + g, m)
+
+
+def choose_by_a_converted_number(g, m):
+    def choose(number):
+        return lax.select_n(jnp.broadcast_to(number.astype(bool), m.shape), m, 0.9 * m + g)
+
+    return jax.jit(choose)(jnp.float32(1))
+
+
+def clip_beyond_the_dtype(g, m):
+    return jnp.clip(g.astype(jnp.float16), -1e30, 1e30).astype(jnp.float32) + m
+
+
+@pytest.mark.parametrize(
+    "average", [choose_by_a_constant, choose_by_a_converted_number, clip_beyond_the_dtype]
+)
+def test_numbers_that_are_known_while_tracing(average):
+    """Such a predicate is no scalar of a kernel, and a number may not fit into a dtype."""
+
+    def update(updates, state, params=None):
+        del params
+        state = jax.tree.map(average, updates, state)
+        return state, state
+
+    tx = optax.GradientTransformation(lambda params: jax.tree.map(jnp.zeros_like, params), update)
+    params = {"kernel": jnp.linspace(-1, 1, 2048)}
+    expected = tx.update(params, params)
+    ours = fuse(tx, backend="interpret", strict=True).update(params, params)
+    chex.assert_trees_all_close(ours, expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("backend", ["triton", "mosaic"])
