@@ -180,7 +180,8 @@ def by(format_: Any) -> Rounding:
 def only_second_in_bfloat16(field: Any, parameter: Any, leaf: Any) -> formats.BFloat16 | None:
     """Return the format of Adam's second moment; no other leaf has one."""
     del parameter, leaf
-    return formats.BFloat16() if field[-1].name == "nu" else None
+    is_second = any(getattr(key, "name", None) == "nu" for key in field)
+    return formats.BFloat16() if is_second else None
 
 
 class Stored(NamedTuple):

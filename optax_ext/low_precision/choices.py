@@ -32,7 +32,7 @@ class Choice(NamedTuple):
     reason: str
 
 
-# A function that chooses for each leaf of a state, which has these parameters.
+# Takes the leaves of a state, and the parameters; returns a choice for each leaf.
 Choose = Callable[[Iterable[tuple[Path, Any]], optax.Params], Sequence[Choice]]
 
 _FIRST_MOMENTS = frozenset(("mu", "m1", "trace", "later"))
@@ -60,7 +60,8 @@ def default_formats(*, group_size: int = 64, min_size: int = 4096) -> Formats:
     >>> import optax_ext
     >>> narrow = default_formats()
     >>> def formats(field, parameter, leaf):  # the fast first moment of AdEMAMix only
-    ...     return narrow(field, parameter, leaf) if field[-1].name == "m1" else None
+    ...     is_fast = any(getattr(key, "name", None) == "m1" for key in field)
+    ...     return narrow(field, parameter, leaf) if is_fast else None
     >>> tx = optax.contrib.ademamix(1e-3)
     >>> print(optax_ext.quantization_report(tx, jnp.ones(4096), formats).bytes)
     37128
@@ -99,6 +100,8 @@ def chooser(formats: Formats | None, shardings: Any) -> Choose:
         """Return the format, or `None` and the reason."""
         if isinstance(x, tuple):
             return None, "encoded already"
+        if not hasattr(x, "dtype"):
+            return None, "no array"
         if (dtype := jnp.result_type(x)) != jnp.float32:
             return None, dtype.name
         if not x.size:
@@ -129,7 +132,7 @@ def _explicit_sharding(type_: Any) -> NamedSharding | None:
 
 
 def leaves(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> Iterator[tuple[Path, Any]]:
-    """Yield each leaf's path, with the names of `NamedTuple` classes, and the leaf."""
+    """Yield each leaf's path, with the names of classes, and the leaf."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf):
         yield tuple(_with_names(tree, path)), leaf
 
@@ -148,7 +151,8 @@ def _with_names(node: Any, path: Path) -> Iterator[Any]:
 class ByPath:
     """The leaves of a tree like the parameters, looked up by the end of a path in the state.
 
-    Paths have the names of classes, so no field of a state is mistaken for one of the parameters.
+    Paths have the names of classes, so a named field of a state is not mistaken for one of the
+    parameters.
     """
 
     def __init__(self, tree: Any) -> None:

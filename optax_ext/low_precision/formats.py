@@ -222,8 +222,8 @@ class _Grouped:
 class SignedRoot(_Grouped):
     """The signed root in int8, for first moments; see the module's docstring.
 
-    It rounds to the nearest code: an average of b1 = .9 moves by more than a code in a step. Do not
-    use it for b1 > .999, nor for averages whose difference is small compared to them.
+    It rounds to the nearest code: an average of b1 = .9 moves by more than a code in a step. Slower
+    averages are not tested. Do not use it for averages whose difference is small compared to them.
     """
 
     def encode(self, x: jax.Array) -> SignedRootCodes:

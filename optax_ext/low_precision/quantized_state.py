@@ -43,20 +43,23 @@ def quantize_state(
 
     The random bits that round second moments come from the bits of the gradient that arrives here.
     So wrap a whole optimizer, clipping included: then equal gradients get equal random bits on any
-    mesh, compiled or fused. AdEMAMix' `m2`, sums of errors and schedule-free's `z` need float32; by
-    their names they are not encoded. The decay itself is not checked: if `b1` is far above .9, pass
-    `formats` that leave the first moment as it is. What is not finite stays with its element: an
-    infinite first moment becomes the largest finite number of its group, and a second moment that
-    is NaN becomes infinite.
+    mesh, compiled or fused. AdEMAMix' `m2`, sums of errors and schedule-free's `z` need float32.
+    They are recognized by their names, and stay as they are. Decays are not checked: if `b1` is
+    larger than .9, read `SignedRoot`, or pass `formats` that leave the first moment as it is.
+
+    A value that is not finite does not affect its neighbors. An infinite first moment becomes the
+    largest finite number of its group, and a second moment that is NaN becomes infinite. So without
+    a first moment (RMSProp), the later updates of such an element are 0, not NaN.
 
     Source: ours. `formats.py` compares it with published formats.
 
     Args:
       tx: an optimizer.
       formats: a function that returns the format of an array of the state. To leave the array as it
-        is, it returns `None` or a string with the reason. It takes the path of the field
-        (`field[-1].name` is "mu"), the path of the parameter inside of the field, and the array.
-        The keys of paths are those of JAX, but `optax.tree_utils.NamedTupleKey` for a `NamedTuple`.
+        is, it returns `None` or a string with the reason. It takes the path of the field, the path
+        of the parameter inside of the field, and the array. The keys of paths are those of JAX, but
+        `optax.tree_utils.NamedTupleKey` for a `NamedTuple`. A field can have any keys, or none:
+        look for a name by `any(getattr(key, "name", None) == "mu" for key in field)`.
         The default is `default_formats()`, which has options.
       shardings: a tree like the parameters with their `NamedSharding`, if parameters are sharded. A
         leaf whose groups would cross shards then stays as it is. Shardings along explicit axes of a
@@ -94,9 +97,9 @@ def quantize_state(
             bits = _random_bits(path, x, gradient_of, step) if node.is_dithered else None
             return node.encode(x, bits)
 
-        new, structure = jax.tree.flatten(new, is_leaf=is_whole)
-        pairs = zip(leaves(old, is_whole), new, strict=True)
-        encoded = jax.tree.unflatten(structure, [encode(*place, x) for place, x in pairs])
+        structure = jax.tree.structure(old, is_leaf=is_whole)
+        pairs = zip(leaves(old, is_whole), structure.flatten_up_to(new), strict=True)
+        encoded = structure.unflatten(encode(path, node, x) for (path, node), x in pairs)
         return result, QuantizedState(step, encoded)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -308,6 +308,44 @@ class TestState:
         chosen = {leaf.path: leaf.format for leaf in report.leaves if leaf.format}
         assert chosen == {"0/mu/kernel": formats.SignedRoot(), "0/mu/bias": formats.BFloat16()}
 
+    @pytest.mark.parametrize(
+        "tx",
+        [
+            optax.inject_hyperparams(optax.adam)(1.0),
+            optax.lookahead(optax.adam(1.0), 5, 0.5),
+            optax.GradientTransformation(
+                lambda params: params, lambda g, state, params=None: (g, state)
+            ),
+            optax.GradientTransformation(
+                lambda params: 0.5, lambda g, state, params=None: (g, state)
+            ),
+        ],
+        ids=["dictionary", "structure of its own", "parameters", "number"],
+    )
+    def test_formats_see_fields_of_any_kind(self, tx):
+        def narrow_second(field, parameter, leaf):
+            del parameter, leaf
+            is_second = any(getattr(key, "name", None) == "nu" for key in field)
+            return formats.FourthRoot() if is_second else None
+
+        params = jnp.ones((64, 64))
+        if "lookahead" in str(tx.init):
+            params = optax.LookaheadParams.init_synced(params)
+        report = optax_ext.quantization_report(tx, params, narrow_second)
+        assert [leaf.format for leaf in report.leaves if leaf.format] == (
+            [formats.FourthRoot()] * any("nu" in leaf.path for leaf in report.leaves)
+        )
+
+    def test_another_structure_is_an_error(self):
+        renamed = optax.GradientTransformation(
+            lambda params: {"a": params, "b": params},
+            lambda g, state, params=None: (g, {"a": state["a"], "c": state["b"]}),
+        )
+        tx = optax_ext.quantize_state(renamed)
+        params = jnp.ones((64, 64))
+        with pytest.raises(ValueError, match="key mismatch"):
+            tx.update(params, tx.init(params), params)
+
     @pytest.mark.parametrize("case", slow_unless(METHODS[:1], METHODS))
     def test_dequantized_state_is_that_of_the_chain(self, case):
         tx = case.build()
