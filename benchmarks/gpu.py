@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks import command_line, gpu_process, history
+from benchmarks import command_line, gpu_process, history, latest
 from benchmarks.contenders import CONTENDERS, REFERENCE
 from benchmarks.gpu_process import INTERPRETED, NARROW, NUMERICS, TORCH, Case, Row
 from benchmarks.leaf_sets import LEAF_SETS, count, in_words
@@ -37,29 +37,30 @@ OPTIMIZERS_BY_WORTH = (
     *("adamw, 8 bits", "adamw, 8 bits, bfloat16"),
 )
 MINUTES, PROCESS_SECONDS = 8.5, 180.0
+CACHE = "optax-ext-gpu-programs"
 COMMAND = (sys.executable, "-m", "benchmarks.gpu_process")
 ROOT = Path(__file__).parents[1]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure the selected cases until the time is over."""
-    deadline, parser = time.monotonic(), make_parser()
+    begin, parser = time.monotonic(), make_parser()
     options = parser.parse_args(argv)
-    deadline += 60 * options.minutes
+    deadline = begin + 60 * options.minutes
     if options.smoke:
         options.sets, options.optimizers = [NUMERICS, ONE_LEAF], [REFERENCE]
     platform = "cpu" if set(options.backends) == {INTERPRETED} else "gpu"
     os.environ["JAX_PLATFORMS"] = "cpu" if platform == "cpu" else "cuda,cpu"
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # leaves memory for PyTorch
-    with tempfile.TemporaryDirectory() as cache:
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = cache  # so that each chain is compiled once
-        try:
-            options.out.mkdir(parents=True, exist_ok=True)
-            run = Run(options.out, find_device(platform))
-        except (OSError, RuntimeError, subprocess.TimeoutExpired) as error:
-            parser.error(str(error))
-        jobs = list(jobs_by_worth(options.sets, options.optimizers, options.backends))
-        sys.exit(run(jobs, deadline, resume=options.resume))
+    # Each chain is compiled once, and `--resume` continues where a process ran out of time.
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(tempfile.gettempdir()) / CACHE)
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+        run = Run(options.out, find_device(platform))
+    except (OSError, RuntimeError, subprocess.TimeoutExpired) as error:
+        parser.error(str(error))
+    jobs = list(jobs_by_worth(options.sets, options.optimizers, options.backends))
+    sys.exit(run(jobs, deadline, resume=options.resume))
 
 
 def jobs_by_worth(
@@ -92,14 +93,15 @@ def find_device(platform: str) -> Row:
     return json.loads(found.stdout.splitlines()[-1])
 
 
-def driver() -> dict[str, str]:
-    """Return the version of the GPU's driver, if nvidia-smi reports it."""
+def driver_version() -> dict[str, str]:
+    """Return the version of the GPU's driver if nvidia-smi reports it."""
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         found = subprocess.run(query, capture_output=True, text=True, check=True, timeout=10)
     except (OSError, subprocess.SubprocessError):
         return {}
-    return {"driver": found.stdout.splitlines()[0]}
+    lines = found.stdout.splitlines()
+    return {"driver": lines[0]} if lines else {}
 
 
 class Run:
@@ -115,7 +117,7 @@ class Run:
         kind = device["kind"].removeprefix("NVIDIA ").lower().replace(" ", "-")
         self.path = folder.resolve() / f"gpu-{kind}.jsonl"
         found = history.circumstances(device["device"], PACKAGES)
-        self.environment = dataclasses.replace(found, versions=found.versions | driver())
+        self.environment = dataclasses.replace(found, versions=found.versions | driver_version())
         self.shared = dataclasses.asdict(self.environment)
         self.bandwidth, self.command = device["bandwidth"], command
         self.begin = len(load(self.path))
@@ -129,8 +131,8 @@ class Run:
         missing = [case for case in planned if str(case) not in passed]
         for cases in jobs:
             left = [case for case in cases if case in missing]
-            if left and time.monotonic() < deadline:
-                self.measure(left, deadline)
+            while left and time.monotonic() < deadline:
+                left = self.measure(left, deadline)
             measured = passed | {row["case"] for row in load(self.path)[self.begin :]}
             missing = [case for case in planned if str(case) not in measured]
             text = report(self.rows(), missing, self.environment, self.bandwidth)
@@ -145,27 +147,36 @@ class Run:
         rows = (row for row in load(self.path) if all(row[x] == self.shared[x] for x in keys))
         return {row["case"]: row for row in rows}
 
-    def measure(self, cases: Sequence[Case], deadline: float) -> None:
-        """Run a process for these cases, and write rows for those that it did not measure."""
+    def measure(self, cases: Sequence[Case], deadline: float) -> list[Case]:
+        """Run a process for these cases; return the cases for the next process.
+
+        If a process crashes, its current case has failed, and the next process measures the rest.
+        If a process takes too long, all its missing cases have failed.
+        """
         before, left = len(load(self.path)), deadline - time.monotonic()
         job = {"path": str(self.path), "environment": self.shared, "bandwidth": self.bandwidth}
         command = [*self.command, json.dumps(job | {"cases": cases})]
-        limit, is_over = min(PROCESS_SECONDS, left), False
+        limit, code = min(PROCESS_SECONDS, left), 0
         try:
             code = subprocess.run(command, cwd=ROOT, check=False, timeout=limit).returncode
             reason = f"its process ended with exit code {code}"
         except subprocess.TimeoutExpired:
-            reason, is_over = f"its process took more than {limit:.0f} s", limit == left
-        measured = {row["case"] for row in load(self.path)[before:]}
-        for case in cases:
-            if str(case) not in measured and not is_over:
-                gpu_process.append(self.path, case, gpu_process.failure(reason), self.shared)
-        times = [
-            history.Measurement("gpu", row["case"], "ms", row["median_ms"], row["spread_ms"])
-            for row in load(self.path)[before:]
-            if "median_ms" in row
-        ]
+            reason = f"its process took more than {limit:.0f} s"
+        rows = load(self.path)[before:]
+        measured = {row["case"] for row in rows}
+        missing = [case for case in cases if str(case) not in measured]
+        # A process that has no more time says nothing about the cases that it did not reach.
+        failed = [] if limit == left and not code else missing[:1] if code else missing
+        if code == gpu_process.BROKEN:  # the failed case has a row
+            failed = []
+        for case in failed:
+            gpu_process.append(self.path, case, gpu_process.failure(reason), self.shared)
+        right = {
+            row["case"]: row for row in rows if row["passed"] and row["backend"] != INTERPRETED
+        }
+        times = latest.step_times("gpu", right)
         history.append(self.path.with_name("history.jsonl"), times, self.environment)
+        return [case for case in missing if case not in failed] if code else []
 
 
 def load(path: Path) -> list[Row]:
@@ -175,7 +186,7 @@ def load(path: Path) -> list[Row]:
 
 
 class Target(NamedTuple):
-    """A number of fused steps, which is `None` where it does not apply, and its lower limit."""
+    """A number to compute from a row (`None` if it does not apply), and its lower limit."""
 
     text: str
     least: float
@@ -200,7 +211,8 @@ TARGETS = (
 
 def verdict(target: Target, backend: str, rows: Mapping[str, Row]) -> str:
     """Describe whether all steps by this backend reach the target, and name the worst case."""
-    timed = (row for row in rows.values() if row["backend"] == backend and row.get("speed_up"))
+    right = (row for row in rows.values() if row["passed"] and row["backend"] == backend)
+    timed = (row for row in right if row.get("speed_up"))
     found = sorted((x, row["case"]) for row in timed if (x := target.number(row)) is not None)
     if not found:
         return "not measured"
@@ -214,7 +226,8 @@ NOTES = """\
   torch, they are optax.adamw and PyTorch's AdamW in a CUDA graph. spread_ms: the interquartile
   range. Steps run in a loop inside of one program. All programs of a row take turns with a copy.
 - speed_up: the time of the chain, divided by that of the fused step.
-- of_copy: the bytes that a fused step must move, divided by its time, relative to the copy.
+- of_copy: the bytes that a fused step must move, divided by its time, relative to the bandwidth of
+  the copy, copy_gb_per_s.
 - to_adamw_per_byte: the time per byte, relative to optax.adamw by XLA with graphs.
 - drift: the difference from the chain's parameters after a call, relative to their movement.
 - graphs: whether XLA may use CUDA graphs. It uses them for five launches or more.
@@ -225,7 +238,7 @@ NOTES = """\
 
 TIMED = (
     *("optimizer", "backend", "graphs", "chain_ms", "median_ms", "spread_ms", "speed_up"),
-    *("of_copy", "to_adamw_per_byte", "drift"),
+    *("of_copy", "copy_gb_per_s", "to_adamw_per_byte", "drift"),
 )
 COMPARED = (
     *("leaf_set", "optimizer", "backend", "to_chain", "to_chain_narrow", "changed"),

@@ -29,9 +29,12 @@ Submit = Callable[[Callable[[], Any]], Future[Any]]
 # The kinds of numerics, in place of a set of leaves.
 NUMERICS, NARROW = "numerics", "numerics, bfloat16 parameters"
 TORCH, INTERPRETED = "torch", "interpret"
+# The exit code of a process that ends after an error, because the device may not work any more.
+BROKEN = 3
 
-# The programs of these cases compile together on all cores while nothing is timed.
-CASES_AT_ONCE = 10
+# The programs of these cases compile together on all cores while nothing is timed. With more cases,
+# the first rows would come later.
+CASES_AT_ONCE = 4
 # This forbids CUDA graphs. Otherwise XLA uses them for five launches or more.
 NO_GRAPHS = {"xla_gpu_enable_command_buffer": ""}
 # A call of a program takes CPU time for each leaf, during which the GPU must not wait.
@@ -84,6 +87,8 @@ def work(job: Mapping[str, Any]) -> None:
         for case, measure in zip(batch, prepared, strict=True):
             row = measure if isinstance(measure, dict) else attempt(measure)
             append(Path(job["path"]), case, row, job["environment"])
+            if "error" in row and row is not measure:
+                sys.exit(BROKEN)  # after some errors, CUDA fails in the whole process
 
 
 def attempt(function: Callable[[], Any]) -> Any:
@@ -153,8 +158,8 @@ def weights(params: Any, state: Any) -> Any:
 def prepare_numerics(case: Case, submit: Submit) -> Measure:
     """Begin to compile the fused step, the chain, and its step in float64; return the comparison.
 
-    Each comparison begins at the chain's state, so differences don't add up. Arrays are aligned to
-    16 bytes, because XLA rejects others.
+    Each comparison begins at the chain's state, so differences don't add up. Arrays that begin off
+    a multiple of 16 bytes are not tested, because XLA rejects them.
     """
     contender, shapes = CONTENDERS[case.optimizer], leaves_of(NUMERICS, case.backend)
     chain, fused = (fuse(contender.tx, backend=name) for name in ("xla", case.backend))
@@ -274,7 +279,9 @@ class Times:
         seconds = SECONDS_PER_CALL * (1 + len(self.leaves) / LEAVES_PER_CALL)
         self.per_call = bandwidth * (seconds / 10 if backend == INTERPRETED else seconds)
         self.adamw = contenders.floor(REFERENCE, leaf_set) * count(self.leaves)
-        self.steps = math.ceil(self.per_call / self.adamw)
+        # Whole periods of lookahead, whose synchronizations move more bytes.
+        period = contenders.SYNC_PERIOD
+        self.steps = period * math.ceil(self.per_call / (period * self.adamw))
         self.arrays = normal(self.leaves, 0, SIZE), normal(self.leaves, 1, SIZE)
         self.programs: dict[tuple[str, str], Future[Any]] = {}
         self.references: dict[str, timing.Turn] = {}
@@ -396,7 +403,10 @@ def torch_turn(params: Any, grads: Any, steps: int) -> timing.Turn:
 
 def probe(platform: str) -> Row:
     """Return the device, and the bandwidth of a copy."""
-    device, turns = command_line.find_device(platform), {"copy": copy_turn(4)}
+    device, turns = (
+        command_line.find_device(platform),
+        {"copy": copy_turn(4 if platform == "cpu" else 40)},
+    )
     copy = timing.by_turns(turns, repeats=TURNS, dropped=1)["copy"]
     found = {"kind": device.device_kind, "device": history.describe(device)}
     return found | {"bandwidth": timing.copied_bytes() / copy.median}

@@ -44,8 +44,8 @@ NOTES = (
     "kernels: the launches of a step. bytes: the bytes that they move per parameter. floor: the"
     " bytes that every step must move. temporary: the memory in addition to arguments and results,"
     " relative to the parameters. compile: the CPU time; it is not compared with the recorded one."
-    " held: the memory per device, relative to the ideal. told: the communication: collectives and"
-    " the number of elements in their results."
+    " memory: per device, relative to the ideal. communication: collectives and the number of"
+    " elements in their results."
 )
 
 

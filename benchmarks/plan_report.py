@@ -138,8 +138,8 @@ def pod_summary(rows: Mapping[str, Row]) -> str:
             continue
         cells = {"optimizer": name, "ideal": ideal}
         for layout, row in found.items():
-            cells[f"{layout}: held"] = percent_more(row, row["chain"]["held"]) if row else "–"
-            cells[f"{layout}: told"] = told(row["chain"]["kinds"]) if row else "–"
+            cells[f"{layout}: memory"] = percent_more(row, row["chain"]["held"]) if row else "–"
+            cells[f"{layout}: communication"] = told(row["chain"]["kinds"]) if row else "–"
         lines.append(cells)
     return _table(lines)
 
@@ -185,7 +185,7 @@ def terminal(leaf_set: str, measured: Iterable[tuple[Row, Sequence[Change]]]) ->
       measured: the rows, each with its changes from the recorded row.
     """
     shared = leaf_set in SHARDED_SETS
-    columns = ("held", "told") if shared else ("floor", "temporary", "compile")
+    columns = ("memory", "communication") if shared else ("floor", "temporary", "compile")
     drawn = make_table(title(leaf_set), ["optimizer", "way"], ("kernels", "bytes", *columns))
     for row, changed in measured:
         for way in (way for way in WAYS if way in row):

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from benchmarks import command_line, latest, memory, plan_report, plots, scaling, step
+from benchmarks import RESULTS, command_line, latest, memory, plan_report, plots, scaling, step
 from benchmarks.latest import Row
 from benchmarks.peers import PEERS
 
@@ -19,7 +19,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         for path in sorted(options.out.glob(f"{benchmark}-*.json")):
             draw_results(path)
             print(path.with_suffix(".svg"))
-    for page, tables in contents(options.out).items():
+    # The pages show the recorded results only.
+    pages = contents(RESULTS) if options.out.resolve() == RESULTS.resolve() else {}
+    for page, tables in pages.items():
         path = DOCS / page
         text = path.read_text(encoding="utf-8")
         for name, content in tables.items():
