@@ -10,6 +10,11 @@ import numpy as np
 from jax.extend.core import Primitive
 
 
+def number_of(data: bytes, dtype: Any) -> Any:
+    """Return the NumPy scalar with these bytes."""
+    return np.frombuffer(data, np.dtype(dtype))[0]
+
+
 class Kind(enum.Enum):
     """The role of a value in a fused step."""
 
@@ -54,7 +59,7 @@ class Node:
     @property
     def number(self) -> Any:
         """The value of a literal."""
-        return np.frombuffer(self.params["bytes"], self.dtype)[0]
+        return number_of(self.params["bytes"], self.dtype)
 
     @property
     def size(self) -> int:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.program import Body
 
-# The warps that run a block of Mosaic's kernels; each has whole rows.
+# The warps that run a block of Mosaic's kernels. In a block of several rows, each has whole rows.
 WARPS = 4
 # The first operands of a launch: all scalars, as one float vector and one integer vector.
 PACKS = ("float32", "int32")
@@ -184,7 +184,7 @@ class Layout:
         """
         if self.widths[-1] > 1 or not body.lengths:
             return self.widths
-        row, (first, *rest) = body.lengths[0], self.widths
+        row, (first, *rest) = body.longest_row, self.widths
         of_rows = (width if width >= WARPS * row else row for width in rest)
         return tuple(dict.fromkeys((max(first, WARPS * row), *of_rows)))
 

@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 from jax.extend.core import Primitive
 
-from pallas_kernels.graph import Kind, Node
+from pallas_kernels.graph import Kind, Node, number_of
 from pallas_kernels.ops import REDUCTIONS, SAME_ORDER
 
 
@@ -47,7 +47,7 @@ class Number:
     @property
     def value(self) -> Any:
         """The number, as a NumPy scalar."""
-        return np.frombuffer(self.data, np.dtype(self.dtype))[0]
+        return number_of(self.data, self.dtype)
 
 
 Ref = Input | Scalar | Result | Number
@@ -124,6 +124,11 @@ class Body:
         """The lengths of its rows, in decreasing order; empty if all values are elementwise."""
         rows = {*self.rows, *(op.row for op in self.ops)}
         return tuple(sorted(rows - {1}, reverse=True))
+
+    @property
+    def longest_row(self) -> int:
+        """The length of its longest rows; 1 if it has none."""
+        return self.lengths[0] if self.lengths else 1
 
     @cached_property
     def stored(self) -> tuple[Root, ...]:

@@ -20,7 +20,7 @@ class Choice(NamedTuple):
     """The choice for one leaf of a state.
 
     Attributes:
-      path: the leaf's path, with the names of `NamedTuple` classes.
+      path: the leaf's path, with the names of classes.
       leaf: the leaf.
       format: its format; `None` means that it stays as it is.
       reason: why it stays as it is; empty if it has a format.
@@ -101,7 +101,7 @@ def chooser(formats: Formats | None, shardings: Any) -> Choose:
         if isinstance(x, tuple):
             return None, "encoded already"
         if not hasattr(x, "dtype"):
-            return None, "no array"
+            return None, "not an array"
         if (dtype := jnp.result_type(x)) != jnp.float32:
             return None, dtype.name
         if not x.size:

@@ -152,7 +152,7 @@ def quantize_existing_state(
 
 def _encode(state: Any, params: optax.Params, choose: Choose) -> Any:
     choices = choose(leaves(state, is_whole), params)
-    encoded = [x if format_ is None else format_.encode(x) for _, x, format_, _ in choices]
+    encoded = [c.leaf if c.format is None else c.format.encode(c.leaf) for c in choices]
     return jax.tree.unflatten(jax.tree.structure(state, is_leaf=is_whole), encoded)
 
 

@@ -21,8 +21,8 @@ _WIDE = {"bfloat16": "float32", "float16": "float32"} | dict.fromkeys(
 _MOVES = frozenset(("convert_element_type", "copy", "stop_gradient"))
 
 
-class Tile(Protocol):
-    """The form of a block's values.
+class BlockShape(Protocol):
+    """The shapes of a block's values.
 
     In all functions, `row` is how many elements of the leaf share one element of the result.
     """
@@ -44,7 +44,7 @@ def evaluate(
     body: Body,
     blocks: Sequence[jax.Array],
     scalars: Sequence[jax.Array],
-    tile: Tile,
+    block_shape: BlockShape,
     target: Target,
 ) -> list[jax.Array]:
     """Return the roots' values for one block.
@@ -53,7 +53,7 @@ def evaluate(
       body: what to compute.
       blocks: one block of each input.
       scalars: the values of the body's scalars.
-      tile: the form of the block.
+      block_shape: the shapes of the block's values.
       target: the backend whose kernel this is.
     """
     done: list[jax.Array] = []
@@ -70,15 +70,15 @@ def evaluate(
                 x = done[ref.index]
         own = body.row(ref)
         if own is not None and own > row:
-            x = tile.spread(x, row)
-        return jnp.broadcast_to(x, tile.shape(row))
+            x = block_shape.spread(x, row)
+        return jnp.broadcast_to(x, block_shape.shape(row))
 
     for op in body.ops:
         if op.primitive.name in ROW_REDUCTIONS:
             (x,) = op.operands
             x = value(x, body.row(x) or 1)
             reduce = REDUCE[REDUCTIONS[op.primitive.name]]
-            done.append(tile.reduce(x.astype(jnp.float32), op.row, reduce).astype(x.dtype))
+            done.append(block_shape.reduce(x.astype(jnp.float32), op.row, reduce).astype(x.dtype))
         elif op.primitive is lax.broadcast_in_dim_p:
             done.append(value(op.operands[0], op.row))
         else:

@@ -6,8 +6,8 @@ has a mask. So a leaf is cut into blocks that never extend past its end: wide bl
 the constant bounds of the spans. Leaves whose programs have the same form share the code of the
 computation. Only the loads and the stores have code for each leaf.
 
-A leaf with rows is cut into blocks of whole rows, and then into single rows: `tile.py` has the form
-of a block.
+A leaf with rows is cut into blocks of whole rows, and then into single rows: `tile.py` has the
+shape of a block.
 """
 
 import itertools
@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.backends.evaluate import COMBINE, REDUCE, evaluate, holds, identity_of
-from pallas_kernels.backends.tile import LANES, Tile, load, shape_in_memory
+from pallas_kernels.backends.tile import LANES, Tile, load, reduce_to, shape_in_memory
 from pallas_kernels.layout import Group, Layout, PartialReduction, Span
 from pallas_kernels.ops import MOSAIC
 
@@ -66,7 +66,7 @@ def launch(
             parts = [(root.reduction, x.astype(jnp.float32)) for root, x in pairs if root.reduction]
             for k, (reduction, value) in enumerate(parts):
                 mine = k * blocks + block.me + block.look_up(table, _SHIFT)
-                new[-1][mine] = tile.total(value, REDUCE[reduction])
+                new[-1][mine] = reduce_to(0, value, REDUCE[reduction])
             stored = [(root, x.astype(root.dtype)) for root, x in pairs if not root.reduction]
 
             def store(leaf: int, at: jax.Array) -> Any:
@@ -185,7 +185,7 @@ class _Block:
       first_span: the index of the group's first span among all spans.
       starts: for each span of the group, the index of its first block.
       span: the index of the block's span in the group.
-      tile: the form of its values.
+      tile: the shapes of its values.
     """
 
     me: jax.Array

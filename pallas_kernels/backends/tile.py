@@ -36,8 +36,7 @@ _PLGPU_STORE = getattr(plgpu, "store", None)
 
 def shape_in_memory(leaf: Leaf, row: int) -> tuple[int, ...]:
     """Return the shape of an array with one element for each `row` elements of the leaf."""
-    lengths = leaf.body.lengths
-    return (leaf.size // max(lengths, default=1), *_axes(lengths, row))
+    return (leaf.size // leaf.body.longest_row, *_axes(leaf.body.lengths, row))
 
 
 def load(part: Any, layout: Any) -> jax.Array:
@@ -46,9 +45,16 @@ def load(part: Any, layout: Any) -> jax.Array:
     return plgpu.load(part, **whole, layout=layout, optimized=False)
 
 
+def reduce_to(axes: int, x: jax.Array, reduce: Callable[..., jax.Array]) -> jax.Array:
+    """Reduce the last axes, one at a time, until this number is left."""
+    while x.ndim > axes:
+        x = reduce(x, axis=-1)
+    return x
+
+
 @dataclass(frozen=True)
 class Tile:
-    """The form of a block's values; see `evaluate.Tile`.
+    """The shapes of a block's values: an `evaluate.BlockShape`.
 
     A block is one of the longest rows, or several. A block of one row is shared by all warps, which
     compute the same.
@@ -71,16 +77,7 @@ class Tile:
 
     def reduce(self, x: jax.Array, row: int, reduce: Callable[..., jax.Array]) -> jax.Array:
         """Reduce the axes that a value with `row` lacks, one at a time."""
-        x = self._cast(x)
-        while x.ndim > len(self.shape(row)):
-            x = reduce(x, axis=-1)
-        return x
-
-    def total(self, x: jax.Array, reduce: Callable[..., jax.Array]) -> jax.Array:
-        """Reduce all axes."""
-        while x.shape:
-            x = reduce(x, axis=-1)
-        return x
+        return reduce_to(len(self.shape(row)), self._cast(x), reduce)
 
     def load_if(
         self, needed: Predicate | None, scalars: Sequence[jax.Array], ref: Any, at: Any, row: int
@@ -141,6 +138,7 @@ class Tile:
 
     @property
     def _vector(self) -> int:
+        """Elements that a thread accesses at once; they lie in one row, even the shortest."""
         threads = _WARP if self._rows == 1 else LANES
         return min(_VECTOR, *self.lengths[-1:], max(1, self.width // threads))
 
@@ -170,7 +168,7 @@ class Tile:
             warp_dims=(plgpu.Replicated(WARPS) if shared else -4 * n,),
             lane_dims=(copies, *range(-2 * n, -n)),
             vector_dim=-1,
-            _check_canonical=False,
+            _check_canonical=False,  # the next call makes it canonical
         ).canonicalize()
         layout = plgpu.Layout.TILED(
             tiled.tiling, tiled.warp_dims, tiled.lane_dims, tiled.vector_dim

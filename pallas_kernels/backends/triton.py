@@ -98,7 +98,7 @@ class _Block:
         """Load the block, compute, and store the results."""
         body, scalars = self.layout.forms[self.form].body, self._scalars()
         *arrays, valid = self._on_leaf(partial(self._load, scalars))
-        values = evaluate(body, arrays, scalars, _Tile(), TRITON)
+        values = evaluate(body, arrays, scalars, _VectorShape(), TRITON)
         pairs = [*zip(body.roots, values, strict=True)]
         parts = [(root.reduction, root.row, x) for root, x in pairs if root.reduction]
         for k, (reduction, row, value) in enumerate(parts):
@@ -231,8 +231,8 @@ def _search(
     )
 
 
-class _Tile:
-    """The form of all blocks, as `evaluate.Tile` says: vectors, which are shorter for rows."""
+class _VectorShape:
+    """The `evaluate.BlockShape` of all blocks: vectors, which are shorter for rows."""
 
     def shape(self, row: int) -> tuple[int, ...]:
         return (BLOCK // row,)
