@@ -52,7 +52,7 @@ def run(folder: Path, script: str, *, seconds: float = 300, resume: bool = False
 
 
 def results(folder: Path) -> tuple[list[dict[str, Any]], str]:
-    """All rows of the file, and the report."""
+    """Return all rows of the file, and the report."""
     report = (folder / "gpu-t1-80gb.md").read_text(encoding="utf-8")
     return gpu.load(folder / "gpu-t1-80gb.jsonl"), report
 

@@ -189,7 +189,7 @@ class TestFormats:
 
     @pytest.mark.parametrize("format_", [formats.SignedRoot(), formats.FourthRoot()], ids=repr)
     def test_zeros_are_encoded_without_a_nan(self, format_):
-        """Whose conversion to an integer depends on the device."""
+        """The conversion of a NaN to an integer would depend on the device."""
         with jax.debug_nans(True):
             np.testing.assert_array_equal(format_.encode(jnp.zeros(64)).decode(), 0)
 

@@ -28,7 +28,7 @@ STEPS = 4
 
 
 def in_small_groups(field: Any, parameter: Any, leaf: Any) -> Any:
-    """The default formats in groups of 4, or of 1 where these don't fit."""
+    """Return the default formats in groups of 4, or of 1 where these don't fit."""
     size = 4 if leaf.size % 4 == 0 else 1
     return optax_ext.default_formats(group_size=size, min_size=1)(field, parameter, leaf)
 
@@ -105,7 +105,7 @@ def initial(weights, params):
 
 @cache
 def compiled(name, weights):
-    """Compiled inits and steps of an optimizer: in float32, and in few bits."""
+    """Return compiled inits and steps of an optimizer: in float32, and in few bits."""
 
     def step(tx, params, state, grads):
         grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)

@@ -168,7 +168,7 @@ def clip_beyond_the_dtype(g, m):
     "average", [choose_by_a_constant, choose_by_a_converted_number, clip_beyond_the_dtype]
 )
 def test_numbers_that_are_known_while_tracing(average):
-    """Such a predicate is no scalar of a kernel, and a number may not fit into a dtype."""
+    """A kernel has no scalar for such a predicate, and a number may not fit into a dtype."""
 
     def update(updates, state, params=None):
         del params

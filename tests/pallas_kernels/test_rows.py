@@ -73,7 +73,7 @@ WEIGHTS = {
 
 @cache
 def compiled(name):
-    """The steps of the chain and of the kernels, compiled as written; see `Race`."""
+    """Return the steps of the chain and of the kernels, compiled as written; see `Race`."""
     tx = CHAINS[name]
     fused = fuse(tx, backend="interpret", strict=True).step
     options = {"xla_allow_excess_precision": False, "xla_disable_hlo_passes": "algsimp"}
@@ -84,7 +84,7 @@ def compiled(name):
 @given(grads=streams({k: shape(*v) for k, v in SHAPES.items()}, steps=3))
 @settings(max_examples=10)
 def test_fused_state_is_that_of_the_chain(name, grads):
-    """Bit-exactly where no compiler rounds a product before a sum in one of the programs only."""
+    """States are equal to the bit unless a compiler fuses a product and a sum in one of them."""
     start = arrays(0), jax.jit(CHAINS[name].init)(arrays(0))
     expected, ours = start, start
     chain, fused = compiled(name)
@@ -178,7 +178,7 @@ def test_statistics_of_rows(name, backend):
 
 
 def of_rows(lengths, x):
-    """Statistics of rows of several lengths, one after the other, and of all of them."""
+    """Compute statistics of rows of several lengths, one after the other, and of all of them."""
     total = jnp.sum(x)
     for length in lengths:
         rows = x.reshape(-1, length)
@@ -193,7 +193,7 @@ LENGTHS = [(2,), (32,), (64,), (128,), (256,), (256, 64), (8, 64), (128, 2)]
 
 @pytest.mark.parametrize("lengths", slow_unless([(32,), (256, 64)], LENGTHS), ids=str)
 def test_rows_of_every_length(lengths):
-    """Two wide blocks, and a narrow one or parts of one: Mosaic cuts them into single rows."""
+    """The leaf has two wide blocks and a rest, which Mosaic cuts into single rows."""
     longest = max(lengths)
     size = (1024 + 128) // longest * longest + 3 * longest
     tx = per_leaf(partial(of_rows, lengths))

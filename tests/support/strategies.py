@@ -88,7 +88,7 @@ seeds = st.integers(0, 2**16)
 
 
 def _powers(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    """Numbers of either sign, from 1e-30 to 1e30."""
+    """Return numbers of either sign, from 1e-30 to 1e30."""
     return rng.choice([-1, 1], shape) * 10.0 ** rng.uniform(-30, 30, shape)
 
 
@@ -111,7 +111,7 @@ WITH_INFINITIES = FINITE | {"infinity": _with_an_infinity}
 
 
 def streams(tree: Any, steps: int, kinds: Mapping[str, Any] = FINITE) -> st.SearchStrategy[Any]:
-    """Gradients for a tree of shapes, a kind drawn for each leaf of each step."""
+    """Return gradients for a tree of shapes; each leaf of each step draws its own kind."""
     leaves, structure = jax.tree.flatten(tree)
     count = steps * len(leaves)
 
