@@ -31,10 +31,13 @@ def caadam(
     mu_dtype: DTypeLike | None = None,
     nu_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Return CaAdam: Keras' Adam with the rate of each tensor scaled by a constant factor.
+    """Return CaAdam: Keras' Adam with the rate of each tensor scaled by a constant factor.
 
-    .. math:: \theta \leftarrow \theta - \alpha\, S\, \frac{\sqrt{1 - b_2^t}}{1 - b_1^t}
-        \frac{m}{\sqrt{v} + \epsilon} - \alpha \lambda \theta
+    ::
+
+        m = b1 m + (1 - b1) g
+        v = b2 v + (1 - b2) g²
+        θ = θ - α S (√(1 - b2^t) / (1 - b1^t)) m / (√v + ε) - α λ θ
 
     The scale S of a tensor depends on its connections or on its depth. `scale_by_connections` has
     the formulas, and `connection_table` prints the scales of a model. Connections and depth are

@@ -22,10 +22,13 @@ def invadam(
     mu_dtype: DTypeLike | None = None,
     nu_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Return InvAdam: Adam that multiplies by the root of the second moment instead of dividing.
+    """Return InvAdam: Adam that multiplies by the root of the second moment instead of dividing.
 
-    .. math:: \theta \leftarrow \theta - \alpha\, \hat m\, (\sqrt{\hat v} + \epsilon)
-        - \alpha \lambda \theta
+    ::
+
+        m = b1 m + (1 - b1) g,    m_hat = m / (1 - b1^t)
+        v = b2 v + (1 - b2) g²,   v_hat = v / (1 - b2^t)
+        θ = θ - α m_hat (√v_hat + ε) - α λ θ
 
     Steps are larger where gradients are large.
 
@@ -94,14 +97,15 @@ def dualadam(
     mu_dtype: DTypeLike | None = None,
     nu_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Return DualAdam: a blend that starts close to InvAdam and ends as Adam.
+    """Return DualAdam: a blend that starts close to InvAdam and ends as Adam.
 
-    .. math::
-      r_t &= \max(0, 1 - t s), \quad \text{and } 0 \text{ once below } s \\
-      \theta &\leftarrow \theta - \alpha \left( (1 - r_t) \frac{\hat m}{\sqrt{\hat v} + \epsilon}
-        + r_t\, \hat m\, (\sqrt{\hat v} + \epsilon) \right) - \alpha \lambda \theta
+    ::
 
-    The share :math:`r_t` of InvAdam falls linearly from nearly 1 to 0.
+        r = 1 - t s while this is at least s, then 0
+        θ = θ - α ((1 - r) m_hat / (√v_hat + ε) + r m_hat (√v_hat + ε)) - α λ θ
+
+    The moments `m_hat` and `v_hat` are those of `invadam`. The share r of InvAdam falls linearly
+    from nearly 1 to 0.
 
     Provenance. Rule, decoupled decay, default rate 1e-3 and s = .01: [code]. A schedule for the
     share, and `scale_free`: [ours]. The authors' CIFAR script has s = 8e-5 and rate 1e-2, with
@@ -132,7 +136,7 @@ def dualadam(
         second moment stops following the gradient at b2 >= .99: see `ema_of_squares`.
 
     Returns:
-      The chain. Its state has `inverse_share` (r_t), `mu` and `nu` for `optax.tree.get`.
+      The chain. Its state has `inverse_share` (r), `mu` and `nu` for `optax.tree.get`.
 
     Raises:
       ValueError: an argument is out of its range, or `params` is missing from the update.

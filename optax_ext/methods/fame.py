@@ -28,14 +28,16 @@ def fame(
     mu_dtype: DTypeLike | None = None,
     nu_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Return FAME: Adam whose momentum is a triple exponential moving average of the gradient.
+    """Return FAME: Adam whose momentum is a triple exponential moving average of the gradient.
 
-    .. math::
-      m &= b_1 m + (1 - b_1)\, g, \quad d = b_3 d + (1 - b_3)\, m, \quad
-        e = b_5 e + (1 - b_5)\, d \\
-      \mathrm{TEMA} &= 3m - 3d + e, \qquad v = b_2 v + (1 - b_2)\, g^2 \\
-      \theta &\leftarrow \theta - \alpha\,
-        \frac{\mathrm{TEMA} / (1 - b_1^t)}{\sqrt{v / (1 - b_2^t)} + \epsilon}
+    ::
+
+        m = b1 m + (1 - b1) g
+        d = b3 d + (1 - b3) m
+        e = b5 e + (1 - b5) d
+        TEMA = 3 m - 3 d + e
+        v = b2 v + (1 - b2) g²
+        θ = θ - α (TEMA / (1 - b1^t)) / (√(v / (1 - b2^t)) + ε)
 
     Provenance.
 
