@@ -6,6 +6,7 @@ python examples/evidence/summary.py
 import ast
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from benchmarks.summary import fill
 
 FOLDER = Path(__file__).parent
 DOCS = FOLDER.parents[1] / "docs"
-PAGE = RESULTS / "README.md"
+PAGE = DOCS / "evidence_results.md"
 FROM_DOCS = "../examples/evidence/results"
 # In the order of the table.
 SCRIPTS = (
@@ -69,7 +70,7 @@ def table(documents: Mapping[str, Document]) -> str:
         figures = ", ".join(f"[{Path(name).stem}]({FROM_DOCS}/{name})" for name in found["figures"])
         command = f"`{script}.py`, {takes(found['seconds'])}"
         for finding in found["findings"]:
-            claim = f"[{finding['claim']}]({FROM_DOCS}/README.md#{script})"
+            claim = f"[{finding['claim']}]({PAGE.name}#{anchor(title_of(script))})"
             lines.append(f"| {claim} | {finding['verdict']} | {figures} | {command} |")
     return "\n".join(lines)
 
@@ -78,27 +79,34 @@ def page(documents: Mapping[str, Document]) -> str:
     """Return the page with all figures and tables in Markdown, a section for each script."""
     sections = [section(script, found) for script, found in documents.items()]
     intro = (
-        "Written by `python examples/evidence/summary.py` from the files beside it, which the"
-        " scripts write. Intervals, in brackets, are of 95 % confidence over seeds."
+        "Written by `python examples/evidence/summary.py` from the files in"
+        " `examples/evidence/results`, which the scripts write. Intervals, in brackets, are of 95 % confidence over seeds."
     )
     return "\n\n".join(["# What the papers claim, put to a test", intro, *sections]) + "\n"
 
 
+def anchor(title: str) -> str:
+    """Return the anchor that GitHub and Sphinx give to a title."""
+    return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+
+
 def section(script: str, found: Document) -> str:
     """Return a section: the script's docstring, verdicts, figures and tables."""
-    title, _, how = read_docstring(script).partition("\n\n")
-    command, _, how = how.partition("\n\n")
+    command, _, how = read_docstring(script).partition("\n\n")[2].partition("\n\n")
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     parts = [
-        f'<a id="{script}"></a>',
-        f"## {title}",
+        f"## {title_of(script)}",
         f"`{command.strip()}`, {takes(found['seconds'])} on {found['device']}, {versions}.",
         how,
         *(f"- **{x['claim']}: {x['verdict']}.** {x['shown']}" for x in found["findings"]),
-        *(f"![{Path(name).stem}]({name})" for name in found["figures"]),
+        *(f"![{Path(name).stem}]({FROM_DOCS}/{name})" for name in found["figures"]),
         tables_of(found),
     ]
     return "\n\n".join(parts)
+
+
+def title_of(script: str) -> str:
+    return read_docstring(script).partition("\n")[0].rstrip(".")
 
 
 def read_docstring(script: str) -> str:
