@@ -80,7 +80,8 @@ def page(documents: Mapping[str, Document]) -> str:
     sections = [section(script, found) for script, found in documents.items()]
     intro = (
         "Written by `python examples/evidence/summary.py` from the files in"
-        " `examples/evidence/results`, which the scripts write. Intervals, in brackets, are of 95 % confidence over seeds."
+        " `examples/evidence/results`, which the scripts write. Intervals, in brackets, are of"
+        " 95 % confidence over seeds."
     )
     return "\n\n".join(["# What the papers claim, put to a test", intro, *sections]) + "\n"
 

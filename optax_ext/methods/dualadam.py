@@ -33,14 +33,11 @@ def invadam(
     Steps are larger where gradients are large.
 
     Provenance. The rule: [code]; the paper's form has no ε [second-hand]. Decoupled decay as in
-    the authors' DualAdam: [code]. `scale_free`: [ours].
+    the authors' DualAdam: [code]. `scale_free`: [ours]. `docs/methods/dualadam.md` has the details,
+    a picture, our evidence, and pitfalls.
 
-    The step grows with the square of the gradient. This has three consequences. The right rate
-    depends on the scale of the loss: a gradient 1000 times larger gives NaN in the authors' code.
-    Gradients above 1e19 overflow float32. Near a minimum, the steps vanish faster than the
-    gradient. A rate that is small enough for the first steps is soon too small: InvAdam alone
-    solves a problem in a narrow range of rates or not at all. It is meant as the early phase of
-    `dualadam`.
+    The step grows with the square of the gradient. So the right rate depends on the scale of the
+    loss, and steps vanish near a minimum. InvAdam is meant as the early phase of `dualadam`.
 
     Args:
       learning_rate: α, in [0, inf), or a schedule of it; per unit of squared gradient.
@@ -72,8 +69,6 @@ def invadam(
     ...     params = optax.apply_updates(params, updates)
     >>> print(f"loss 5.000 -> {jnp.sum(params**2):.3f}")
     loss 5.000 -> 0.000
-
-    Landscapes: `examples/evidence/results/landscape-invadam.png`.
 
     References:
       Shi, Chen, Jin, Zhou, arXiv 2603.07122.
@@ -107,16 +102,10 @@ def dualadam(
     The moments `m_hat` and `v_hat` are those of `invadam`. The share r of InvAdam falls linearly
     from nearly 1 to 0.
 
-    Provenance. Rule, decoupled decay, default rate 1e-3 and s = .01: [code]. A schedule for the
-    share, and `scale_free`: [ours]. The authors' CIFAR script has s = 8e-5 and rate 1e-2, with
-    which the blend ends near epoch 32 of 200. There DualAdam has no decay, while AdamW and RAdam
-    have 1e-2. (pytorch_optimizer's DualAdam couples the decay to the gradient by default.)
-
-    The last blended step is computed in double precision, as in the authors' code: t = 18 for
-    s = .05. The authors keep t outside their saved state, so their resumed run starts again with
-    InvAdam. Here t is in the state. The inverse term grows with the square of the gradient: see
-    `invadam`. On small problems it is 1e-3 … 1e-4 of Adam's term. DualAdam is then Adam with a
-    linear warm-up of length 1/s, so compare any gain with that warm-up.
+    Provenance. Rule, decoupled decay and s = .01: [code]. A schedule for the share, and
+    `scale_free`: [ours]. The last blended step is computed in double precision, as in the authors'
+    code: t = 18 for s = .05. `docs/methods/dualadam.md` has the details, a picture, our evidence,
+    and pitfalls.
 
     Args:
       learning_rate: α, in [0, inf), or a schedule of it.
@@ -152,8 +141,6 @@ def dualadam(
     >>> share = optax.tree.get(state, "inverse_share")
     >>> print(f"loss 5.000 -> {jnp.sum(params**2):.3f}, inverse share {share:.2f}")
     loss 5.000 -> 0.000, inverse share 0.00
-
-    Landscapes: `examples/evidence/results/landscape-dualadam.png`.
 
     References:
       Shi, Chen, Jin, Zhou, arXiv 2603.07122.

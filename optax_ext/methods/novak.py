@@ -58,22 +58,15 @@ def novak(
     average norm n of the gradient. While both are off, the step is elementwise and takes one pass.
     They add norms and nothing else.
 
-    Provenance.
+    Provenance. Rectification that keeps the adaptive denominator before it starts, trust ratio,
+    autoscale, and decay at the base rate: [second-hand]. "Multiple variants of Nesterov momentum",
+    and lookahead in O(p + p/k): [abstract]. The maximum in the autoscale and the decay of its
+    average, the formulas of the Nesterov variants, "rotating", what the trust ratio measures, and
+    the default decay: [ours]. `docs/methods/novak.md` has the details, a picture, our evidence, and
+    pitfalls.
 
-    - [second-hand]: rectification that keeps the adaptive denominator before it starts; trust
-      ratio; autoscale; decay at the base rate.
-    - [abstract]: "multiple variants of Nesterov momentum"; lookahead in O(p + p/k).
-    - [ours]: the clamp of the autoscale's logarithm and the decay of its average; the formulas of
-      the Nesterov variants; the meaning of `lookahead="rotating"`; what the trust ratio measures;
-      the default decay.
-
-    Weight decay uses the base rate. Decay at the effective rate is said to cost 4–8 points on
-    CIFAR-100, but only in machine-written summaries [weak second-hand].
-    `decay_coupling="effective"` is that ablation: it adds λ θ to d before the
-    trust ratio measures d, as in LAMB. `rectify_fallback="momentum"` is RAdam's own fallback, the
-    momentum without denominator. With it, more trainings of deep plain networks succeed: see
-    `examples/evidence/plain_depth.py`. With this fallback, no decay and no lookahead, the method is
-    `optax.radam`. Without rectification and lookahead it is `optax.adamw`.
+    With `rectify_fallback="momentum"`, no decay and no lookahead, this is `optax.radam`. Without
+    rectification and lookahead it is `optax.adamw`.
 
     Args:
       learning_rate: α, in [0, inf), or a schedule of it.
@@ -82,7 +75,8 @@ def novak(
         rectification never starts for a smaller one.
       eps: ε, in [0, inf), added to the root.
       weight_decay: λ, decoupled, in [0, inf), or a schedule.
-      decay_coupling: rate of the decay, "base" or "effective".
+      decay_coupling: rate of the decay, "base" or "effective". "effective" adds λ θ to d before the
+        trust ratio measures d, as in LAMB.
       nesterov: form of `m_hat`: "none", "nadam" (equal to `optax.nadam`), "classical",
         "hybrid" or "nadam_scheduled". See `nesterov_ema`, and `scheduled_nesterov_ema` for the
         last.
@@ -124,8 +118,6 @@ def novak(
     >>> r = optax.tree.get(state, "rectification")
     >>> print(f"loss 5.000 -> {jnp.sum(params**2):.3f}, rectification {r:.2f}")
     loss 5.000 -> 0.000, rectification 0.27
-
-    Landscapes: `examples/evidence/results/landscape-novak.png`.
 
     References:
       Kavun, "NOVAK: Unified adaptive optimizer for deep neural networks", arXiv 2601.07876.
