@@ -13,6 +13,7 @@ import optax_ext
 import pallas_kernels
 
 project = html_title = "optax_ext"
+author = "the authors of optax_ext"
 html_theme = "sphinx_book_theme"
 html_theme_options = {"show_toc_level": 2, "use_download_button": False}
 html_static_path = ["_static"]
@@ -23,6 +24,8 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphin
 myst_heading_anchors = 3
 copybutton_prompt_text = r">>> |\.\.\. "
 copybutton_prompt_is_regexp = True
+
+highlight_language = "none"  # the blocks of docstrings are formulas
 
 # Backticks in a docstring are a link if the name has an entry, and code otherwise.
 default_role = "py:obj"

@@ -65,13 +65,12 @@ def load(folder: Path) -> dict[str, Document]:
 
 def table(documents: Mapping[str, Document]) -> str:
     """Return the table of claims in Markdown."""
-    lines = ["| claim | verdict | figure | `python examples/evidence/…` |", "|---|---|---|---|"]
+    lines = ["| claim | verdict | `python examples/evidence/…` |", "|---|---|---|"]
     for script, found in documents.items():
-        figures = ", ".join(f"[{Path(name).stem}]({FROM_DOCS}/{name})" for name in found["figures"])
         command = f"`{script}.py`, {takes(found['seconds'])}"
         for finding in found["findings"]:
             claim = f"[{finding['claim']}]({PAGE.name}#{anchor(title_of(script))})"
-            lines.append(f"| {claim} | {finding['verdict']} | {figures} | {command} |")
+            lines.append(f"| {claim} | {finding['verdict']} | {command} |")
     return "\n".join(lines)
 
 
