@@ -42,6 +42,8 @@ from optax_ext.transforms.rectification import rectify
 from optax_ext.transforms.trust_ratio import scale_by_trust_ratio
 from optax_ext.transforms.velocity import velocity_regularized
 
+__version__ = "0.1.0"
+
 __all__ = [
     "METHODS",
     "Architecture",

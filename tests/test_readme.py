@@ -1,6 +1,7 @@
 """README and the pages in `docs/`: their examples run, and their links lead somewhere."""
 
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -60,3 +61,13 @@ def test_readme_is_one_page_and_describes_every_method():
     assert len(text.splitlines()) <= 150
     described = dict(re.findall(r"^\| \[`(\w+)`\]\S* \| (.*?) \|", text, re.M))
     assert described == {name: method.description for name, method in METHODS.items()}
+
+
+def test_readme_on_a_package_index_has_absolute_links_only():
+    hatch = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["hatch"]
+    text = README.read_text(encoding="utf-8")
+    for change in hatch["metadata"]["hooks"]["fancy-pypi-readme"]["substitutions"]:
+        text = re.sub(change["pattern"], change["replacement"], text)
+    links = re.findall(r"\]\(([^)]+)", text)
+    assert links
+    assert all(link.startswith("https://") for link in links)
