@@ -81,23 +81,19 @@ OPTIMIZERS: dict[str, Optimizer] = {
         same_bytes="lookahead(adamw)",
         prepare=_synced_pair,
     ),
-    "fame": Optimizer(optax_ext.fame(RATE)),
-    "vradam": Optimizer(optax_ext.vradam(RATE)),
-    "invadam": Optimizer(optax_ext.invadam(RATE)),
-    "dualadam": Optimizer(optax_ext.dualadam(RATE)),
-    "novak": Optimizer(optax_ext.novak(RATE)),
+    **{name: Optimizer(optax_ext.get(name, RATE)) for name in optax_ext.METHODS},
     "novak, rotating": Optimizer(optax_ext.novak(RATE, lookahead="rotating")),
     "novak, trust ratio": Optimizer(optax_ext.novak(RATE, trust_ratio=True)),
-    "caadam": Optimizer(optax_ext.caadam(RATE)),
     "adamw, 8 bits": Optimizer(optax_ext.quantize_state(optax.adamw(RATE))),
     "adamw, 8 bits, bfloat16": Optimizer(
         optax_ext.master_weights(optax_ext.quantize_state(optax.adamw(RATE))),
         prepare=optax_ext.bfloat16_weights,
     ),
     "lion, 8 bits": Optimizer(optax_ext.quantize_state(optax.lion(RATE))),
-    "fame, 8 bits": Optimizer(optax_ext.quantize_state(optax_ext.fame(RATE))),
-    "vradam, 8 bits": Optimizer(optax_ext.quantize_state(optax_ext.vradam(RATE))),
-    "novak, 8 bits": Optimizer(optax_ext.quantize_state(optax_ext.novak(RATE))),
+    **{
+        f"{name}, 8 bits": Optimizer(optax_ext.quantize_state(optax_ext.get(name, RATE)))
+        for name in ("fame", "vradam", "novak")
+    },
 }
 
 # The optimizers with quantized state.
