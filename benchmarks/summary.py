@@ -14,22 +14,51 @@ from benchmarks import (
     scaling,
     step,
 )
+from benchmarks.optimizers import REFERENCE, TRITON, XLA
 from benchmarks.results import Row
+from optax_ext import METHODS
 
 DOCS = Path(__file__).parents[1] / "docs"
 
-# The tables of each page by the name of their marks: the file of results, and the function that
-# makes the table from its rows.
-TABLES: dict[str, dict[str, tuple[str, Callable[[Mapping[str, Row]], str]]]] = {
+STEP, H200, POD = "step-cpu", "compiled-h200-aot", "compiled-tpu-aot-v5e-16x16"
+MEMORY = "memory-tpu-aot"
+
+
+def overview(times: Mapping[str, Row], compiled: Mapping[str, Row]) -> str:
+    """Return the table of the README: steps on ResNet-50, timed on a CPU and compiled for a GPU."""
+    lines = []
+    for name in (REFERENCE, *METHODS, f"{REFERENCE}, 8 bits"):
+        case = f"ResNet-50 / {name}"
+        chain, fused = (compiled[case][backend] for backend in (XLA, TRITON))
+        lines.append(
+            {
+                "step of": name,
+                "CPU: time per byte": ratio(times.get(case)),
+                "H200: kernels": f"{chain['kernels']} → {fused['kernels']}",
+                "bytes per parameter": f"{chain['bytes']:.1f} → {fused['bytes']:.1f}",
+            }
+        )
+    return report.table(lines)
+
+
+def ratio(row: Row | None) -> str:
+    """Format the time per byte relative to adamw."""
+    return f"{row['to_adamw_per_byte']:.2f}" if row else "–"
+
+
+# The tables of each page by the name of their marks: the files of results, and the function that
+# makes the table from the rows of each.
+TABLES: dict[str, dict[str, tuple[Sequence[str], Callable[..., str]]]] = {
+    "../README.md": {"performance-table": ([STEP, H200], overview)},
     "performance.md": {
-        "step-table": ("step-cpu", step.summary),
-        "compiled-table": ("compiled-h200-aot", compiled_report.summary),
+        "step-table": ([STEP], step.summary),
+        "compiled-table": ([H200], compiled_report.summary),
     },
-    "sharding.md": {"pod-table": ("compiled-tpu-aot-v5e-16x16", compiled_report.pod_summary)},
-    "memory.md": {"memory-table": ("memory-tpu-aot", memory.summary)},
+    "sharding.md": {"pod-table": ([POD], compiled_report.pod_summary)},
+    "memory.md": {"memory-table": ([MEMORY], memory.summary)},
     "low_precision.md": {
-        "quantized-compiled-table": ("compiled-h200-aot", compiled_report.quantized_summary),
-        "quantized-memory-table": ("memory-tpu-aot", memory.quantized_summary),
+        "quantized-compiled-table": ([H200], compiled_report.quantized_summary),
+        "quantized-memory-table": ([MEMORY], memory.quantized_summary),
     },
 }
 
@@ -42,9 +71,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if path.exists():
             draw(path)
             print(path.with_suffix(".svg"))
-    # The pages show the recorded results only.
-    pages = contents(RESULTS) if options.out.resolve() == RESULTS.resolve() else {}
-    for page, tables in pages.items():
+    if options.out.resolve() != RESULTS.resolve():
+        return  # the pages show the recorded results
+    for page, tables in contents().items():
         path = DOCS / page
         text = path.read_text(encoding="utf-8")
         for name, content in tables.items():
@@ -53,17 +82,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(path)
 
 
-def contents(folder: Path) -> dict[str, dict[str, str]]:
-    """Return the tables for which there are results, by page and by the name of their marks."""
-    found = {
+def contents() -> dict[str, dict[str, str]]:
+    """Return the tables of the recorded results, by page and by the name of their marks."""
+    return {
         page: {
-            name: make(rows)
-            for name, (file, make) in tables.items()
-            if (rows := results.load(folder / f"{file}.json"))
+            name: make(*(results.load(RESULTS / f"{file}.json") for file in files))
+            for name, (files, make) in tables.items()
         }
         for page, tables in TABLES.items()
     }
-    return {page: tables for page, tables in found.items() if tables}
 
 
 def make_parser() -> argparse.ArgumentParser:
