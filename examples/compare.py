@@ -24,11 +24,11 @@ import numpy as np
 import optax
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+import optax_ext
 from _data import DataError, Dataset, load
 from _plot import save_figure
 from _report import Result, print_header, print_table, save_json
 from _training import Curves, Factory, Plan, make_network, time_steps, train
-from optax_ext import caadam, connection_table, dualadam, fame, invadam, novak, vradam
 from pallas_kernels import fuse
 
 
@@ -58,18 +58,21 @@ class Contender:
         return replace(self, factory=lambda rate: fuse(self.factory(rate)))
 
 
-CONTENDERS = {
+BASELINES = {
     "adamw": Contender("AdamW", optax.adamw, 5e-3),
     "sgd": Contender("SGD, momentum .9", lambda rate: optax.sgd(rate, momentum=0.9), 3e-2),
-    "fame": Contender("FAME", fame, 5e-3),
-    "vradam": Contender("VRAdam", vradam, 5e-3),
-    "invadam": Contender("InvAdam", invadam, 1.0),
-    "dualadam": Contender("DualAdam", dualadam, 5e-3),
+}
+CONTROLS = {
     "warm_up": Contender("Adam, linear warm-up", adam_with_warm_up, 5e-3, controls="dualadam"),
-    "novak": Contender("NOVAK", novak, 1e-2),
-    "caadam": Contender("CaAdam", caadam, 5e-3),
     "mean_scale": Contender("Adam, mean scale", optax.adam, None, controls="caadam"),
 }
+# The middle of the rates, of the methods whose rate is not that of AdamW.
+MIDDLES = {"invadam": 1.0, "novak": 1e-2}
+
+CONTENDERS = dict(BASELINES)
+for method, row in optax_ext.METHODS.items():
+    CONTENDERS[method] = Contender(row.title, row.factory, MIDDLES.get(method, 5e-3))
+    CONTENDERS.update({name: x for name, x in CONTROLS.items() if x.controls == method})
 METHODS = [name for name, contender in CONTENDERS.items() if contender.controls is None]
 
 # Ratio between neighbouring rates.
@@ -108,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def compare(contenders: Mapping[str, Contender], data: Dataset, plan: Plan) -> dict[str, Result]:
     """Search a rate for each contender, then train at it with every seed."""
     _, params = make_network(data)
-    mean_scale = connection_table(params, scaling="additive").mean_scale
+    mean_scale = optax_ext.connection_table(params, scaling="additive").mean_scale
     results: dict[str, Result] = {}
     searches = sum(contender.middle is not None for contender in contenders.values())
     with progress_bar(len(contenders) + len(SEARCH_SEEDS) * searches + 1) as on_progress:

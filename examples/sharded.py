@@ -43,7 +43,6 @@ import optax_ext
 from pallas_kernels import FusedTransformation, fuse
 
 LENGTH, HEADS = 64, 8  # bytes in a sequence, heads of attention
-OPTIMIZERS = "fame", "vradam", "dualadam", "novak", "caadam"
 # A run may resume with other values of all other options.
 SETTINGS = "optimizer", "rate", "batch", "width", "layers"
 
@@ -220,7 +219,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     mesh = make_mesh(options.model_parallel, options.batch)
     model, text = Transformer(options.width, options.layers), load_text()
     params = abstract_params(model, mesh, fully_sharded=options.layout == "fully-sharded")
-    tx = fuse(getattr(optax_ext, options.optimizer)(options.rate), shardings=shardings(params))
+    tx = fuse(optax_ext.get(options.optimizer, options.rate), shardings=shardings(params))
     state = abstract_state(tx, params)
     gathered = shardings(abstract_params(model, mesh, fully_sharded=False))
     train_step, by_data = make_step(model, tx, gathered), NamedSharding(mesh, PartitionSpec("data"))
@@ -253,7 +252,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="fame")
+    parser.add_argument("--optimizer", choices=optax_ext.METHODS, default="fame")
     parser.add_argument("--rate", type=float, default=1e-3, help="learning rate")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch", type=int, default=32, help="sequences in a step")

@@ -32,8 +32,6 @@ from pallas_kernels import fuse
 from pallas_kernels.flax import FusedOptimizer
 
 BATCH, WEIGHT_DECAY, HEAD_RATE = 64, 1e-2, 0.5
-# Each optimizer with the field of its state to log.
-OPTIMIZERS = {"vradam": (optax_ext.vradam, "gate"), "novak": (optax_ext.novak, "rectification")}
 
 
 def load_data() -> list[Any]:
@@ -82,11 +80,10 @@ def make_optimizer(name: str, rate: float, steps: int) -> optax.GradientTransfor
 
     Each group has its own optimizer state: VRAdam's gate, for instance, follows the group's norm.
     """
-    method, _ = OPTIMIZERS[name]
 
     def for_group(peak: float) -> optax.GradientTransformation:
         schedule = optax.warmup_cosine_decay_schedule(0.0, peak, steps // 10, steps)
-        return method(schedule, weight_decay=WEIGHT_DECAY, mask=is_kernel)
+        return optax_ext.get(name, schedule, weight_decay=WEIGHT_DECAY, mask=is_kernel)
 
     groups = optax.partition(
         {"features": for_group(rate), "head": for_group(rate * HEAD_RATE)}, group_of
@@ -132,11 +129,14 @@ def accuracy(model: Network, images: jax.Array, labels: jax.Array) -> jax.Array:
     return correct.mean()
 
 
-def describe_state(optimizer: FusedOptimizer, field: str) -> str:
-    """Return a field of the optimizer's state for each group of parameters."""
+def describe_state(optimizer: FusedOptimizer, fields: Sequence[str]) -> str:
+    """Return the mean of each field of the optimizer's state, for each group of parameters."""
     groups = optax.tree.get(nnx.as_pure(optimizer.opt_state), "inner_states")
-    values = [f"{name} {optax.tree.get(state, field):.3f}" for name, state in groups.items()]
-    return f"{field}: {', '.join(values)}"
+    return "".join(
+        f", {field} of {name} {optax.tree.get(state, field).mean():.3f}"
+        for field in fields
+        for name, state in groups.items()
+    )
 
 
 def restore(checkpoints: ocp.CheckpointManager, settings: dict[str, Any], new: Any) -> Any:
@@ -162,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = Network(rngs=nnx.Rngs(options.seed))
     tx = make_optimizer(options.optimizer, options.rate, options.steps)
     optimizer = FusedOptimizer(model, fuse(tx), wrt=nnx.Param)
-    _, field = OPTIMIZERS[options.optimizer]
+    fields = optax_ext.METHODS[options.optimizer].logged
 
     folder = options.checkpoints or Path(tempfile.mkdtemp())
     settings = {k: v for k, v in vars(options).items() if k not in ("checkpoints", "every")}
@@ -178,8 +178,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             batch = draw_batch(step, len(images), options.seed)
             loss = train_step(model, optimizer, images[batch], labels[batch])
             if step % options.every == 0 or step == options.steps:
-                watched = describe_state(optimizer, field)
-                bar.console.print(f"step {step}: loss {loss:.3f}, {watched}")
+                logged = describe_state(optimizer, fields)
+                bar.console.print(f"step {step}: loss {loss:.3f}{logged}")
                 state = nnx.state((model, optimizer))
                 checkpoints.save(step, args=ocp.args.StandardSave(state))
     print(f"test accuracy {accuracy(model, test_images, test_labels):.1%}")
@@ -190,7 +190,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="vradam")
+    parser.add_argument("--optimizer", choices=optax_ext.METHODS, default="vradam")
     parser.add_argument("--rate", type=float, default=1e-2, help="highest learning rate")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0, help="of weights, dropout and batches")

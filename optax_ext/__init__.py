@@ -20,6 +20,7 @@ from optax_ext.methods.dualadam import dualadam, invadam
 from optax_ext.methods.fame import fame
 from optax_ext.methods.novak import novak
 from optax_ext.methods.vradam import vradam
+from optax_ext.registry import METHODS, get
 from optax_ext.shardings import state_shardings
 from optax_ext.transforms.autoscaling import autoscale
 from optax_ext.transforms.bias_correction import correct_bias
@@ -41,7 +42,10 @@ from optax_ext.transforms.rectification import rectify
 from optax_ext.transforms.trust_ratio import scale_by_trust_ratio
 from optax_ext.transforms.velocity import velocity_regularized
 
+__version__ = "0.1.0"
+
 __all__ = [
+    "METHODS",
     "Architecture",
     "Join",
     "architecture",
@@ -59,6 +63,7 @@ __all__ = [
     "fame",
     "float32_weights",
     "formats",
+    "get",
     "invadam",
     "linear_inverse_share",
     "lookahead",

@@ -5,6 +5,7 @@ construction time. Tracers have no value yet, so their values are not checked. A
 are checked like numbers.
 """
 
+import difflib
 import inspect
 import math
 from collections.abc import Callable, Sequence
@@ -89,7 +90,9 @@ def one_of(choices: Sequence[str], **arguments: Any) -> None:
     for name, value in arguments.items():
         if not (isinstance(value, str) and value in choices):
             listed = ", ".join(map(repr, choices))
-            raise ValueError(f"{name} must be one of {listed}, got {value!r}")
+            nearest = difflib.get_close_matches(str(value).lower(), choices, n=1)
+            hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+            raise ValueError(f"{name} must be one of {listed}, got {value!r}{hint}")
 
 
 def transformation(**arguments: Any) -> None:

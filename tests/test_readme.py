@@ -1,12 +1,13 @@
 """README and the pages in `docs/`: their examples run, and their links lead somewhere."""
 
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from support.cases import METHODS
+from optax_ext import METHODS
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -26,7 +27,7 @@ def run_examples(page: Path) -> dict[str, Any]:
 PRINTED = {
     "README": ["step 50: loss", "step 200: loss", "gate"],
     "caadam": ["connections", "control: Adam at", "params/layers_0/kernel"],
-    "composing": ["gate", "keeps the contract", "rate 0.0003"],
+    "composing": ["gate", "keeps the contract", "rate 0.0003", "novak"],
     "getting_started": ["step 200: loss", "rectification", "norm after one step"],
     "gpu": ["kernel 0.998", "step 1"],
     "low_precision": ["SignedRoot(group_size=64)"],
@@ -59,7 +60,18 @@ def test_links_of_a_page(page):
     assert not missing
 
 
-def test_readme_is_one_page_and_lists_every_method():
+def test_readme_is_one_page_and_describes_every_method():
     text = README.read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 150
-    assert set(re.findall(r"^\| \[`(\w+)`\]", text, re.M)) == {case.method for case in METHODS}
+    described = dict(re.findall(r"^\| \[`(\w+)`\]\S* \| (.*?) \|", text, re.M))
+    assert described == {name: method.description for name, method in METHODS.items()}
+
+
+def test_readme_on_a_package_index_has_absolute_links_only():
+    hatch = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["hatch"]
+    text = README.read_text(encoding="utf-8")
+    for change in hatch["metadata"]["hooks"]["fancy-pypi-readme"]["substitutions"]:
+        text = re.sub(change["pattern"], change["replacement"], text)
+    links = re.findall(r"\]\(([^)]+)", text)
+    assert links
+    assert all(link.startswith("https://") for link in links)

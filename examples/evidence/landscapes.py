@@ -32,15 +32,7 @@ import _evidence as evidence
 import optax_ext
 from _evidence import ORANGE, Estimate, Finding, Verdict, entitle, progress_bar, tidy
 
-METHODS = {
-    "adamw": optax.adamw,
-    "fame": optax_ext.fame,
-    "vradam": optax_ext.vradam,
-    "invadam": optax_ext.invadam,
-    "dualadam": optax_ext.dualadam,
-    "novak": optax_ext.novak,
-    "caadam": optax_ext.caadam,
-}
+METHODS = {"adamw": optax.adamw} | {name: row.factory for name, row in optax_ext.METHODS.items()}
 # Wide enough for InvAdam, whose rate is per squared gradient.
 LOWEST_RATE, HIGHEST_RATE = 1e-9, 1e2
 # A loss below it is as good as 0, and counts as the minimum reached.

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from _evidence import RESULTS, Estimate
-from benchmarks.summary import fill
+from benchmarks.report import fill
 
 FOLDER = Path(__file__).parent
 DOCS = FOLDER.parents[1] / "docs"

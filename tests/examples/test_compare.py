@@ -12,6 +12,8 @@ import numpy as np
 import optax
 import pytest
 
+import optax_ext
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SMALL = ["--epochs=1", "--trials=2", "--seeds=2"]
 
@@ -56,7 +58,7 @@ def test_own_images_with_a_control_as_chain_and_fused(compare, load_module, tmp_
 
     _, shapes = load_module("_training").make_network(load_module("_data").load(data))
     params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), shapes)
-    scales = optax.tree.get(compare.caadam(1.0).init(params), "connection_scale")
+    scales = optax.tree.get(optax_ext.caadam(1.0).init(params), "connection_scale")
     mean = np.average(scales, weights=[leaf.size for leaf in jax.tree.leaves(params)])
     assert mean != pytest.approx(1, abs=0.05)
     assert control["learning_rate"] == pytest.approx(mean * caadam["learning_rate"], rel=1e-2)

@@ -20,6 +20,7 @@ from support.pieces import PIECES
 # What a caller may pass there can't be told by looking at it.
 FREE_FORM = {
     *("mask", "params", "weights", "state", "shardings", "apply_fn", "example_inputs"),
+    "arguments",
 }
 
 
@@ -284,6 +285,11 @@ TABLE = [
     ),
     Row(optax_ext.novak, {"learning_rate": 0.1, "rectify": False}, {"b2": DECAY}),
     Row(optax_ext.caadam, {"learning_rate": 0.1}, ADAM | CONNECTIONS | {"amsgrad": FLAG}),
+    Row(
+        optax_ext.get,
+        {"name": "fame", "learning_rate": 0.1},
+        {"name": choice(*optax_ext.METHODS), "learning_rate": ADAM["learning_rate"]},
+    ),
     Row(optax_ext.ema, {"decay": 0.9}, AVERAGE),
     Row(optax_ext.ema_of_squares, {"decay": 0.9}, AVERAGE | OF_SQUARES),
     Row(optax_ext.max_ema_of_squares, {"decay": 0.9}, AVERAGE | OF_SQUARES),

@@ -126,7 +126,8 @@ def test_every_public_factory_has_a_row():
     factories = {f for f in filter(inspect.isfunction, public) if returns_transformation(f)}
     # Their parameters are bfloat16, which the batteries have not: see `test_low_precision.py`.
     of_bfloat16 = {optax_ext.master_weights, optax_ext.stochastic_rounding}
-    assert factories == {row.factory for row in DEFAULTS + PIECES} | of_bfloat16
+    by_name = {optax_ext.get}  # it calls the factories: see `test_registry.py`
+    assert factories == {row.factory for row in DEFAULTS + PIECES} | of_bfloat16 | by_name
 
 
 def returns_transformation(factory):

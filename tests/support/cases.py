@@ -202,7 +202,7 @@ CASES: Sequence[Case] = [
     ),
 ]
 CASE: Mapping[str, Case] = {str(case): case for case in CASES}
-METHODS: Sequence[Case] = [case for case in CASES if case.name == "default"]
+METHODS: Sequence[Case] = [CASE[f"{name}-default"] for name in optax_ext.METHODS]
 # One row for every code path that treats tensors in a way of its own.
 PATHS: Sequence[Case] = [
     *METHODS,
