@@ -145,10 +145,11 @@ def make_optimizer(options: argparse.Namespace) -> optax.GradientTransformation:
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, options.rate, options.decay_steps // 10, options.decay_steps, options.rate / 10
     )
-    method = getattr(optax_ext, options.optimizer)
-    decay = OPTIMIZERS[options.optimizer]
-    groups = {"matrix": method(schedule, weight_decay=decay), "vector": method(schedule)}
-    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.partition(groups, group_of))
+    method, decay = getattr(optax_ext, options.optimizer), OPTIMIZERS[options.optimizer]
+    groups = optax.partition(
+        {"matrix": method(schedule, weight_decay=decay), "vector": method(schedule)}, group_of
+    )
+    tx = optax.chain(optax.clip_by_global_norm(1.0), groups)
     if options.accumulate > 1:
         tx = optax.MultiSteps(tx, options.accumulate).gradient_transformation()
     return optax_ext.master_weights(tx, bits=options.bits)
