@@ -38,8 +38,6 @@ PRINTED = {
         "nnx: loss 0.0",
         "in PartitionState.inner_states/biases/",
         "in PartitionState.inner_states/kernels/",
-        "linen: share of InvAdam 0.",
-        "linen: loss 0.0",
         "equinox: loss 0.0",
         "haiku: loss 0.0",
         "keras: loss 1.25 -> 0.0",
