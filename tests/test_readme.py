@@ -32,7 +32,7 @@ PRINTED = {
     "gpu": ["kernel 0.998", "step 1"],
     "low_precision": ["SignedRoot(group_size=64)"],
     "methods": ["rectification", "trust_ratio"],
-    "sharding": ["'data'"],
+    "sharding": ["'data'", "restored on 4 devices"],
 }
 
 
