@@ -19,7 +19,7 @@ class Benchmark(NamedTuple):
 
 
 BENCHMARKS = {
-    "plan": Benchmark(
+    "compiled": Benchmark(
         "Counts launches, bytes per parameter and temporary memory of compiled steps, and measures"
         " the time to compile them. Compares the chain with the fused steps on an H200, or compiles"
         " the chain for a TPU v5e. For many devices, counts the memory and communication of each"
@@ -36,9 +36,9 @@ BENCHMARKS = {
         " option saves.",
     ),
     "step": Benchmark(
-        "Times one step of every method, the update and its application in place, on the parameters"
-        " of known networks. The baselines are optax.adamw, a copy of an array, and PyTorch's"
-        " optimizers where they are installed.",
+        "Times one step of every method on a CPU, the update and its application in place, on the"
+        " parameters of known networks. The baselines are optax.adamw, a copy of an array, and"
+        " PyTorch's optimizers where they are installed.",
         "The time of a step is the time to move its bytes. The time per byte, compared with adamw"
         " and with a copy, shows how much an implementation loses.",
     ),
@@ -49,8 +49,8 @@ BENCHMARKS = {
         " measures the share.",
     ),
     "scaling": Benchmark(
-        "Times one step, and its compilation, for several numbers of leaves and of parameters."
-        " Compares a few methods with optax.adamw.",
+        "Times one step on a CPU, and its compilation, for several numbers of leaves and of"
+        " parameters. Compares a few methods with optax.adamw.",
         "The cost of launches and calls grows with the number of leaves, the cost of memory traffic"
         " with the number of parameters. This shows which of them dominates at which size, and how"
         " long a network of many leaves takes to compile.",

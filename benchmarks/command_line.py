@@ -1,20 +1,15 @@
-"""Options, tables and setup that the benchmarks' command lines share."""
+"""Options and setup that the benchmarks' command lines share."""
 
 import argparse
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
-from benchmarks import RESULTS, history
-from benchmarks.contenders import CONTENDERS
-from benchmarks.leaf_sets import LEAF_SETS
-from benchmarks.timing import STEPS_PER_TURN
+from benchmarks import RESULTS
+from benchmarks.optimizers import OPTIMIZERS
+from benchmarks.results import Environment, describe
 
 
 def make_parser(benchmark: str, description: str | None) -> argparse.ArgumentParser:
@@ -39,7 +34,6 @@ def add_choices(
     default: Iterable[str] | None = None,
     *,
     by_default: str | None = None,
-    metavar: str = "NAME",
 ) -> None:
     """Add an option that takes one or more names.
 
@@ -49,7 +43,6 @@ def add_choices(
       choices: the names that the option accepts.
       default: the names that are used without the option; `None` means all choices.
       by_default: words for the default in the help text; `None` lists the names.
-      metavar: the placeholder for a name in the help text.
     """
     names = list(choices)
     chosen = names if default is None else list(default)
@@ -59,24 +52,14 @@ def add_choices(
         nargs="+",
         choices=names,
         default=chosen,
-        metavar=metavar,
+        metavar="NAME",
         help=f"one or more of {quoted(names)} (default: {words})",
     )
 
 
-def add_sets(parser: argparse.ArgumentParser) -> None:
-    """Add the option `--sets`, the sets of leaves; all by default."""
-    add_choices(parser, "--sets", LEAF_SETS, metavar="SET")
-
-
-def add_device(parser: argparse.ArgumentParser) -> None:
-    """Add the option `--device`, the platform that runs the steps."""
-    parser.add_argument("--device", choices=STEPS_PER_TURN, default="cpu", help="default: cpu")
-
-
-def add_optimizers(parser: argparse.ArgumentParser, default: Iterable[str] = CONTENDERS) -> None:
+def add_optimizers(parser: argparse.ArgumentParser, default: Iterable[str] = OPTIMIZERS) -> None:
     """Add the option `--optimizers`, the optimizers to measure."""
-    add_choices(parser, "--optimizers", CONTENDERS, default)
+    add_choices(parser, "--optimizers", OPTIMIZERS, default)
 
 
 def add_repeats(parser: argparse.ArgumentParser, default: int = 10) -> None:
@@ -102,40 +85,30 @@ def _turns_that_count(text: str) -> int:
     return int(text)
 
 
-class Session(NamedTuple):
-    """The setup of one benchmark run.
-
-    Attributes:
-      device: the device that is measured.
-      circumstances: the environment that all measurements of the run share.
-      console: the console that prints the tables.
-    """
-
-    device: Any
-    circumstances: history.Circumstances
-    console: Console
-
-
 def begin(
-    parser: argparse.ArgumentParser, options: argparse.Namespace, packages: Iterable[str]
-) -> Session:
-    """Find the device, create the folder for results, and print the device and the versions.
+    parser: argparse.ArgumentParser,
+    folder: Path,
+    packages: Iterable[str],
+    platform: str = "cpu",
+) -> Environment:
+    """Create the folder for results, and print the environment.
+
+    JAX's default device is then the first of the platform.
 
     Args:
       parser: the parser, which reports errors to the user.
-      options: the parsed options, with `device` and `out`.
+      folder: the folder for results.
       packages: the packages whose versions affect the results.
+      platform: JAX's name of the platform.
     """
     try:
-        device = find_device(options.device)
-        options.out.mkdir(parents=True, exist_ok=True)
+        device = find_device(platform)
+        folder.mkdir(parents=True, exist_ok=True)
     except (RuntimeError, OSError) as error:
         parser.error(str(error))
-    circumstances = history.circumstances(history.describe(device), packages)
-    console = Console()
-    versions = map(" ".join, circumstances.versions.items())
-    console.print(circumstances.device, *versions, sep=", ", highlight=False)
-    return Session(device, circumstances, console)
+    environment = Environment.of(describe(device), packages)
+    print(environment)
+    return environment
 
 
 def find_device(platform: str) -> Any:
@@ -143,31 +116,3 @@ def find_device(platform: str) -> Any:
     if platform == "cpu":  # else JAX warns about GPUs that it can't use
         jax.config.update("jax_platforms", "cpu")
     return jax.devices(platform)[0]
-
-
-def progress_display(console: Any) -> Progress:
-    """Return a display of the current case, the elapsed time and the remaining time."""
-    return Progress(
-        TextColumn("{task.description:<46}"),
-        BarColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-    )
-
-
-def make_table(title: str, names: Iterable[str], columns: Iterable[str]) -> Table:
-    """Return an empty table: names in the first columns, numbers in the others."""
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in names:
-        table.add_column(column, no_wrap=True)
-    for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
-    return table
-
-
-def plus_minus(median: float, spread: float) -> str:
-    """Format milliseconds and their spread to three digits, but at most to the microsecond."""
-    decimals = sum(median < bound for bound in (100, 10, 1))
-    return f"{median:.{decimals}f} ± {spread:.{decimals}f}"

@@ -21,13 +21,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks import command_line, gpu_process, history, latest
-from benchmarks.contenders import CONTENDERS, REFERENCE
+from benchmarks import command_line, gpu_process, results
 from benchmarks.gpu_process import INTERPRETED, NARROW, NUMERICS, TORCH, Case, Row
-from benchmarks.leaf_sets import LEAF_SETS, count, in_words
+from benchmarks.leaf_sets import LEAF_SETS
+from benchmarks.optimizers import MOSAIC, OPTIMIZERS, REFERENCE, TRITON
+from benchmarks.report import table
+from benchmarks.results import Environment
+from benchmarks.shapes import count, in_words
 
 PACKAGES = ("jax", "jaxlib", "optax", "torch")
-KERNELS = ("triton", "mosaic")
+KERNELS = (TRITON, MOSAIC)
 ONE_LEAF, RESNET, MANY_LEAVES = "one of 4096 × 4096", "ResNet-50", "1000 of 64 KB"
 # First a network of many leaves, which has targets; then a set that compiles at once. The last set
 # takes so long to compile that only adamw is measured.
@@ -67,7 +70,7 @@ def jobs_by_worth(
     sets: Sequence[str], optimizers: Sequence[str], backends: Sequence[str]
 ) -> Iterator[list[Case]]:
     """Yield the cases of each process, ordered by the value of their results."""
-    optimizers = sorted(optimizers, key=[*OPTIMIZERS_BY_WORTH, *CONTENDERS].index)
+    optimizers = sorted(optimizers, key=[*OPTIMIZERS_BY_WORTH, *OPTIMIZERS].index)
     for leaf_set in (x for x in SETS_BY_WORTH if x in sets):
         for backend in backends:
             only_adamw = backend == TORCH or leaf_set == MANY_LEAVES
@@ -116,7 +119,7 @@ class Run:
     def __init__(self, folder: Path, device: Row, command: Sequence[str] = COMMAND):
         kind = device["kind"].removeprefix("NVIDIA ").lower().replace(" ", "-")
         self.path = folder.resolve() / f"gpu-{kind}.jsonl"
-        found = history.circumstances(device["device"], PACKAGES)
+        found = Environment.of(device["device"], PACKAGES)
         self.environment = dataclasses.replace(found, versions=found.versions | driver_version())
         self.shared = dataclasses.asdict(self.environment)
         self.bandwidth, self.command = device["bandwidth"], command
@@ -174,8 +177,8 @@ class Run:
         right = {
             row["case"]: row for row in rows if row["passed"] and row["backend"] != INTERPRETED
         }
-        times = latest.step_times("gpu", right)
-        history.append(self.path.with_name("history.jsonl"), times, self.environment)
+        times = results.step_times("gpu", right)
+        results.append_history(self.path.parent, times, self.environment)
         return [case for case in missing if case not in failed] if code else []
 
 
@@ -249,20 +252,19 @@ COMPARED = (
 def report(
     rows: Mapping[str, Row],
     missing: Iterable[Case],
-    environment: history.Circumstances,
+    environment: Environment,
     bandwidth: float,
 ) -> str:
     """Return the whole report in Markdown."""
-    versions = ", ".join(map(" ".join, environment.versions.items()))
     sets = {
-        f"{leaf_set}: {in_words(shapes)}": _table(TIMED, x)
+        f"{leaf_set}: {in_words(shapes)}": _table(TIMED, of_set)
         for leaf_set, shapes in LEAF_SETS.items()
-        if (x := [row for row in rows.values() if row["leaf_set"] == leaf_set])
+        if (of_set := [row for row in rows.values() if row["leaf_set"] == leaf_set])
     }
     return "\n\n".join(
         [
-            f"# Fused steps on a GPU: {environment.device}",
-            f"{environment.date}, commit {environment.commit or 'unknown'}, {versions}",
+            "# Fused steps on a GPU",
+            f"{environment.date}, commit {environment.commit or 'unknown'}, {environment}",
             f"A copy moves {bandwidth / 1e9:.0f} GB/s.",
             summary(rows, missing),
             NOTES,
@@ -274,31 +276,28 @@ def report(
 def summary(rows: Mapping[str, Row], missing: Iterable[Case]) -> str:
     """Return the first part of the report: targets, numerics, failed and missing cases."""
     targets = [
-        {"target": x.text, "at least": x.least or None} | {y: verdict(x, y, rows) for y in KERNELS}
+        {"target": x.text, "at least": _cell(x.least or None)}
+        | {backend: verdict(x, backend, rows) for backend in KERNELS}
         for x in TARGETS
     ]
     compared = [row for row in rows.values() if row["leaf_set"] not in LEAF_SETS]
     wrong = [(case, row) for case, row in rows.items() if not row["passed"]]
     return _sections(
         {
-            "Targets": _table(("target", "at least", *KERNELS), targets),
+            "Targets": table(targets),
             "Numerics": _table(COMPARED, compared),
-            "Failed": [f"- {x}: {row.get('error', 'wrong numbers')}" for x, row in wrong],
-            "Not measured": [f"- {case}" for case in missing],
+            "Failed": "\n".join(f"- {x}: {y.get('error', 'wrong numbers')}" for x, y in wrong),
+            "Not measured": "\n".join(f"- {case}" for case in missing),
         }
     )
 
 
-def _sections(sections: Mapping[str, Sequence[str]]) -> str:
-    found = (["## " + title, "", *lines] for title, lines in sections.items() if lines)
-    return "\n\n".join(map("\n".join, found))
+def _sections(sections: Mapping[str, str]) -> str:
+    return "\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items() if text)
 
 
-def _table(keys: Sequence[str], rows: Sequence[Row]) -> list[str]:
-    """Return a table of rows in Markdown, in which a dash stands for a missing number."""
-    body = [[_cell(row.get(key)) for key in keys] for row in rows]
-    lines = [keys, ["---"] * len(keys), *body] if rows else []
-    return [f"| {' | '.join(line)} |" for line in lines]
+def _table(keys: Sequence[str], rows: Sequence[Row]) -> str:
+    return table([{key: _cell(row.get(key)) for key in keys} for row in rows])
 
 
 def _cell(x: object) -> str:
@@ -310,7 +309,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = command_line.make_parser("gpu", __doc__)
     smoke = "measure adamw only: its numerics, and its time on one large leaf"
     parser.add_argument("--smoke", action="store_true", help=smoke)
-    command_line.add_choices(parser, "--sets", SETS_BY_WORTH, metavar="SET")
+    command_line.add_choices(parser, "--sets", SETS_BY_WORTH)
     command_line.add_optimizers(parser, OPTIMIZERS_BY_WORTH)
     command_line.add_choices(
         parser,
@@ -318,7 +317,6 @@ def make_parser() -> argparse.ArgumentParser:
         (*KERNELS, TORCH, INTERPRETED),
         [*KERNELS, *([TORCH] if importlib.util.find_spec(TORCH) else [])],
         by_default="triton and mosaic, and torch if it is installed",
-        metavar="BACKEND",
     )
     parser.add_argument(
         "--minutes", type=float, default=MINUTES, help=f"time limit (default: {MINUTES})"

@@ -15,14 +15,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import command_line, contenders, history, timing
-from benchmarks.contenders import CONTENDERS, RATE, REFERENCE
-from benchmarks.leaf_sets import LEAF_SETS, RAGGED, Leaves, count, leaves
+from benchmarks import command_line, timing
+from benchmarks.leaf_sets import LEAF_SETS, RAGGED
+from benchmarks.optimizers import (
+    OPTIMIZERS,
+    RATE,
+    REFERENCE,
+    SYNC_PERIOD,
+    XLA,
+    least_bytes,
+    skipped_bytes,
+    trained,
+)
+from benchmarks.results import Row, cores, describe
+from benchmarks.shapes import Leaves, count, leaves
 from optax_ext.low_precision.formats import is_encoded
 from optax_ext.low_precision.weights import MasterWeightsState, float32_weights
 from pallas_kernels import explain, fuse
 
-Row = dict[str, Any]
 Measure = Callable[[], Row]
 Submit = Callable[[Callable[[], Any]], Future[Any]]
 
@@ -82,7 +92,7 @@ def work(job: Mapping[str, Any]) -> None:
         prepare = Times(leaf_set, backend, job["bandwidth"]).prepare
     for begin in range(0, len(cases), CASES_AT_ONCE):
         batch = cases[begin : begin + CASES_AT_ONCE]
-        with ThreadPoolExecutor(history.cores()) as pool:  # waits for all programs at its end
+        with ThreadPoolExecutor(cores()) as pool:  # waits for all programs at its end
             prepared = [attempt(functools.partial(prepare, case, pool.submit)) for case in batch]
         for case, measure in zip(batch, prepared, strict=True):
             row = measure if isinstance(measure, dict) else attempt(measure)
@@ -136,7 +146,7 @@ def normal(shapes: Leaves, seed: int, size: float) -> dict[str, np.ndarray]:
 
 def like(params: Any, grads: Any) -> Any:
     """Return gradients on the device, in the dtypes of their parameters."""
-    return jax.tree.map(lambda p, g: jnp.asarray(g, p.dtype), contenders.trained(params), grads)
+    return jax.tree.map(lambda p, g: jnp.asarray(g, p.dtype), trained(params), grads)
 
 
 def nodes(tree: Any) -> list[Any]:
@@ -152,7 +162,7 @@ def is_narrow(x: Any) -> bool:
 def weights(params: Any, state: Any) -> Any:
     """Return the parameters, with the bits that `master_weights` has in the state."""
     has_bits = isinstance(state, MasterWeightsState)
-    return float32_weights(params, state) if has_bits else contenders.trained(params)
+    return float32_weights(params, state) if has_bits else trained(params)
 
 
 def prepare_numerics(case: Case, submit: Submit) -> Measure:
@@ -161,9 +171,9 @@ def prepare_numerics(case: Case, submit: Submit) -> Measure:
     Each comparison begins at the chain's state, so differences don't add up. Arrays that begin off
     a multiple of 16 bytes are not tested, because XLA rejects them.
     """
-    contender, shapes = CONTENDERS[case.optimizer], leaves_of(NUMERICS, case.backend)
-    chain, fused = (fuse(contender.tx, backend=name) for name in ("xla", case.backend))
-    params = contender.hold(jax.tree.map(jnp.asarray, normal(shapes, 0, SIZE)))
+    optimizer, shapes = OPTIMIZERS[case.optimizer], leaves_of(NUMERICS, case.backend)
+    chain, fused = (fuse(optimizer.tx, backend=name) for name in (XLA, case.backend))
+    params = optimizer.prepare(jax.tree.map(jnp.asarray, normal(shapes, 0, SIZE)))
     if case.leaf_set == NARROW:
         params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
     sizes = np.geomspace(0.03, 1, STEPS)
@@ -195,7 +205,7 @@ def prepare_numerics(case: Case, submit: Submit) -> Measure:
         bits = [jax.tree.map(_bits, run(before, grads[-1])) for _ in range(REPEATS)]
         row["other_bits"] = sum(each != bits[0] for each in bits)
         row["passed"] = all(row["passed"] for row in rows) and not row["other_bits"]
-        if contender.floor_of is None:  # `explain` supports no others
+        if optimizer.same_bytes is None:  # `explain` supports no others
             row["by_xla"] = len(explain(fused, params).fallback_reasons)
         return row
 
@@ -278,9 +288,9 @@ class Times:
         self.leaf_set, self.leaves = leaf_set, leaves_of(leaf_set, backend)
         seconds = SECONDS_PER_CALL * (1 + len(self.leaves) / LEAVES_PER_CALL)
         self.per_call = bandwidth * (seconds / 10 if backend == INTERPRETED else seconds)
-        self.adamw = contenders.floor(REFERENCE, leaf_set) * count(self.leaves)
+        self.adamw = least_bytes(REFERENCE, leaf_set) * count(self.leaves)
         # Whole periods of lookahead, whose synchronizations move more bytes.
-        period = contenders.SYNC_PERIOD
+        period = SYNC_PERIOD
         self.steps = period * math.ceil(self.per_call / (period * self.adamw))
         self.arrays = normal(self.leaves, 0, SIZE), normal(self.leaves, 1, SIZE)
         self.programs: dict[tuple[str, str], Future[Any]] = {}
@@ -288,15 +298,15 @@ class Times:
 
     def prepare(self, case: Case, submit: Submit) -> Measure:
         """Begin to compile the programs of a case, and return its measurement."""
-        names = {(REFERENCE, "xla"), (case.optimizer, "xla"), (case.optimizer, case.backend)}
+        names = {(REFERENCE, XLA), (case.optimizer, XLA), (case.optimizer, case.backend)}
         for name in names - self.programs.keys() - {(REFERENCE, TORCH)}:
             self.programs[name] = submit(self.lower(*name))
-        contenders.floor(case.optimizer, self.leaf_set)  # not between turns, because it traces
+        least_bytes(case.optimizer, self.leaf_set)  # not between turns, because it traces
         return functools.partial(self.measure, case)
 
     def lower(self, optimizer: str, backend: str) -> Callable[[], dict[bool, Any]]:
         """Lower a program, and return a function that compiles it with and without graphs."""
-        program = timing.in_loop(fuse(CONTENDERS[optimizer].tx, backend=backend).step, self.steps)
+        program = timing.in_loop(fuse(OPTIMIZERS[optimizer].tx, backend=backend).step, self.steps)
         arguments = jax.eval_shape(functools.partial(self.begin, optimizer), *self.arrays)
         lowered = jax.jit(program, donate_argnums=(0, 1)).lower(*arguments)
         options: dict[bool, Any] = {True: {}, False: NO_GRAPHS}
@@ -304,9 +314,8 @@ class Times:
 
     def begin(self, optimizer: str, params: Any, grads: Any) -> tuple[Any, Any, Any]:
         """Return parameters, state and gradients of the first step."""
-        contender = CONTENDERS[optimizer]
-        params = contender.hold(jax.tree.map(jnp.array, params))
-        return params, contender.tx.init(params), like(params, grads)
+        params, state = OPTIMIZERS[optimizer].begin(params)
+        return params, state, like(params, grads)
 
     def loop(self, optimizer: str, backend: str, *, graphs: bool = True) -> timing.InPlace:
         """Return a run of a program with its own arrays."""
@@ -317,14 +326,14 @@ class Times:
         """Measure a case by turns with the chain, adamw and a copy."""
         if not self.references:
             copies = math.ceil(self.per_call / timing.copied_bytes())
-            adamw = timing.per_step(self.loop(REFERENCE, "xla"), self.steps)
+            adamw = timing.per_step(self.loop(REFERENCE, XLA), self.steps)
             self.references = {"copy": copy_turn(copies), REFERENCE: adamw}
         row: Row = {"passed": True}
         if case.backend == TORCH:
             turns = {"fused": torch_turn(*self.arrays, self.steps)}
         else:
             chain, fused = (
-                self.loop(case.optimizer, x, graphs=case.graphs) for x in ("xla", case.backend)
+                self.loop(case.optimizer, x, graphs=case.graphs) for x in (XLA, case.backend)
             )
             row["drift"] = drift(fused, chain)
             row["passed"] = row["drift"] <= DRIFT
@@ -336,8 +345,8 @@ class Times:
     def figures(self, case: Case, times: Mapping[str, timing.Times]) -> Row:
         """Return times, bandwidth and ratios; only fused steps skip bytes that do not change."""
         fused, chain = times["fused"], times.get("chain", times[REFERENCE])
-        skipped = contenders.skipped(case.optimizer, self.leaf_set)
-        per_parameter = contenders.floor(case.optimizer, self.leaf_set) - skipped
+        skipped = skipped_bytes(case.optimizer, self.leaf_set)
+        per_parameter = least_bytes(case.optimizer, self.leaf_set) - skipped
         moved = per_parameter * count(self.leaves)
         bandwidth = timing.copied_bytes() / times["copy"].median
         return {
@@ -408,7 +417,7 @@ def probe(platform: str) -> Row:
         {"copy": copy_turn(4 if platform == "cpu" else 40)},
     )
     copy = timing.by_turns(turns, repeats=TURNS, dropped=1)["copy"]
-    found = {"kind": device.device_kind, "device": history.describe(device)}
+    found = {"kind": device.device_kind, "device": describe(device)}
     return found | {"bandwidth": timing.copied_bytes() / copy.median}
 
 

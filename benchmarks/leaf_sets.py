@@ -1,39 +1,23 @@
-"""Shapes of the parameters of known networks, derived from their architectures.
+"""Sets of leaves: the shapes of the parameters of known networks, also sharded on a mesh.
 
 Leaves are float32 and numbered in the order of the layers. Kernels have the layouts of Flax:
 (height, width, in, out) or (in, out).
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-Shape = tuple[int, ...]
+from benchmarks.shapes import Leaves, Shape, leaves
+
 # The mesh axes that partition each dimension.
 Axes = tuple[str | tuple[str, ...] | None, ...]
-Leaves = dict[str, jax.ShapeDtypeStruct]
-
-
-def leaves(shapes: Iterable[Shape]) -> Leaves:
-    """Return a tree of float32 leaves, whose names sort in the order of the shapes."""
-    return {
-        f"leaf{i:04d}": jax.ShapeDtypeStruct(shape, jnp.float32) for i, shape in enumerate(shapes)
-    }
-
-
-def count(params: Any) -> int:
-    """Return the number of parameters in a tree of arrays or of shapes."""
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
-
-
-def in_words(params: Any) -> str:
-    """Describe the number of leaves and of parameters."""
-    leaves = len(jax.tree.leaves(params))
-    many = "leaf" if leaves == 1 else "leaves"
-    return f"{leaves} {many}, {count(params) / 1e6:.1f} million parameters"
 
 
 def resnet50() -> Iterator[Shape]:
@@ -149,3 +133,52 @@ RAGGED = leaves(
 
 # The set "ragged" compiles in a second. It is too small for meaningful times of a step.
 COMPILED_SETS: dict[str, Leaves] = {"ragged": RAGGED} | LEAF_SETS
+
+
+@dataclass(frozen=True)
+class ShardedSet:
+    """A set of leaves that is sharded across devices.
+
+    Attributes:
+      leaves: shapes, each with the mesh axes that partition its dimensions.
+      along_model: returns the size of the mesh axis "model" for a number of devices. The axis
+        "data" has the other factor.
+    """
+
+    leaves: tuple[tuple[Shape, Axes], ...]
+    along_model: Callable[[int], int]
+
+    def on(self, devices: Sequence[Any]) -> Leaves:
+        """Return the leaves with their shardings on a mesh of these devices."""
+        mesh = Mesh(
+            np.array(devices).reshape(-1, self.along_model(len(devices))), ("data", "model")
+        )
+        return {
+            f"leaf{i:04d}": jax.ShapeDtypeStruct(
+                shape, jnp.float32, sharding=NamedSharding(mesh, PartitionSpec(*axes))
+            )
+            for i, (shape, axes) in enumerate(self.leaves)
+        }
+
+
+def squarest(devices: int) -> int:
+    """Return the shorter side of the most square mesh of this number of devices."""
+    return next(side for side in range(math.isqrt(devices), 0, -1) if devices % side == 0)
+
+
+def none_along_model(devices: int) -> int:
+    """Return 1, so that the axis "data" contains all devices."""
+    del devices
+    return 1
+
+
+_LLAMA_7B = tuple(llama(4096, layers=32, mlp=11008, vocabulary=32000))
+_SMALL = tuple(llama(512, layers=2, mlp=1536, vocabulary=1024))
+
+SHARDED_SETS = {
+    "LLaMA-7B": ShardedSet(_LLAMA_7B, squarest),
+    "LLaMA-7B, fully sharded": ShardedSet(_LLAMA_7B, none_along_model),
+    # The small sets compile in a second, for a few devices. A TPU pads no shape of any sharded set.
+    "small LLaMA": ShardedSet(_SMALL, squarest),
+    "small LLaMA, fully sharded": ShardedSet(_SMALL, none_along_model),
+}

@@ -12,23 +12,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from rich.console import Console
+from rich.progress import track
 
 import optax_ext
-from benchmarks import command_line, history, latest
+from benchmarks import command_line, report, results
 from benchmarks.aot import V5E, compiled_anew, lower
-from benchmarks.contenders import CONTENDERS, QUANTIZED, RATE, Contender
 from benchmarks.hlo import live_bytes, read_entry
-from benchmarks.latest import Row
-from benchmarks.layouts import held, size, state_of
-from benchmarks.leaf_sets import LEAF_SETS, Leaves, count, in_words
+from benchmarks.leaf_sets import LEAF_SETS
+from benchmarks.optimizers import OPTIMIZERS, QUANTIZED, RATE, Optimizer
+from benchmarks.results import Environment, Row
+from benchmarks.shapes import Leaves, count, in_words, prepared, size, state_of
 from pallas_kernels.compile import whole_step
 
 LEAF_SET = "GPT-2 124M"
 PACKAGES = ("jax", "libtpu", "optax")
 
 MOMENTS = {"": {}, "mu_dtype=bfloat16": {"mu_dtype": jnp.bfloat16}}
-NARROW, AWAY = {"slow_dtype": jnp.bfloat16}, {"offload": "pinned_host"}
+NARROW, OFFLOADED = {"slow_dtype": jnp.bfloat16}, {"offload": "pinned_host"}
 ROTATING = {"lookahead": "rotating"}
 # The options of each optimizer, by the words in the table.
 OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
@@ -41,10 +41,10 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "novak": MOMENTS
     | {
         "slow_dtype=bfloat16": NARROW,
-        'offload="pinned_host"': AWAY,
+        'offload="pinned_host"': OFFLOADED,
         'lookahead="rotating"': ROTATING,
         'lookahead="rotating", slow_dtype=bfloat16': ROTATING | NARROW,
-        'lookahead="rotating", offload="pinned_host"': ROTATING | AWAY,
+        'lookahead="rotating", offload="pinned_host"': ROTATING | OFFLOADED,
         'lookahead="none"': {"lookahead": "none"},
         "trust_ratio=True": {"trust_ratio": True},
     },
@@ -55,7 +55,7 @@ COLUMNS = {
     "arrays": "its arrays",
     "on_device": "on the device",
     "on_host": "in host memory",
-    "beside": "temporary",
+    "temporary": "temporary",
 }
 
 
@@ -65,46 +65,37 @@ def main(argv: Sequence[str] | None = None) -> None:
     if V5E.missing():
         raise SystemExit("memory needs the extra `aot`, which is not installed")
     command_line.find_device("cpu")  # compilation needs no other device
-    console, params = Console(), LEAF_SETS[LEAF_SET]
-    shared = history.circumstances(f"compiled for {V5E.name}", PACKAGES)
-    title = f"{LEAF_SET}: {in_words(params)}, bytes per parameter"
-    shown = command_line.make_table(title, ["state of"], COLUMNS.values())
-    progress = command_line.progress_display(console)
-    measured = cases()
-    task = progress.add_task("", total=len(measured))
-    rows: dict[str, Row] = {}
-    with progress:
-        for case, contender in measured.items():
-            progress.update(task, description=case)
-            found = measure(contender, params)
-            rows[case] = found | asdict(shared)
-            shown.add_row(case, *(f"{found[key]:.2f}" for key in COLUMNS))
-            progress.advance(task)
-    console.print(shown)
-    latest.write(latest.path(options.out, "memory", "tpu-aot"), rows)
+    params = LEAF_SETS[LEAF_SET]
+    environment = Environment.of(f"compiled for {V5E.name}", PACKAGES)
+    rows = {
+        case: measure(optimizer, params) | asdict(environment)
+        for case, optimizer in track(cases().items(), LEAF_SET, transient=True)
+    }
+    print(f"{LEAF_SET}: {in_words(params)}, bytes per parameter\n\n{_table(rows)}")
+    results.write(results.path(options.out, "memory", "tpu-aot"), rows)
 
 
-def cases() -> dict[str, Contender]:
+def cases() -> dict[str, Optimizer]:
     """Return each optimizer with each of its options, and all optimizers with quantized state."""
     found = {
         f"{name}({words})": make(name, arguments)
         for name, several in OPTIONS.items()
         for words, arguments in several.items()
     }
-    return found | {name: CONTENDERS[name] for name in QUANTIZED}
+    return found | {name: OPTIMIZERS[name] for name in QUANTIZED}
 
 
-def make(name: str, arguments: Mapping[str, Any]) -> Contender:
+def make(name: str, arguments: Mapping[str, Any]) -> Optimizer:
     """Return an optimizer of `optax_ext` or of Optax."""
-    return Contender(getattr(optax if name == "adamw" else optax_ext, name)(RATE, **arguments))
+    return Optimizer(getattr(optax if name == "adamw" else optax_ext, name)(RATE, **arguments))
 
 
-def measure(contender: Contender, params: Leaves) -> Row:
+def measure(optimizer: Optimizer, params: Leaves) -> Row:
     """Measure the bytes per parameter of a step's memory, without parameters and gradients."""
-    tx, sharding = contender.tx, V5E.sharding()
+    tx, sharding = optimizer.tx, V5E.sharding()
     params = {
         name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-        for name, x in held(contender.hold, params).items()
+        for name, x in prepared(optimizer.prepare, params).items()
     }
     state, chain = state_of(tx, params), whole_step(tx)
 
@@ -121,30 +112,30 @@ def measure(contender: Contender, params: Leaves) -> Row:
         "arrays": size(state),
         "on_device": memory.argument_size_in_bytes - 2 * size(params),
         "on_host": memory.host_argument_size_in_bytes,
-        "beside": live_bytes(read_entry(text)) + not_aliased,
+        "temporary": live_bytes(read_entry(text)) + not_aliased,
     }
     return {key: value / count(params) for key, value in found.items()}
 
 
-def table(rows: Mapping[str, Row]) -> str:
-    """Return the table in Markdown: the options of each optimizer."""
+def summary(rows: Mapping[str, Row]) -> str:
+    """Return the table of `docs/`: the options of each optimizer."""
     return _table({case: row for case, row in rows.items() if case not in QUANTIZED})
 
 
-def quantized_table(rows: Mapping[str, Row]) -> str:
-    """Return the table of quantized states in Markdown."""
+def quantized_summary(rows: Mapping[str, Row]) -> str:
+    """Return the table of quantized states of `docs/`."""
     return _table({case: rows[case] for case in QUANTIZED})
 
 
 def _table(rows: Mapping[str, Row]) -> str:
-    header = ["state of", *COLUMNS.values()]
-    lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
-    for case, row in rows.items():
-        cells = [f"`{case.removesuffix('()')}`", *(f"{row[key]:.2f}" for key in COLUMNS)]
-        lines.append(f"| {' | '.join(cells)} |")
+    lines = [
+        {"state of": f"`{case.removesuffix('()')}`"}
+        | {column: f"{row[key]:.2f}" for key, column in COLUMNS.items()}
+        for case, row in rows.items()
+    ]
     last = [*rows.values()][-1]
     versions = ", ".join(map(" ".join, last["versions"].items()))
-    return "\n".join([*lines, "", f"Compiled with {versions}, {last['date']}."])
+    return f"{report.table(lines)}\n\nCompiled with {versions}, {last['date']}."
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -1,7 +1,7 @@
 """Figures of the results; the same results give the same file."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,10 +12,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullLocator
 
-from benchmarks.contenders import CONTENDERS, chain_of
-from benchmarks.latest import Row
-from benchmarks.leaf_sets import LEAF_SETS, count
-from benchmarks.peers import PEERS
+from benchmarks.baselines import BASELINES
+from benchmarks.leaf_sets import LEAF_SETS
+from benchmarks.optimizers import OPTIMIZERS
+from benchmarks.results import Row
+from benchmarks.shapes import count
 
 # Inches; a page shows 96 pixels per inch.
 WIDTH = 8.4
@@ -55,14 +56,14 @@ def scaling(columns: Mapping[str, Sequence[Row]], labels: Sequence[str], path: P
     """
     figure = Figure(figsize=(WIDTH, 5.2), layout="constrained")
     panels = figure.subplots(2, len(columns), sharex="col", sharey="row", squeeze=False)
-    ways = dict.fromkeys(row["optimizer"] for row in itertools.chain(*columns.values()))
-    styles = line_styles(ways)
+    names = dict.fromkeys(row["optimizer"] for row in itertools.chain(*columns.values()))
+    styles = line_styles(names)
     for (number, rows), column in zip(columns.items(), panels.T, strict=True):
-        for way in ways:
-            points = sorted((x for x in rows if x["optimizer"] == way), key=lambda x: x[number])
+        for name in names:
+            points = sorted((x for x in rows if x["optimizer"] == name), key=lambda x: x[number])
             for axes, times in zip(column, ("times_ms", "compile_times_s"), strict=True):
                 x, samples = [row[number] for row in points], [row[times] for row in points]
-                draw_line(axes, x, samples, **styles[way])
+                draw_line(axes, x, samples, **styles[name])
     for axes in panels.ravel():
         axes.set_xscale("log")
         axes.set_yscale("log")
@@ -80,23 +81,13 @@ def scaling(columns: Mapping[str, Sequence[Row]], labels: Sequence[str], path: P
     save(figure, path)
 
 
-def line_styles(ways: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return a style for each way; fused steps have dashed lines and hollow markers."""
+def line_styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Return the style of each line."""
     looks = itertools.cycle(zip(COLOURS, MARKERS, strict=True))
-    looks_of = dict(zip(dict.fromkeys(map(chain_of, ways)), looks, strict=False))
-    styles = {}
-    for way in ways:
-        colour, marker = looks_of[chain_of(way)]
-        fused = way != chain_of(way)
-        styles[way] = {
-            "color": colour,
-            "marker": marker,
-            "markersize": 4.5,
-            "markerfacecolor": "white" if fused else colour,
-            "linestyle": "--" if fused else "-",
-            "linewidth": 1.3,
-        }
-    return styles
+    return {
+        name: {"color": colour, "marker": marker, "markersize": 4.5, "linewidth": 1.3}
+        for name, (colour, marker) in zip(names, looks, strict=False)
+    }
 
 
 def draw_line(
@@ -113,23 +104,23 @@ def steps(results: Mapping[str, Mapping[str, Row]], target: float, path: Path) -
     """Draw the time per byte of each optimizer relative to adamw, a panel for each set of leaves.
 
     Args:
-      results: rows of the step benchmark, by the set of leaves and by the way.
+      results: rows of the step benchmark, by the set of leaves and by the optimizer.
       target: the ratio that no chain should exceed.
       path: the path of the figure.
     """
-    ways = list(dict.fromkeys(itertools.chain(*results.values())))
-    figure = Figure(figsize=(WIDTH, 0.19 * len(ways) + 1.3), layout="constrained")
+    names = list(dict.fromkeys(itertools.chain(*results.values())))
+    figure = Figure(figsize=(WIDTH, 0.19 * len(names) + 1.3), layout="constrained")
     panels = figure.subplots(1, len(results), sharex=True, sharey=True, squeeze=False)[0]
     for axes, (leaf_set, rows) in zip(panels, results.items(), strict=True):
         axes.axvline(1, color="0.5", linewidth=1)
         axes.axvline(target, color="0.5", linewidth=1, linestyle=(0, (3, 2)))
-        for way, row in rows.items():
-            draw_ratio(axes, ways.index(way), way, row)
+        for name, row in rows.items():
+            draw_ratio(axes, names.index(name), name, row)
         axes.set_title(f"{leaf_set}\n{size(leaf_set)}", fontsize=8)
         tidy(axes)
         axes.spines["left"].set_visible(False)
         axes.tick_params(axis="y", length=0)
-    name_rows(panels[0], ways)
+    name_rows(panels[0], names)
     panels[0].set_xscale("log")
     panels[0].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     panels[0].xaxis.set_minor_locator(NullLocator())
@@ -138,7 +129,7 @@ def steps(results: Mapping[str, Mapping[str, Row]], target: float, path: Path) -
         f"time per byte, relative to optax.adamw (line at 1, dashed at {target:g})", fontsize=9
     )
     dot = {"marker": "o", "linestyle": ""}
-    shown = set(map(package, ways))
+    shown = set(map(package, names))
     add_legend(
         figure,
         {x.label: dot | {"color": x.colour} for name, x in PACKAGES.items() if name in shown},
@@ -146,25 +137,25 @@ def steps(results: Mapping[str, Mapping[str, Row]], target: float, path: Path) -
     save(figure, path)
 
 
-def name_rows(axes: Axes, ways: Sequence[str]) -> None:
+def name_rows(axes: Axes, names: Sequence[str]) -> None:
     """Name the rows from top to bottom, in the colours of their packages."""
-    axes.set_yticks(range(len(ways)), ways)
-    for label, way in zip(axes.get_yticklabels(), ways, strict=True):
-        label.set_color(PACKAGES[package(way)].colour)
-    axes.set_ylim(len(ways) - 0.4, -0.6)
+    axes.set_yticks(range(len(names)), names)
+    for label, name in zip(axes.get_yticklabels(), names, strict=True):
+        label.set_color(PACKAGES[package(name)].colour)
+    axes.set_ylim(len(names) - 0.4, -0.6)
 
 
-def draw_ratio(axes: Axes, y: int, way: str, row: Row) -> None:
+def draw_ratio(axes: Axes, y: int, name: str, row: Row) -> None:
     """Draw a dot at the median and a line between the quartiles."""
-    colour = PACKAGES[package(way)].colour
+    colour = PACKAGES[package(name)].colour
     relative = np.array(row["times_ms"]) / row["median_ms"] * row["to_adamw_per_byte"]
     axes.plot(np.quantile(relative, (0.25, 0.75)), [y, y], color=colour, linewidth=1.6, alpha=0.45)
     axes.plot(row["to_adamw_per_byte"], y, color=colour, marker="o", markersize=4.5)
 
 
-def package(way: str) -> str:
+def package(name: str) -> str:
     """Return the package of the optimizer."""
-    return "torch" if way in PEERS else CONTENDERS[chain_of(way)].package
+    return "torch" if name in BASELINES else OPTIMIZERS[name].package
 
 
 def size(leaf_set: str) -> str:

@@ -1,8 +1,8 @@
 """Step time and compile time of optimizers for several numbers of leaves and of parameters.
 
 A step computes the update and applies it; parameters and state are donated. All leaves are vectors
-of one length. Each optimizer takes turns with optax.adamw, and on a GPU also with its own fused
-step. Before that, each step is compiled alone, without a cache.
+of one length. Each optimizer takes turns with optax.adamw on a CPU. Before that, each step is
+compiled alone, without a cache.
 """
 
 import argparse
@@ -17,17 +17,17 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from rich.table import Table
+from rich.progress import track
 
-from benchmarks import command_line, contenders, history, latest, timing
+from benchmarks import command_line, report, results, timing
 from benchmarks.aot import compiled_anew
-from benchmarks.contenders import CONTENDERS, REFERENCE
-from benchmarks.latest import Row
-from benchmarks.leaf_sets import Leaves, leaves
+from benchmarks.optimizers import OPTIMIZERS, REFERENCE, XLA
+from benchmarks.results import Measurement, Row
+from benchmarks.shapes import Leaves, leaves, state_of
 from pallas_kernels import fuse
 
 PACKAGES = ("jax", "jaxlib", "optax")
-OPTIMIZERS = (REFERENCE, "fame", "vradam", "novak")
+DEFAULT_OPTIMIZERS = (REFERENCE, "fame", "vradam", "novak")
 
 LEAVES = (1, 3, 10, 30, 100, 300, 1000)
 PARAMETERS = tuple(10**i for i in range(3, 9))
@@ -46,11 +46,10 @@ MOST_STEPS_PER_TURN = 100
 LEAST_COMPILATIONS, MOST_COMPILATIONS = 2, 5
 SECONDS_OF_COMPILATION = 3.0
 
-NOTES = (
-    "ms: the median time of a step, ± the interquartile range over its turns. × adamw: the time"
-    " relative to optax.adamw, turn by turn. compile: the median wall-clock time in seconds to"
-    " trace, lower and compile the step without a cache."
-)
+NOTES = """
+ms: the median time of a step, ± the interquartile range over its turns. × adamw: the time relative
+to optax.adamw, turn by turn. compile: the median wall-clock time in seconds to trace, lower and
+compile the step without a cache."""
 
 
 class Point(NamedTuple):
@@ -64,65 +63,127 @@ class Point(NamedTuple):
     leaves: int
     parameters: int
 
-    def case(self, way: str) -> str:
-        """Return the name of the case: this point and a way to run the step."""
+    def __str__(self) -> str:
+        """Return the first part of the names of the point's cases."""
         leaves = "1 leaf" if self.leaves == 1 else f"{self.leaves} leaves"
-        return f"{leaves}, {self.parameters} parameters / {way}"
+        return f"{leaves}, {self.parameters} parameters"
 
     def shapes(self) -> Leaves:
         """Return the shapes of the leaves."""
         length = self.parameters // self.leaves
         return leaves([(max(length - length % LENGTHS, 1),)] * self.leaves)
 
-    def steps_per_turn(self, platform: str) -> int:
+    def steps_per_turn(self) -> int:
         """Return the number of steps per turn; small steps need more."""
-        steps = min(PARAMETERS_PER_TURN // self.parameters, MOST_STEPS_PER_TURN)
-        return max(steps, timing.STEPS_PER_TURN[platform])
+        return max(min(PARAMETERS_PER_TURN // self.parameters, MOST_STEPS_PER_TURN), 1)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure the cases that the command line selects; all by default."""
     parser = make_parser()
     options = parser.parse_args(argv)
-    device, circumstances, console = command_line.begin(parser, options, PACKAGES)
-    path = latest.path(options.out, "scaling", options.device)
+    environment = command_line.begin(parser, options.out, PACKAGES)
+    path = results.path(options.out, "scaling", "cpu")
     by_leaves = [Point(number, FIXED_PARAMETERS) for number in options.leaves]
     by_parameters = [Point(FIXED_LEAVES, number) for number in options.parameters]
     points = list(dict.fromkeys(by_leaves + by_parameters))  # both lists may contain the same point
-    measured: dict[str, Row] = {}
-    progress = command_line.progress_display(console)
-    task = progress.add_task("", total=2 * len(points) * len(options.optimizers))
-    with jax.default_device(device), progress:
-        # Start the compiler first, so that no case includes its start.
-        compile_seconds(Point(1, 1), REFERENCE, options.device)
-        for point in points:
-            compiled: dict[str, list[float]] = {}
-            for name in options.optimizers:  # before any timing, because it clears caches
-                progress.update(task, description=f"compile {point.case(name)}")
-                compiled |= compile_seconds(point, name, options.device)
-                progress.advance(task)
-            turns = Turns(point, options.device, options.repeats)
-            for name in options.optimizers:
-                progress.update(task, description=f"time {point.case(name)}")
-                rows = turns.measure(name, compiled)
-                latest.save(path, rows, measurements(rows), circumstances)
-                measured |= rows
-                progress.advance(task)
-    console.print(table(measured))
-    console.print(NOTES, highlight=False)
+    rows: dict[str, Row] = {}
+    # Start the compiler first, so that no case includes its start.
+    compile_seconds(Point(1, 1), REFERENCE)
+    for point in track(points, "points", transient=True):
+        measured = measure(point, options.optimizers, options.repeats)
+        results.save(path, measured, measurements(measured), environment)
+        rows |= measured
+    print(f"\n{table(rows)}\n{NOTES}")
     if importlib.util.find_spec("matplotlib"):
         draw(path)
     else:
-        console.print(
-            "The figure needs matplotlib. `python -m benchmarks summary` can draw it later."
+        print("The figure needs matplotlib. `python -m benchmarks summary` can draw it later.")
+
+
+def measure(point: Point, names: Sequence[str], repeats: int) -> dict[str, Row]:
+    """Measure a row for each optimizer at one point, which takes turns with adamw."""
+    # Before any timing, because it clears caches.
+    compiled = {name: compile_seconds(point, name) for name in names}
+    params, grads = (
+        {name: jnp.full(x.shape, value) for name, x in point.shapes().items()}
+        for value in (1.0, 0.1)
+    )
+    reference = {REFERENCE: OPTIMIZERS[REFERENCE].run(params, grads)}
+    rows: dict[str, Row] = {}
+    for name in names:
+        run = reference.get(name) or OPTIMIZERS[name].run(params, grads)
+        times = timing.interleave(
+            reference | {name: run}, repeats=repeats, steps_per_turn=point.steps_per_turn()
         )
+        row = make_row(times[name], times[REFERENCE], compiled[name])
+        rows[f"{point} / {name}"] = point._asdict() | {"optimizer": name} | row
+    return rows
+
+
+def compile_seconds(point: Point, name: str) -> list[float]:
+    """Measure the wall-clock seconds to compile an optimizer's step without a cache."""
+    optimizer, grads = OPTIMIZERS[name], point.shapes()
+    params = jax.eval_shape(optimizer.prepare, grads)
+    state, times = state_of(optimizer.tx, params), []
+    while len(times) < LEAST_COMPILATIONS or (
+        len(times) < MOST_COMPILATIONS and sum(times) < SECONDS_OF_COMPILATION
+    ):
+        jax.clear_caches()
+        with compiled_anew():
+            begin = time.perf_counter()
+            step = jax.jit(fuse(optimizer.tx, backend=XLA).step, donate_argnums=(0, 1))
+            step.lower(params, state, grads).compile()
+            times.append(time.perf_counter() - begin)
+    return times
+
+
+def make_row(times: timing.Times, reference: timing.Times, compiled: Sequence[float]) -> Row:
+    """Return the row of one step for the table and the file.
+
+    Args:
+      times: the times of the step.
+      reference: the times of adamw's step in the same turns.
+      compiled: the seconds of each compilation.
+    """
+    to_adamw, to_adamw_spread = times.relative_to(reference)
+    return times.row() | {
+        "to_adamw": to_adamw,
+        "to_adamw_spread": to_adamw_spread,
+        "compile_s": statistics.median(compiled),
+        "compile_times_s": list(compiled),
+    }
+
+
+def table(rows: Mapping[str, Row]) -> str:
+    """Return a table of all rows."""
+    return report.table(
+        [
+            {
+                "vectors": case.partition(" / ")[0],
+                "optimizer": row["optimizer"],
+                "ms": report.plus_minus(row["median_ms"], row["spread_ms"]),
+                "× adamw": f"{row['to_adamw']:.2f} ± {row['to_adamw_spread']:.2f}",
+                "compile": f"{row['compile_s']:.2f}",
+            }
+            for case, row in rows.items()
+        ]
+    )
+
+
+def measurements(rows: Mapping[str, Row]) -> Iterator[Measurement]:
+    """Yield the measurements of the rows for the history: steps and compilations."""
+    yield from results.step_times("scaling", rows)
+    for case, row in rows.items():
+        spread = timing.interquartile_range(row["compile_times_s"])
+        yield Measurement("scaling", f"{case}, compile", "s", row["compile_s"], spread)
 
 
 def draw(path: Path) -> None:
     """Draw the results of a file into an SVG in the same folder."""
     from benchmarks import plots  # measuring alone does not need matplotlib
 
-    rows = latest.load(path).values()
+    rows = results.load(path).values()
     columns = {
         "leaves": [row for row in rows if row["parameters"] == FIXED_PARAMETERS],
         "parameters": [row for row in rows if row["leaves"] == FIXED_LEAVES],
@@ -134,111 +195,9 @@ def draw(path: Path) -> None:
     plots.scaling(columns, labels, path.with_suffix(".svg"))
 
 
-def compile_seconds(point: Point, name: str, platform: str) -> dict[str, list[float]]:
-    """Measure the wall-clock seconds to compile each way of an optimizer's step without a cache."""
-    contender = CONTENDERS[name]
-    grads = point.shapes()
-    params = jax.eval_shape(contender.hold, grads)
-    state = jax.eval_shape(contender.tx.init, params)
-    seconds: dict[str, list[float]] = {}
-    for way, backend in contenders.backends(name, platform).items():
-        times = seconds[way] = []
-        while len(times) < LEAST_COMPILATIONS or (
-            len(times) < MOST_COMPILATIONS and sum(times) < SECONDS_OF_COMPILATION
-        ):
-            jax.clear_caches()
-            with compiled_anew():
-                begin = time.perf_counter()
-                step = jax.jit(fuse(contender.tx, backend=backend).step, donate_argnums=(0, 1))
-                step.lower(params, state, grads).compile()
-                times.append(time.perf_counter() - begin)
-    return seconds
-
-
-class Turns:
-    """The steps at one point; each optimizer takes turns with adamw."""
-
-    def __init__(self, point: Point, platform: str, repeats: int):
-        self.point, self.platform, self.repeats = point, platform, repeats
-        self.grads = {name: jnp.full(x.shape, 0.1) for name, x in point.shapes().items()}
-        self.reference = self.run(REFERENCE, "xla")
-
-    def measure(self, name: str, compiled: Mapping[str, list[float]]) -> dict[str, Row]:
-        """Measure a row for each way to run the optimizer's step, by "point / way"."""
-        backends = contenders.backends(name, self.platform)
-        ways = {way: self.run(name, backends[way]) for way in backends if way != REFERENCE}
-        times = timing.interleave(
-            {REFERENCE: self.reference} | ways,
-            repeats=self.repeats,
-            steps_per_turn=self.point.steps_per_turn(self.platform),
-        )
-        return {
-            self.point.case(way): self.point._asdict()
-            | {"optimizer": way}
-            | make_row(times[way], times[REFERENCE], compiled[way])
-            for way in backends
-        }
-
-    def run(self, name: str, backend: str) -> timing.Run:
-        """Return a function that runs an optimizer's steps."""
-        contender = CONTENDERS[name]
-        params = contender.hold(jax.tree.map(jnp.ones_like, self.grads))
-        step = fuse(contender.tx, backend=backend).step
-        return timing.donated(step, params, contender.tx.init(params), self.grads)
-
-
-def make_row(times: timing.Times, reference: timing.Times, compiled: Sequence[float]) -> Row:
-    """Return the row of one step for the table and the file.
-
-    Args:
-      times: the times of the step.
-      reference: the times of adamw's step in the same turns.
-      compiled: the seconds of each compilation.
-    """
-    ratios = [x / y for x, y in zip(times.seconds, reference.seconds, strict=True)]
-    return {
-        "median_ms": 1e3 * times.median,
-        "spread_ms": 1e3 * times.spread,
-        "to_adamw": statistics.median(ratios),
-        "to_adamw_spread": timing.interquartile_range(ratios),
-        "compile_s": statistics.median(compiled),
-        "times_ms": [1e3 * seconds for seconds in times.seconds],
-        "compile_times_s": list(compiled),
-    }
-
-
-def table(rows: Mapping[str, Row]) -> Table:
-    """Return a table of all rows for the terminal."""
-    columns = ("ms", "× adamw", "compile")
-    drawn = command_line.make_table("Vectors of one length", ["optimizer"], columns)
-    heading = None
-    for case, row in rows.items():
-        point, _, way = case.partition(" / ")
-        if point != heading:
-            drawn.add_section()
-            drawn.add_row(f"[bold]{point}")
-            heading = point
-        drawn.add_row(
-            way,
-            command_line.plus_minus(row["median_ms"], row["spread_ms"]),
-            f"{row['to_adamw']:.2f} ± {row['to_adamw_spread']:.2f}",
-            f"{row['compile_s']:.2f}",
-        )
-    return drawn
-
-
-def measurements(rows: Mapping[str, Row]) -> Iterator[history.Measurement]:
-    """Yield the measurements of the rows for the history: steps and compilations."""
-    yield from latest.step_times("scaling", rows)
-    for case, row in rows.items():
-        spread = timing.interquartile_range(row["compile_times_s"])
-        yield history.Measurement("scaling", f"{case}, compile", "s", row["compile_s"], spread)
-
-
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = command_line.make_parser("scaling", __doc__)
-    command_line.add_device(parser)
     for name, default, least, most, what in (
         ("--leaves", LEAVES, 1, FIXED_PARAMETERS, f"with {FIXED_PARAMETERS} parameters in all"),
         ("--parameters", PARAMETERS, FIXED_LEAVES, sys.maxsize, f"in {FIXED_LEAVES} leaves"),
@@ -251,7 +210,7 @@ def make_parser() -> argparse.ArgumentParser:
             metavar="N",
             help=f"numbers to measure, {what} (default: {' '.join(map(str, default))})",
         )
-    command_line.add_optimizers(parser, OPTIMIZERS)
+    command_line.add_optimizers(parser, DEFAULT_OPTIMIZERS)
     command_line.add_repeats(parser)
     return parser
 

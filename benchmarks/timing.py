@@ -59,6 +59,19 @@ class Times:
         """The interquartile range over the turns."""
         return interquartile_range(self.seconds)
 
+    def relative_to(self, other: "Times") -> tuple[float, float]:
+        """Return the median and the interquartile range of the ratios of the same turns."""
+        ratios = [x / y for x, y in zip(self.seconds, other.seconds, strict=True)]
+        return statistics.median(ratios), interquartile_range(ratios)
+
+    def row(self, name: str = "") -> dict[str, Any]:
+        """Return the median, the spread and all times in milliseconds, for a row of results."""
+        return {
+            f"{name or 'median_'}ms": 1e3 * self.median,
+            f"{name}spread_ms": 1e3 * self.spread,
+            f"{name}times_ms": [1e3 * seconds for seconds in self.seconds],
+        }
+
 
 def interquartile_range(values: Sequence[float]) -> float:
     """Return the width of the interval from the first to the third quartile."""

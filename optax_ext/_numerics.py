@@ -119,7 +119,7 @@ def abs_sq(x: jax.Array) -> jax.Array:
 
 @jax.custom_jvp
 def root(x: jax.Array) -> jax.Array:
-    r"""Return :math:`\sqrt x`, with derivative 0 instead of infinity at 0.
+    """Return √x, with derivative 0 instead of infinity at 0.
 
     So a tensor that is 0 and stays 0 adds 0 to a derivative. An infinite derivative would make it
     NaN. A rule of its own leaves the plain root to steps that nobody differentiates.

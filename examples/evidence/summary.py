@@ -6,16 +6,17 @@ python examples/evidence/summary.py
 import ast
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from _evidence import RESULTS, Estimate
-from benchmarks.summary import fill
+from benchmarks.report import fill
 
 FOLDER = Path(__file__).parent
 DOCS = FOLDER.parents[1] / "docs"
-PAGE = RESULTS / "README.md"
+PAGE = DOCS / "evidence_results.md"
 FROM_DOCS = "../examples/evidence/results"
 # In the order of the table.
 SCRIPTS = (
@@ -64,13 +65,12 @@ def load(folder: Path) -> dict[str, Document]:
 
 def table(documents: Mapping[str, Document]) -> str:
     """Return the table of claims in Markdown."""
-    lines = ["| claim | verdict | figure | `python examples/evidence/…` |", "|---|---|---|---|"]
+    lines = ["| claim | verdict | `python examples/evidence/…` |", "|---|---|---|"]
     for script, found in documents.items():
-        figures = ", ".join(f"[{Path(name).stem}]({FROM_DOCS}/{name})" for name in found["figures"])
         command = f"`{script}.py`, {takes(found['seconds'])}"
         for finding in found["findings"]:
-            claim = f"[{finding['claim']}]({FROM_DOCS}/README.md#{script})"
-            lines.append(f"| {claim} | {finding['verdict']} | {figures} | {command} |")
+            claim = f"[{finding['claim']}]({PAGE.name}#{anchor(title_of(script))})"
+            lines.append(f"| {claim} | {finding['verdict']} | {command} |")
     return "\n".join(lines)
 
 
@@ -78,27 +78,35 @@ def page(documents: Mapping[str, Document]) -> str:
     """Return the page with all figures and tables in Markdown, a section for each script."""
     sections = [section(script, found) for script, found in documents.items()]
     intro = (
-        "Written by `python examples/evidence/summary.py` from the files beside it, which the"
-        " scripts write. Intervals, in brackets, are of 95 % confidence over seeds."
+        "Written by `python examples/evidence/summary.py` from the files in"
+        " `examples/evidence/results`, which the scripts write. Intervals, in brackets, are of"
+        " 95 % confidence over seeds."
     )
     return "\n\n".join(["# What the papers claim, put to a test", intro, *sections]) + "\n"
 
 
+def anchor(title: str) -> str:
+    """Return the anchor that GitHub and Sphinx give to a title."""
+    return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+
+
 def section(script: str, found: Document) -> str:
     """Return a section: the script's docstring, verdicts, figures and tables."""
-    title, _, how = read_docstring(script).partition("\n\n")
-    command, _, how = how.partition("\n\n")
+    command, _, how = read_docstring(script).partition("\n\n")[2].partition("\n\n")
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     parts = [
-        f'<a id="{script}"></a>',
-        f"## {title}",
+        f"## {title_of(script)}",
         f"`{command.strip()}`, {takes(found['seconds'])} on {found['device']}, {versions}.",
         how,
         *(f"- **{x['claim']}: {x['verdict']}.** {x['shown']}" for x in found["findings"]),
-        *(f"![{Path(name).stem}]({name})" for name in found["figures"]),
+        *(f"![{Path(name).stem}]({FROM_DOCS}/{name})" for name in found["figures"]),
         tables_of(found),
     ]
     return "\n\n".join(parts)
+
+
+def title_of(script: str) -> str:
+    return read_docstring(script).partition("\n")[0].rstrip(".")
 
 
 def read_docstring(script: str) -> str:

@@ -31,9 +31,8 @@ def test_leaves_have_the_parameters_among_them():
 
 
 def test_small_steps_share_a_turn():
-    turns = [Point(10, 10**i).steps_per_turn("cpu") for i in range(3, 9)]
+    turns = [Point(10, 10**i).steps_per_turn() for i in range(3, 9)]
     assert turns == [100, 100, 10, 1, 1, 1]
-    assert Point(10, 10**8).steps_per_turn("gpu") == timing.STEPS_PER_TURN["gpu"]
 
 
 def test_a_row_is_a_calculation_by_hand():
@@ -51,10 +50,10 @@ def test_a_row_is_a_calculation_by_hand():
 
 def test_every_compilation_is_from_nothing(quick, caplog):
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
-        seconds = scaling.compile_seconds(Point(2, 8), "adamw", "gpu")
-    assert {way: len(times) for way, times in seconds.items()} == {"adamw": 2, "adamw, fused": 2}
+        seconds = scaling.compile_seconds(Point(2, 8), "adamw")
+    assert len(seconds) == 2
     for done in ("Finished tracing step", "Finished XLA compilation of jit(step)"):
-        assert sum(message.startswith(done) for message in caplog.messages) == 4, done
+        assert sum(message.startswith(done) for message in caplog.messages) == 2, done
     assert not any("cache hit" in message.lower() for message in caplog.messages)
 
 

@@ -11,11 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from rich.console import Console
 
 from benchmarks import networks, timing, train
-from benchmarks.contenders import CONTENDERS, trained
 from benchmarks.networks import NETWORKS, Network
+from benchmarks.optimizers import OPTIMIZERS, trained
 
 pytestmark = pytest.mark.slow
 
@@ -83,7 +82,7 @@ def assert_compiles_once(run, caplog):
         assert not programs(caplog)
 
 
-@pytest.mark.parametrize("name", CONTENDERS)
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_steps_compile_once(name, caplog):
     assert_compiles_once(train.Turns(SMALL, "cpu", 2).whole(name), caplog)
 
@@ -104,37 +103,27 @@ def test_networks_compile_once_and_all_of_them_is_trained(name, monkeypatch, cap
 
 def test_gradients_are_taken_at_the_fast_weights():
     params = dense().params
-    for name, contender in CONTENDERS.items():
-        found = trained(contender.hold(params))
+    for name, optimizer in OPTIMIZERS.items():
+        found = trained(optimizer.prepare(params))
         for ours, expected in zip(*map(jax.tree.leaves, (found, params)), strict=True):
             np.testing.assert_allclose(ours, expected, rtol=2**-8, err_msg=name)
 
 
 def test_a_training_step_is_gradient_and_update():
     # With the slow weights elsewhere, a gradient taken at them would be another.
-    network, contender = dense(), CONTENDERS["optax.lookahead(adamw)"]
+    network, optimizer = dense(), OPTIMIZERS["optax.lookahead(adamw)"]
     fast, slow = network.params, jax.tree.map(jnp.zeros_like, network.params)
-    held, state = optax.LookaheadParams(fast, slow), contender.tx.init(contender.hold(fast))
-    found, _ = train.training_step(network.loss, contender)(held, state, network.batch)
+    both, state = optax.LookaheadParams(fast, slow), optimizer.tx.init(optimizer.prepare(fast))
+    found, _ = train.training_step(network.loss, optimizer)(both, state, network.batch)
     grads = jax.grad(network.loss)(fast, network.batch)
-    updates, _ = contender.tx.update(grads, state, held)
-    jax.tree.map(np.testing.assert_array_equal, found, optax.apply_updates(held, updates))
+    updates, _ = optimizer.tx.update(grads, state, both)
+    jax.tree.map(np.testing.assert_array_equal, found, optax.apply_updates(both, updates))
 
 
 def measure(folder: Path, *names: str) -> dict[str, Any]:
     options = ["--networks", SMALL, "--repeats=2", f"--out={folder}"]
     train.main([*options, "--optimizers", *names])
     return json.loads((folder / "train-cpu.json").read_text(encoding="utf-8"))
-
-
-def test_the_table_fits_a_terminal():
-    gradient, whole = timing.Times((1.3, 1.35, 1.25, 1.6)), timing.Times((1.25, 1.3, 1.35, 1.7))
-    row = train.make_row(whole, gradient, whole, whole)
-    console = Console(width=80)
-    with console.capture() as capture:
-        name = max(CONTENDERS, key=len)
-        console.print(train.table("any", {f"{SMALL} / {name}": row}))
-    assert "…" not in capture.get()
 
 
 def test_history_has_times_and_shares(tmp_path):

@@ -17,11 +17,12 @@ from pallas_kernels import fuse
 
 pytest.importorskip("jax_cuda13_plugin", reason="needs the extra `aot`: XLA's compiler for GPUs")
 
-from benchmarks import plan
+from benchmarks import compiled
 from benchmarks.aot import H200, V5E, Target, compile_step, ptx
-from benchmarks.latest import Row
-from benchmarks.leaf_sets import COMPILED_SETS, RAGGED, Leaves, leaves
-from benchmarks.plan_figures import changes
+from benchmarks.compiled_figures import changes
+from benchmarks.leaf_sets import COMPILED_SETS, RAGGED
+from benchmarks.results import Row
+from benchmarks.shapes import Leaves, leaves
 
 needs_libtpu = pytest.mark.skipif(
     V5E.missing(), reason="needs the extra `aot`: XLA's compiler for TPUs"
@@ -58,8 +59,8 @@ SPLIT = optax.chain(
 )
 
 
-def measure(tx: optax.GradientTransformation, target: Target, way: str) -> Row:
-    return plan.measure(tx, params_of(target), target, [way])
+def measure(tx: optax.GradientTransformation, target: Target, backend: str) -> Row:
+    return compiled.measure(tx, params_of(target), target, [backend])
 
 
 def params_of(target: Target) -> Leaves:
@@ -67,8 +68,8 @@ def params_of(target: Target) -> Leaves:
 
 
 @functools.cache
-def sound(target: Target, way: str) -> Row:
-    return measure(ADAMW, target, way)
+def sound(target: Target, backend: str) -> Row:
+    return measure(ADAMW, target, backend)
 
 
 def worse(recorded: Row, measured: Row, params: Leaves) -> set[str]:
@@ -77,28 +78,28 @@ def worse(recorded: Row, measured: Row, params: Leaves) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    ("figure", "tx", "target", "way"),
+    ("figure", "tx", "target", "backend"),
     [
-        pytest.param("temporary", optax.flatten(ADAMW), H200, "chain", id="copy_into_one"),
-        pytest.param("temporary", REMEMBERED, H200, "chain", id="copy"),
-        pytest.param("temporary", REMEMBERED, V5E, "chain", id="copy_tpu", marks=needs_libtpu),
-        pytest.param("bytes", SPLIT, H200, "chain", id="pass_between"),
-        pytest.param("bytes", CLIPPED, H200, "chain", id="pass_for_norm"),
+        pytest.param("temporary", optax.flatten(ADAMW), H200, "xla", id="copy_into_one"),
+        pytest.param("temporary", REMEMBERED, H200, "xla", id="copy"),
+        pytest.param("temporary", REMEMBERED, V5E, "xla", id="copy_tpu", marks=needs_libtpu),
+        pytest.param("bytes", SPLIT, H200, "xla", id="pass_between"),
+        pytest.param("bytes", CLIPPED, H200, "xla", id="pass_for_norm"),
         pytest.param("bytes", CLIPPED, H200, "triton", id="pass_for_norm_fused"),
-        pytest.param("bytes", CLIPPED, V5E, "chain", id="pass_for_norm_tpu", marks=needs_libtpu),
+        pytest.param("bytes", CLIPPED, V5E, "xla", id="pass_for_norm_tpu", marks=needs_libtpu),
         pytest.param(
             "kernels", optax.chain(optax.centralize(), ADAMW), H200, "triton", id="kernel_for_each"
         ),
     ],
 )
-def test_a_chain_made_worse_is_told(figure, tx, target, way):
-    measured = measure(tx, target, way)
-    assert figure in worse(sound(target, way), measured, params_of(target))
+def test_a_chain_made_worse_is_reported(figure, tx, target, backend):
+    measured = measure(tx, target, backend)
+    assert figure in worse(sound(target, backend), measured, params_of(target))
 
 
-def test_leaves_that_are_not_fused_are_told():
+def test_leaves_that_are_not_fused_are_reported():
     """They move no more bytes and take no memory, so a kernel for each is all that shows."""
-    fallback_reasons = {"triton": sound(H200, "chain")["chain"]}
+    fallback_reasons = {"triton": sound(H200, "xla")["xla"]}
     assert worse(sound(H200, "triton"), fallback_reasons, SMALL) == {"kernels"}
 
 
@@ -106,58 +107,58 @@ def test_branches_are_refused():
     """XLA's copies for branches are in kernels that are not counted."""
     branching = optax.conditionally_transform(ADAMW, lambda step: jnp.asarray(step) % 5 == 0)
     with pytest.raises(NotImplementedError, match="conditional"):
-        measure(branching, H200, "chain")
+        measure(branching, H200, "xla")
 
 
 @pytest.fixture(params=["h200-aot", pytest.param("tpu-aot", marks=needs_libtpu)])
 def command(request, monkeypatch, tmp_path) -> Callable[..., None]:
     """The command, of one optimizer on a set of leaves that takes no time."""
     monkeypatch.setitem(COMPILED_SETS, "tiny", leaves([(64, 64)]))
-    monkeypatch.setattr(plan.Plan, "warm_up", lambda _: None)
+    monkeypatch.setattr(compiled.Run, "warm_up", lambda _: None)
     case = ["--device", request.param, "--sets=tiny", "--optimizers=adamw", f"--out={tmp_path}"]
-    return lambda *options: plan.main([*case, *options])
+    return lambda *options: compiled.main([*case, *options])
 
 
 def figures(folder: Path) -> tuple[Path, Row]:
     """The recorded ones: their file, and all that is in it."""
-    (path,) = folder.glob("plan-*.json")
+    (path,) = folder.glob("compiled-*.json")
     return path, json.loads(path.read_text(encoding="utf-8"))
 
 
 def test_the_command_fails_for_more_than_is_recorded(command, tmp_path, capsys):
     command("--record")
     path, rows = figures(tmp_path)
-    command("--ways=chain")
+    command("--backends=xla")
     assert figures(tmp_path) == (path, rows)
 
-    rows["tiny / adamw"]["chain"]["bytes"] -= 4
+    rows["tiny / adamw"]["xla"]["bytes"] -= 4
     path.write_text(json.dumps(rows), encoding="utf-8")
     with pytest.raises(SystemExit) as exit_:
-        command("--ways=chain")
+        command("--backends=xla")
     assert exit_.value.code == 1
-    message = "tiny / adamw, chain, bytes/parameter: recorded 24."
+    message = "tiny / adamw, xla, bytes/parameter: recorded 24."
     assert message in capsys.readouterr().out
     assert figures(tmp_path) == (path, rows)
 
     command("--record")
-    command("--ways=chain")
+    command("--backends=xla")
 
 
 def test_what_is_not_recorded_is_an_error(command, capsys):
     with pytest.raises(SystemExit) as exit_:
         command()
     assert exit_.value.code == 2
-    assert "benchmarks plan --record --device" in capsys.readouterr().err
+    assert "benchmarks compiled --record --device" in capsys.readouterr().err
 
 
 def test_mosaic_runs_what_is_recorded():
     selected = ["--sets=ragged", "--optimizers", "adamw", "novak", "lamb", "adamw, 8 bits"]
-    plan.main([*selected, "--ways=mosaic"])
+    compiled.main([*selected, "--backends=mosaic"])
 
 
 def test_devices_that_share_leaves_run_what_is_recorded():
     selected = ["--topology=1x1x8", "--sets=small LLaMA", "--optimizers", "lamb", "novak"]
-    plan.main([*selected, "--ways", "triton", "mosaic"])
+    compiled.main([*selected, "--backends", "triton", "mosaic"])
 
 
 @pytest.mark.parametrize(
@@ -167,12 +168,15 @@ def test_devices_that_share_leaves_run_what_is_recorded():
         (["--topology=1x1x8", "--sets=ragged"], "the sets for a --topology are LLaMA-7B"),
         (["--sets=small LLaMA"], "the sets for one device are ragged"),
         (["--topology=1x1x8", "--record"], "--record with a --topology needs --sets"),
-        (["--topology=1x1x2"], "plan --record --device h200-aot --topology 1x1x2 --sets LLaMA-7B"),
+        (
+            ["--topology=1x1x2"],
+            "--record --device h200-aot --topology 1x1x2 --sets LLaMA-7B",
+        ),
     ],
 )
 def test_topologies_that_can_not_be_compiled_for(options, message, capsys):
     with pytest.raises(SystemExit) as exit_:
-        plan.main(options)
+        compiled.main(options)
     assert exit_.value.code == 2
     assert message in capsys.readouterr().err
 
@@ -181,7 +185,7 @@ def test_topologies_that_can_not_be_compiled_for(options, message, capsys):
 @pytest.mark.slow
 def test_a_network_runs_what_is_recorded():
     selected = ["--sets=ResNet-50", "--optimizers", "adamw", "novak", "lamb", "adamw, 8 bits"]
-    plan.main([*selected, "--ways=triton"])
+    compiled.main([*selected, "--backends=triton"])
 
 
 @pytest.mark.parametrize("tx", [ADAMW, optax_ext.novak(1e-3, trust_ratio=True)])

@@ -13,7 +13,7 @@ pytest.importorskip("jax_cuda13_plugin", reason="needs the extra `aot`: XLA's co
 from benchmarks import timing
 from benchmarks.aot import H200, compiled_anew, lower
 from benchmarks.gpu_process import NO_GRAPHS
-from benchmarks.leaf_sets import leaves
+from benchmarks.shapes import leaves
 
 LEAVES = leaves([(4096,), (512, 512), (3, 1024)])
 CLIPPED = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))

@@ -4,23 +4,23 @@ import optax
 import pytest
 
 import optax_ext
-from benchmarks import RESULTS, latest, memory
+from benchmarks import RESULTS, memory, results
 from benchmarks.aot import V5E
-from benchmarks.contenders import CONTENDERS, QUANTIZED, RATE
-from benchmarks.layouts import held, size, state_of
-from benchmarks.leaf_sets import LEAF_SETS, count, leaves
+from benchmarks.leaf_sets import LEAF_SETS
+from benchmarks.optimizers import OPTIMIZERS, QUANTIZED, RATE
+from benchmarks.shapes import count, leaves, prepared, size, state_of
 
 compiled = pytest.mark.skipif(V5E.missing(), reason="needs the extra `aot`: XLA's compiler")
 
 # Neither is padded. Of four leaves no more than two are ever fetched at once.
 LEAVES = leaves([(512, 1024)] * 4)
 LEAF = 4 / 4
-RECORDED = latest.load(latest.path(RESULTS, "memory", "tpu-aot"))
+RECORDED = results.load(results.path(RESULTS, "memory", "tpu-aot"))
 
 # Bytes for a parameter: two moments of 4, and slow weights. A fifth of an axis of 512 takes 7 of
 # every 32 groups of rows.
 FIFTH = 7 / 32
-HELD = {
+BYTES = {
     "": (8 + 4, 0),
     "slow_dtype=bfloat16": (8 + 2, 0),
     'offload="pinned_host"': (8, 4),
@@ -33,19 +33,19 @@ HELD = {
 
 @compiled
 @pytest.mark.slow
-@pytest.mark.parametrize("options", HELD)
+@pytest.mark.parametrize("options", BYTES)
 def test_slow_weights_are_where_they_are_said_to_be(options):
     row = memory.measure(memory.make("novak", memory.OPTIONS["novak"][options]), LEAVES)
-    device, host = HELD[options]
+    device, host = BYTES[options]
     assert row["on_device"] == pytest.approx(device, abs=0.01)
     assert row["on_host"] == pytest.approx(host, abs=0.01)
-    assert row["beside"] <= (2 * LEAF if host else 0.01)
+    assert row["temporary"] <= (2 * LEAF if host else 0.01)
 
 
 def saved_by_hand(name: str, words: str) -> float:
-    """Bytes that an option takes off what the optimizer holds by itself."""
-    if words in HELD:
-        return HELD[""][0] - HELD[words][0]
+    """Return the bytes that an option saves."""
+    if words in BYTES:
+        return BYTES[""][0] - BYTES[words][0]
     first_moments = 3 if name == "fame" else 1
     return {"mu_dtype=bfloat16": 2 * first_moments, "amsgrad=True": -4}.get(words, 0)
 
@@ -75,8 +75,8 @@ BY_HAND = {
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_a_quantized_state_takes_what_is_recorded(name):
     params, recorded = LEAF_SETS[memory.LEAF_SET], RECORDED[name]
-    tx, hold = CONTENDERS[name].tx, CONTENDERS[name].hold
-    arrays = size(state_of(tx, held(hold, params))) / count(params)
+    optimizer = OPTIMIZERS[name]
+    arrays = size(state_of(optimizer.tx, prepared(optimizer.prepare, params))) / count(params)
     assert arrays == pytest.approx(recorded["arrays"], abs=1e-6)
     # Small leaves stay float32. They are .1 % of the parameters.
     assert BY_HAND[name] <= arrays <= 1.003 * BY_HAND[name]

@@ -5,14 +5,13 @@ import functools
 import optax
 import pytest
 
-from benchmarks import plan
+from benchmarks import compiled
 from benchmarks.aot import V5E
-from benchmarks.contenders import CONTENDERS
-from benchmarks.latest import Row
-from benchmarks.layouts import SHARDED_SETS, held, shards
-from benchmarks.leaf_sets import Leaves
-from benchmarks.plan import OPTIMIZERS
-from benchmarks.plan_figures import changes
+from benchmarks.compiled_figures import changes
+from benchmarks.leaf_sets import SHARDED_SETS
+from benchmarks.optimizers import EXPLAINED
+from benchmarks.results import Row
+from benchmarks.shapes import Leaves, prepared, shards
 
 pytestmark = [
     pytest.mark.slow,
@@ -40,49 +39,52 @@ def leaves_on(leaf_set: str) -> Leaves:
 
 @functools.cache
 def measured(name: str, leaf_set: str) -> Row:
-    params = held(CONTENDERS[name].hold, leaves_on(leaf_set))
-    return plan.measure(OPTIMIZERS[name], params, CHIPS, ["chain"])
+    params = prepared(EXPLAINED[name].prepare, leaves_on(leaf_set))
+    return compiled.measure(EXPLAINED[name].tx, params, CHIPS, ["xla"])
 
 
 def excess(row: Row) -> float:
     """Return the memory of a chip above the ideal, relative to the ideal."""
-    return (row["chain"]["held"] - row["gradients"]) / row["ideal"] - 1
+    return (row["xla"]["memory"] - row["gradients"]) / row["ideal"] - 1
 
 
 # Rotating lookahead takes its chunk along an axis that may be cut. Codes are computed in place,
 # whatever the chain: one of the chains in 8 bits shows it.
-CODED = {name for name in OPTIMIZERS if "8 bits" in name} - {"lion, 8 bits"}
+CODED = {name for name in EXPLAINED if "8 bits" in name} - {"lion, 8 bits"}
 
 
-@pytest.mark.parametrize("name", sorted(OPTIMIZERS.keys() - CODED - {"novak, rotating"}))
-def test_a_step_holds_its_share_and_is_told_norms_only(name):
+@pytest.mark.parametrize("name", sorted(EXPLAINED.keys() - CODED - {"novak, rotating"}))
+def test_a_step_has_its_share_and_receives_norms_only(name):
     row = measured(name, SQUARE)
     assert abs(excess(row)) < 0.02
     # Leaves that are cut by the same axes in another order have all-reduces of their own.
-    assert row["chain"]["collectives"] in (0, 2 * SUMS.get(name, 1))
-    numbers = sum(numbers for _, numbers in row["chain"]["kinds"].values())
+    assert row["xla"]["collectives"] in (0, 2 * SUMS.get(name, 1))
+    numbers = sum(numbers for _, numbers in row["xla"]["kinds"].values())
     assert numbers <= LEAVES * NUMBERS.get(name, 0)
-    assert row["chain"]["kinds"].keys() <= {"all-reduce"}
+    assert row["xla"]["kinds"].keys() <= {"all-reduce"}
 
 
 @pytest.mark.parametrize("name", NUMBERS)
-def test_norms_of_fully_sharded_leaves_are_told_at_once(name):
+def test_norms_of_fully_sharded_leaves_take_one_all_reduce(name):
     row = measured(name, FULL)
     assert abs(excess(row)) < 0.02
-    assert row["chain"]["kinds"] == {"all-reduce": [SUMS.get(name, 1), NUMBERS[name]]}
+    assert row["xla"]["kinds"] == {"all-reduce": [SUMS.get(name, 1), NUMBERS[name]]}
 
 
-def test_more_talk_is_told():
+def test_more_communication_is_reported():
     params = leaves_on(FULL)
-    tx = optax.chain(optax.centralize(), OPTIMIZERS["adamw"])  # means of columns, which are cut
-    row = plan.measure(tx, params, CHIPS, ["chain"])
+    tx = optax.chain(optax.centralize(), EXPLAINED["adamw"].tx)  # means of columns, which are cut
+    row = compiled.measure(tx, params, CHIPS, ["xla"])
     found = changes(measured("adamw", FULL), row, shards(params))
-    assert {change.figure.key for change in found if change.worse} >= {"collectives", "told"}
+    assert {change.figure.key for change in found if change.worse} >= {
+        "collectives",
+        "communication",
+    }
 
 
-def test_a_chip_that_holds_more_is_told():
+def test_more_memory_is_reported():
     params = leaves_on(FULL)
-    tx = optax.chain(OPTIMIZERS["adamw"], optax.trace(0.9))
-    row = plan.measure(tx, params, CHIPS, ["chain"])
+    tx = optax.chain(EXPLAINED["adamw"].tx, optax.trace(0.9))
+    row = compiled.measure(tx, params, CHIPS, ["xla"])
     found = changes(measured("adamw", FULL), row, shards(params))
-    assert {change.figure.key for change in found if change.worse} == {"held", "bytes"}
+    assert {change.figure.key for change in found if change.worse} == {"memory", "bytes"}

@@ -6,14 +6,15 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from benchmarks import RESULTS, latest
-from benchmarks.latest import Row
-from benchmarks.leaf_sets import COMPILED_SETS, RAGGED, count
-from benchmarks.plan_figures import BYTES, KERNELS, TEMPORARY, changes
-from benchmarks.plan_report import markdown
+from benchmarks import RESULTS, results
+from benchmarks.compiled_figures import BYTES, KERNELS, TEMPORARY, changes
+from benchmarks.compiled_report import markdown
+from benchmarks.leaf_sets import COMPILED_SETS, RAGGED
+from benchmarks.results import Row
+from benchmarks.shapes import count
 
 RECORDED = {
-    where: latest.load(RESULTS / f"plan-{where}.json")
+    where: results.load(RESULTS / f"compiled-{where}.json")
     for where in ("h200-aot", "tpu-aot", "h200-aot-1x1x8", "tpu-aot-v5e-16x16")
 }
 TOPOLOGIES = {"h200-aot-1x1x8": "1x1x8", "tpu-aot-v5e-16x16": "v5e:16x16"}
@@ -106,18 +107,18 @@ def test_the_bytes_of_codes_are_those_of_a_calculation_by_hand(name):
 def test_the_bytes_are_those_of_a_calculation_for_a_tpu(name):
     expected = BY_HAND[name].bytes - KEPT_ON_TPU.get(name, 0)
     row = RECORDED["tpu-aot"][f"{LARGE} / {name}"]
-    assert row["chain"]["bytes"] == pytest.approx(expected, rel=0.005)
+    assert row["xla"]["bytes"] == pytest.approx(expected, rel=0.005)
 
 
 @every_chain
 def test_fused_steps_move_no_more_than_the_chain(name):
     for _, row in steps(name):
         # Scalars between launches may cost a little.
-        assert row["triton"]["bytes"] <= 1.002 * row["chain"]["bytes"]
+        assert row["triton"]["bytes"] <= 1.002 * row["xla"]["bytes"]
 
 
 @every_chain
-def test_fused_steps_need_no_memory_beside_arguments_and_results(name):
+def test_fused_steps_need_no_temporary_memory(name):
     for _, row in steps(name):
         assert max(row["triton"]["temporary"], row["mosaic"]["temporary"]) < 0.01
 
@@ -138,13 +139,13 @@ def test_a_network_takes_few_launches(name):
 
 @pytest.mark.parametrize("where", RECORDED)
 def test_tables_show_the_rows(where):
-    text = (RESULTS / f"plan-{where}.md").read_text(encoding="utf-8")
+    text = (RESULTS / f"compiled-{where}.md").read_text(encoding="utf-8")
     topology = TOPOLOGIES.get(where)
     device = where.removesuffix(f"-{topology}".replace(":", "-"))
     assert text == markdown(device, RECORDED[where], topology)
 
 
-# Of a pod's chips: all-reduces, and the numbers that they must tell of each leaf, or of all.
+# Of a pod's chips: all-reduces, and the numbers that they must exchange for each leaf, or for all.
 ONE_OF_ALL, OF_EACH = 1, 291
 NORMS = {
     "clip + adamw": ONE_OF_ALL,
@@ -157,11 +158,11 @@ NORMS = {
 
 @every_optimizer
 @pytest.mark.parametrize("leaf_set", ["LLaMA-7B", "LLaMA-7B, fully sharded"])
-def test_a_chip_of_a_pod_holds_its_share(name, leaf_set):
+def test_a_chip_of_a_pod_has_its_share(name, leaf_set):
     row = RECORDED["tpu-aot-v5e-16x16"][f"{leaf_set} / {name}"]
     assert row["gradients"] == 4 * 6_738_415_616 / 256
     assert row["ideal"] == pytest.approx(IDEAL.get(name, 3) * row["gradients"], rel=1e-6)
-    assert row["chain"]["held"] - row["gradients"] == pytest.approx(row["ideal"], rel=0.02)
+    assert row["xla"]["memory"] - row["gradients"] == pytest.approx(row["ideal"], rel=0.02)
 
 
 # Arrays as large as the parameters: these and the state.
@@ -169,10 +170,10 @@ IDEAL = {"fame": 5, "lookahead(adamw)": 4, "novak": 4, "novak, trust ratio": 4}
 
 
 @every_optimizer
-def test_the_chips_of_a_pod_tell_each_other_norms(name):
+def test_the_chips_of_a_pod_exchange_norms(name):
     recorded = RECORDED["tpu-aot-v5e-16x16"]
     full, square = (
-        recorded[f"{leaf_set} / {name}"]["chain"]["kinds"]
+        recorded[f"{leaf_set} / {name}"]["xla"]["kinds"]
         for leaf_set in ("LLaMA-7B, fully sharded", "LLaMA-7B")
     )
     assert full.keys() == square.keys() == ({"all-reduce"} if name in NORMS else set())
@@ -187,14 +188,14 @@ def test_kernels_on_shards_are_those_on_whole_leaves(case):
     for way in ("triton", "mosaic"):
         assert row[way]["bytes"] == pytest.approx(BY_HAND[name].bytes, rel=0.005)
         assert row[way]["kernels"] <= BY_HAND[name].launches
-        assert row[way]["held"] - row["gradients"] == pytest.approx(row["ideal"], rel=0.02)
+        assert row[way]["memory"] - row["gradients"] == pytest.approx(row["ideal"], rel=0.02)
         # One vector of all leaves.
         assert row[way]["kinds"].keys() <= {"all-reduce"}
         assert row[way]["collectives"] == (name in NORMS)
 
 
 @pytest.mark.parametrize("figure", [KERNELS, BYTES, TEMPORARY], ids=lambda figure: figure.key)
-@pytest.mark.parametrize("way", ["chain", "triton"])
+@pytest.mark.parametrize("way", ["xla", "triton"])
 @pytest.mark.parametrize(
     ("slacks", "worse"), [(0, []), (0.9, []), (-0.9, []), (1.1, [True]), (-1.1, [False])]
 )
@@ -204,7 +205,7 @@ def test_each_figure_of_each_way_is_judged(figure, way, slacks, worse):
     measured[way][figure.key] += slacks * figure.slack(RAGGED)
     found = list(changes(recorded, measured, RAGGED))
     assert [change.worse for change in found] == worse
-    assert all((change.way, change.figure) == (way, figure) for change in found)
+    assert all((change.backend, change.figure) == (way, figure) for change in found)
 
 
 @pytest.mark.parametrize("leaf_set", COMPILED_SETS)

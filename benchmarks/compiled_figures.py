@@ -1,20 +1,19 @@
 """The figures of a compiled step that must not grow, and their comparison with recorded figures.
 
-A row contains the figures of an optimizer on one set of leaves, for each way to compile the step:
-"chain", "triton" and "mosaic". Each way has three figures, and three more if several devices share
-the leaves; all are per device. Compile times are not compared, because they depend on the machine.
+A row contains the figures of an optimizer on one set of leaves, for each backend: "xla", "triton"
+and "mosaic". Each backend has three figures, and three more if several devices share the leaves;
+all are per device. Compile times are not compared, because they depend on the machine.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
-from benchmarks.contenders import WAYS
-from benchmarks.latest import Row
-from benchmarks.leaf_sets import Leaves, count
+from benchmarks.optimizers import BACKENDS
+from benchmarks.results import Row
+from benchmarks.shapes import Leaves, count
 
 
-@dataclass(frozen=True)
-class Figure:
+class Figure(NamedTuple):
     """A number that is counted in a compiled step.
 
     Attributes:
@@ -42,18 +41,17 @@ TEMPORARY = Figure(
     lambda leaves: 1024 * len(leaves) / (4 * count(leaves)),
 )
 # Figures of sharded steps. The slack for memory allows versions to pad a leaf differently.
-HELD = Figure("held", "bytes of memory per device", ",d", lambda leaves: 1024 * len(leaves))
+MEMORY = Figure("memory", "bytes of memory per device", ",d", lambda leaves: 1024 * len(leaves))
 COLLECTIVES = Figure("collectives", "collectives", "d", lambda leaves: 0)
-TOLD = Figure("told", "bytes of communication per device", ",d", lambda leaves: 0)
+COMMUNICATION = Figure("communication", "bytes of communication per device", ",d", lambda leaves: 0)
 
-FIGURES = (KERNELS, BYTES, TEMPORARY, HELD, COLLECTIVES, TOLD)
+FIGURES = (KERNELS, BYTES, TEMPORARY, MEMORY, COLLECTIVES, COMMUNICATION)
 
 
-@dataclass(frozen=True)
-class Change:
+class Change(NamedTuple):
     """A figure that differs from the recorded one."""
 
-    way: str
+    backend: str
     figure: Figure
     recorded: float
     measured: float
@@ -65,7 +63,7 @@ class Change:
 
     def __str__(self) -> str:
         recorded, measured = (format(x, self.figure.digits) for x in (self.recorded, self.measured))
-        return f"{self.way}, {self.figure.meaning}: recorded {recorded}, measured {measured}"
+        return f"{self.backend}, {self.figure.meaning}: recorded {recorded}, measured {measured}"
 
 
 def changes(recorded: Row, measured: Row, leaves: Leaves) -> Iterator[Change]:
@@ -76,8 +74,8 @@ def changes(recorded: Row, measured: Row, leaves: Leaves) -> Iterator[Change]:
       measured: the measured row of the same case.
       leaves: the per-device shapes of the set of leaves.
     """
-    for way in (way for way in WAYS if way in recorded and way in measured):
-        for figure in (x for x in FIGURES if x.key in recorded[way]):
-            before, after = recorded[way][figure.key], measured[way][figure.key]
+    for backend in (x for x in BACKENDS if x in recorded and x in measured):
+        for figure in (x for x in FIGURES if x.key in recorded[backend]):
+            before, after = recorded[backend][figure.key], measured[backend][figure.key]
             if abs(after - before) > figure.slack(leaves):
-                yield Change(way, figure, before, after)
+                yield Change(backend, figure, before, after)

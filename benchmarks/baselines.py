@@ -1,6 +1,6 @@
 """Baselines in PyTorch: its own optimizers and those of `pytorch_optimizer`.
 
-The extra `peers` installs both packages. They are imported only when they run. If
+The extra `baselines` installs both packages. They are imported only when they run. If
 `pytorch_optimizer` lacks one of our methods, the baseline is its nearest optimizer: one with as
 many moments, or with the same outer loop. VRAdam, CaAdam and rotating lookahead have no baseline
 there.
@@ -10,30 +10,28 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.contenders import RATE
-from benchmarks.history import cores
+from benchmarks.optimizers import RATE
+from benchmarks.results import cores
 from benchmarks.timing import Run
 
 # Ranger does not update the parameters before this step.
 STEPS_BEFORE_RECTIFICATION = 5
 
 
-@dataclass(frozen=True)
-class Peer:
-    """A baseline optimizer in PyTorch.
+class Baseline(NamedTuple):
+    """An optimizer in PyTorch.
 
     Attributes:
-      near: the nearest contender. The baseline must move at least as many bytes.
+      nearest: the nearest of our optimizers. The baseline must move at least as many bytes.
       package: the package that it comes from.
       make: creates the optimizer from the package and the parameters.
     """
 
-    near: str
+    nearest: str
     package: str
     make: Callable[[Any, Sequence[Any]], Any]
 
@@ -52,38 +50,38 @@ def _lookahead(package: Any, leaves: Sequence[Any]) -> Any:
 
 _OTHERS = "pytorch_optimizer"
 
-PEERS: dict[str, Peer] = {
-    "torch adamw, eager": Peer("adamw", "torch", _adamw(foreach=False, fused=False)),
-    "torch adamw, foreach": Peer("adamw", "torch", _adamw(foreach=True, fused=False)),
-    "torch adamw, fused": Peer("adamw", "torch", _adamw(foreach=False, fused=True)),
-    f"{_OTHERS} lamb": Peer("lamb", _OTHERS, _named("Lamb")),
-    f"{_OTHERS} lookahead": Peer("lookahead(adamw)", _OTHERS, _lookahead),
-    f"{_OTHERS} ademamix": Peer("fame", _OTHERS, _named("AdEMAMix")),
-    f"{_OTHERS} dualadam": Peer("dualadam", _OTHERS, _named("DualAdam")),
-    f"{_OTHERS} ranger": Peer("novak", _OTHERS, _named("Ranger")),
+BASELINES: dict[str, Baseline] = {
+    "torch adamw, eager": Baseline("adamw", "torch", _adamw(foreach=False, fused=False)),
+    "torch adamw, foreach": Baseline("adamw", "torch", _adamw(foreach=True, fused=False)),
+    "torch adamw, fused": Baseline("adamw", "torch", _adamw(foreach=False, fused=True)),
+    f"{_OTHERS} lamb": Baseline("lamb", _OTHERS, _named("Lamb")),
+    f"{_OTHERS} lookahead": Baseline("lookahead(adamw)", _OTHERS, _lookahead),
+    f"{_OTHERS} ademamix": Baseline("fame", _OTHERS, _named("AdEMAMix")),
+    f"{_OTHERS} dualadam": Baseline("dualadam", _OTHERS, _named("DualAdam")),
+    f"{_OTHERS} ranger": Baseline("novak", _OTHERS, _named("Ranger")),
 }
 
 
 def installed() -> list[str]:
     """Return the names of the baselines whose packages are installed."""
     available = {package for package in ("torch", _OTHERS) if importlib.util.find_spec(package)}
-    return [name for name, peer in PEERS.items() if {"torch", peer.package} <= available]
+    return [name for name, x in BASELINES.items() if {"torch", x.package} <= available]
 
 
-def running(name: str, params: Sequence[np.ndarray], grads: Sequence[np.ndarray]) -> Run:
+def run(name: str, params: Sequence[np.ndarray], grads: Sequence[np.ndarray]) -> Run:
     """Return a function that runs a baseline's steps on the CPU, with as many threads as JAX."""
-    peer, torch = PEERS[name], _torch()
+    baseline, torch = BASELINES[name], _torch()
     leaves = [torch.nn.Parameter(torch.tensor(leaf)) for leaf in params]
     for leaf, grad in zip(leaves, grads, strict=True):
         leaf.grad = torch.tensor(grad)
-    optimizer = peer.make(importlib.import_module(peer.package), leaves)
+    optimizer = baseline.make(importlib.import_module(baseline.package), leaves)
 
-    def run(steps: int) -> None:
+    def run_steps(steps: int) -> None:
         for _ in range(steps):
             optimizer.step()
 
-    run(STEPS_BEFORE_RECTIFICATION)
-    return run
+    run_steps(STEPS_BEFORE_RECTIFICATION)
+    return run_steps
 
 
 def _torch() -> Any:

@@ -20,33 +20,30 @@ from typing import NamedTuple
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import optax
-from rich.console import Console
+from rich.progress import track
 
-from benchmarks import RESULTS, command_line, history, latest
+from benchmarks import RESULTS, command_line, compiled_report, results
 from benchmarks.aot import H200, V5E, Program, Target, compile_step
 from benchmarks.command_line import quoted
-from benchmarks.contenders import CONTENDERS, WAYS
-from benchmarks.latest import Row
-from benchmarks.layouts import SHARDED_SETS, held, shardings, shards, size, state_of
-from benchmarks.leaf_sets import COMPILED_SETS, Leaves, count, leaves
-from benchmarks.plan_figures import Change, changes
-from benchmarks.plan_report import markdown, terminal
+from benchmarks.compiled_figures import Change, changes
+from benchmarks.leaf_sets import COMPILED_SETS, SHARDED_SETS
+from benchmarks.optimizers import BACKENDS, EXPLAINED, XLA
+from benchmarks.results import Environment, Measurement, Row
+from benchmarks.shapes import (
+    Leaves,
+    count,
+    leaves,
+    prepared,
+    shardings,
+    shards,
+    size,
+    state_of,
+)
 from benchmarks.timing import Times
 from pallas_kernels import explain, fuse
 
-# `explain` does not support optimizers whose parameters and gradients differ in structure.
-OPTIMIZERS = {name: x.tx for name, x in CONTENDERS.items() if x.floor_of is None}
-
 # The recorded time is the shortest of these rounds.
 RECORDED_ROUNDS = 2
-
-NOTES = (
-    "kernels: the launches of a step. bytes: the bytes that they move per parameter. floor: the"
-    " bytes that every step must move. temporary: the memory in addition to arguments and results,"
-    " relative to the parameters. compile: the CPU time; it is not compared with the recorded one."
-    " memory: per device, relative to the ideal. communication: collectives and the number of"
-    " elements in their results."
-)
 
 
 class Device(NamedTuple):
@@ -54,43 +51,37 @@ class Device(NamedTuple):
 
     Attributes:
       target: the device to compile for.
-      ways: the ways to compile a step for it: the chain, or the backends of the fused step.
+      backends: the backends of `fuse` that it has.
       packages: the packages whose versions identify the compiler.
     """
 
     target: Target
-    ways: tuple[str, ...]
+    backends: tuple[str, ...]
     packages: tuple[str, ...]
 
 
 DEVICES = {
-    "h200-aot": Device(H200, tuple(WAYS), ("jax", "optax")),
+    "h200-aot": Device(H200, BACKENDS, ("jax", "optax")),
     # On a TPU, the fused step is the chain.
-    "tpu-aot": Device(V5E, ("chain",), ("jax", "libtpu", "optax")),
+    "tpu-aot": Device(V5E, (XLA,), ("jax", "libtpu", "optax")),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Compare the selected cases with the recorded figures, or record them."""
-    plan = Plan(read(argv))
-    console, found = Console(), {}
-    versions = map(" ".join, plan.shared.versions.items())
-    console.print(plan.shared.device, *versions, sep=", ", highlight=False)
-    progress = command_line.progress_display(console)
-    task = progress.add_task("", total=sum(map(len, plan.options.cases.values())))
-    with progress:
-        plan.warm_up()
-        for leaf_set, names in plan.options.cases.items():
-            lines = []
-            for name in names:
-                progress.update(task, description=f"{leaf_set}: {name}")
-                row, changed = plan.measure(leaf_set, name)
-                lines.append((row, changed))
-                found |= {f"{leaf_set} / {name}, {change}": change for change in changed}
-                progress.advance(task)
-            console.print(terminal(leaf_set, lines))
-    console.print(NOTES, highlight=False)
-    conclude(found, plan.options)
+    run, found = Run(read(argv)), {}
+    print(run.environment)
+    run.warm_up()
+    for leaf_set, names in run.options.cases.items():
+        rows = []
+        for name in track(names, leaf_set, transient=True):
+            row, changed = run.measure(leaf_set, name)
+            rows.append(row)
+            found |= {f"{leaf_set} / {name}, {change}": change for change in changed}
+        print(f"\n{compiled_report.title(leaf_set)}\n\n{compiled_report.table(rows)}\n")
+    notes = compiled_report.SHARDED_NOTES if run.options.topology else ""
+    print(compiled_report.NOTES + notes)
+    conclude(found, run.options)
 
 
 def conclude(found: Mapping[str, Change], options: argparse.Namespace) -> None:
@@ -103,36 +94,36 @@ def conclude(found: Mapping[str, Change], options: argparse.Namespace) -> None:
         print("Figures above the recorded ones:", *worse, sep="\n  ")
     if worse and not options.record:
         sys.exit(1)
-    programs = sum(map(len, options.cases.values())) * len(options.ways)
+    programs = sum(map(len, options.cases.values())) * len(options.backends)
     outcome = "recorded" if options.record else "no figure is above the recorded one"
     print(f"{options.device}: {programs} programs, {outcome}")
 
 
-class Plan:
+class Run:
     """A run that compiles steps for one target and compares or replaces the recorded rows."""
 
     def __init__(self, options: argparse.Namespace):
         self.options, self.target = options, options.target
-        self.rows = latest.load(recorded(options))
-        self.shared = history.circumstances(
+        self.rows = results.load(recorded(options))
+        self.environment = Environment.of(
             f"compiled for {self.target.name}", DEVICES[options.device].packages
         )
 
     def warm_up(self) -> None:
         """Compile a small step, so that no case includes the start of the compiler."""
-        measure(OPTIMIZERS["lamb"], leaves([(64, 64)]), self.target, self.options.ways)
+        measure(EXPLAINED["lamb"].tx, leaves([(64, 64)]), self.target, self.options.backends)
 
     def measure(self, leaf_set: str, name: str) -> tuple[Row, list[Change]]:
         """Measure a row and its changes from the recorded row; replace that row with `--record`."""
-        case, params = f"{leaf_set} / {name}", leaves_of(leaf_set, self.target)
+        case, optimizer = f"{leaf_set} / {name}", EXPLAINED[name]
         rounds = RECORDED_ROUNDS if self.options.record and not self.options.topology else 1
-        params = held(CONTENDERS[name].hold, params)
+        params = prepared(optimizer.prepare, leaves_of(leaf_set, self.target))
         row = {"optimizer": name}
-        row |= measure(OPTIMIZERS[name], params, self.target, self.options.ways, rounds)
+        row |= measure(optimizer.tx, params, self.target, self.options.backends, rounds)
         changed = list(changes(self.rows.get(case, {}), row, shards(params)))
         if self.options.record:
-            versions = ", ".join(map(" ".join, self.shared.versions.items()))
-            self.rows[case] = row | {"date": self.shared.date, "versions": versions}
+            versions = ", ".join(map(" ".join, self.environment.versions.items()))
+            self.rows[case] = row | {"date": self.environment.date, "versions": versions}
             self.save(case)
         return row, changed
 
@@ -140,31 +131,29 @@ class Plan:
         """Write all rows, and append the compile times of one case, if any, to the history."""
         path = recorded(self.options)
         path.parent.mkdir(parents=True, exist_ok=True)
-        latest.write(path, self.rows)
-        text = markdown(self.options.device, self.rows, self.options.topology)
+        results.write(path, self.rows)
+        text = compiled_report.markdown(self.options.device, self.rows, self.options.topology)
         path.with_suffix(".md").write_text(text, encoding="utf-8")
-        if self.options.topology:
-            return
-        # Counts are exact, so only times go to the history.
-        times = {way: Times(tuple(self.rows[case][way]["compile"])) for way in self.options.ways}
-        history.append(
-            path.with_name("history.jsonl"),
-            [
-                history.Measurement("plan", f"{case}, {way}", "s", x.median, x.spread)
-                for way, x in times.items()
-            ],
-            self.shared,
-        )
+        # Counts are exact, so only times go to the history. Sharded steps have none.
+        times = {
+            backend: Times(tuple(self.rows[case][backend]["compile"]))
+            for backend in ([] if self.options.topology else self.options.backends)
+        }
+        measurements = [
+            Measurement("compiled", f"{case}, {backend}", "s", x.median, x.spread)
+            for backend, x in times.items()
+        ]
+        results.append_history(path.parent, measurements, self.environment)
 
 
 def measure(
     tx: optax.GradientTransformation,
     params: Leaves,
     target: Target,
-    ways: Sequence[str],
+    backends: Sequence[str],
     rounds: int = 1,
 ) -> Row:
-    """Compile an optimizer's step on a set of leaves in several ways, by turns; return its row."""
+    """Compile an optimizer's step on a set of leaves by several backends, in turns."""
     state, placed = state_of(tx, params), shardings(params)
     parameters, report = count(shards(params)), explain(tx, shards(params))
     row: Row = {"floor": report.floor_per_parameter}
@@ -173,18 +162,18 @@ def measure(
     if placed:
         devices = len(target.devices())
         row |= {"ideal": size((params, state)) / devices, "gradients": size(params) / devices}
-    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    seconds: dict[str, list[float]] = {backend: [] for backend in backends}
     for _ in range(rounds):
-        for way in ways:
-            step = fuse(tx, backend=WAYS[way], shardings=placed).step
+        for backend in backends:
+            step = fuse(tx, backend=backend, shardings=placed).step
             program = compile_step(step, params, state, target)
-            seconds[way].append(round(program.cpu_seconds, 2))
-            row[way] = {
+            seconds[backend].append(round(program.cpu_seconds, 2))
+            row[backend] = {
                 "kernels": program.launches,
                 "pallas": len(program.of_kind("pallas")),
                 "bytes": program.bytes / parameters,
                 "temporary": program.temporary / (4 * parameters),
-                **(among_devices(program) if placed else {"compile": seconds[way]}),
+                **(among_devices(program) if placed else {"compile": seconds[backend]}),
             }
     return row
 
@@ -200,9 +189,9 @@ def among_devices(program: Program) -> Row:
         found[0] += 1
         found[1] += collective.elements
     row = {
-        "held": program.arguments + program.temporary,
+        "memory": program.arguments + program.temporary,
         "collectives": len(program.collectives),
-        "told": sum(collective.bytes for collective in program.collectives),
+        "communication": sum(collective.bytes for collective in program.collectives),
         "kinds": kinds,
     }
     if program.reserved is not None:
@@ -220,7 +209,7 @@ def leaves_of(leaf_set: str, target: Target) -> Leaves:
 def recorded(options: argparse.Namespace) -> Path:
     """Return the path of the recorded figures."""
     where = filter(None, [options.device, options.topology])
-    return latest.path(options.out, "plan", "-".join(where).replace(":", "-"))
+    return results.path(options.out, "compiled", "-".join(where).replace(":", "-"))
 
 
 def read(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -236,18 +225,16 @@ def read(argv: Sequence[str] | None) -> argparse.Namespace:
         options.target.devices()
     except RuntimeError as error:
         parser.error(f"--topology {options.topology}: {error}")
-    options.ways = [way for way in device.ways if way in (options.ways or device.ways)]
-    rows = latest.load(recorded(options))
-    names = options.optimizers or list(OPTIMIZERS)
+    options.backends = [x for x in device.backends if x in (options.backends or device.backends)]
+    rows = results.load(recorded(options))
+    names = options.optimizers or list(EXPLAINED)
     options.cases = dict.fromkeys(options.sets or sets, names)
     if not (options.record or options.sets or options.optimizers):
         known = {x: [n for n in names if f"{x} / {n}" in rows] for x in options.cases}
         known = {leaf_set: names for leaf_set, names in known.items() if names}
         options.cases = known or options.cases
-    if not options.record:
-        unknown = list(unrecorded(options, rows))
-        if unknown:
-            parser.error("\n".join(["cases without recorded figures; to record them:", *unknown]))
+    if not options.record and (unknown := list(unrecorded(options, rows))):
+        parser.error("\n".join(["cases without recorded figures; to record them:", *unknown]))
     return options
 
 
@@ -259,10 +246,10 @@ def contradiction(options: argparse.Namespace, device: Device, sets: Collection[
       device: the device that they name.
       sets: the sets of leaves that are available for the device.
     """
-    if unknown := [way for way in options.ways if way not in device.ways]:
-        return f"{options.device} compiles {quoted(device.ways)} only, not {quoted(unknown)}"
-    if options.record and options.ways and len({*options.ways}) < len(device.ways):
-        return "--record needs all ways of the device: leave out --ways"
+    if unknown := [x for x in options.backends if x not in device.backends]:
+        return f"{options.device} has the backends {quoted(device.backends)}, not {quoted(unknown)}"
+    if options.record and options.backends and len({*options.backends}) < len(device.backends):
+        return "--record needs all backends of the device: leave out --backends"
     if unknown := [name for name in options.sets if name not in sets]:
         kind = "a --topology" if options.topology else "one device"
         return f"the sets for {kind} are {quoted(sets)}, not {quoted(unknown)}"
@@ -277,7 +264,7 @@ def unrecorded(options: argparse.Namespace, rows: Mapping[str, Row]) -> Iterator
     """Yield commands that record the selected cases without recorded figures."""
     for leaf_set, selected in options.cases.items():
         names = [name for name in selected if f"{leaf_set} / {name}" not in rows]
-        words = ["python", "-m", "benchmarks", "plan", "--record", "--device", options.device]
+        words = ["python", "-m", "benchmarks", "compiled", "--record", "--device", options.device]
         words += ["--topology", options.topology] if options.topology else []
         words += ["--out", str(options.out)] if options.out != RESULTS else []
         if names:
@@ -286,7 +273,7 @@ def unrecorded(options: argparse.Namespace, rows: Mapping[str, Row]) -> Iterator
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = command_line.make_parser("plan", __doc__)
+    parser = command_line.make_parser("compiled", __doc__)
     parser.add_argument(
         "--device", choices=DEVICES, default="h200-aot", help="default: %(default)s"
     )
@@ -296,12 +283,10 @@ def make_parser() -> argparse.ArgumentParser:
         help="several devices: v5e:16x16 for TPU chips, 1x1x8 (partitions, hosts, GPUs) for H200",
     )
     recorded = {"default": (), "by_default": "all recorded cases"}
+    command_line.add_choices(parser, "--sets", [*COMPILED_SETS, *SHARDED_SETS], **recorded)
+    command_line.add_choices(parser, "--optimizers", EXPLAINED, **recorded)
     command_line.add_choices(
-        parser, "--sets", [*COMPILED_SETS, *SHARDED_SETS], **recorded, metavar="SET"
-    )
-    command_line.add_choices(parser, "--optimizers", OPTIMIZERS, **recorded)
-    command_line.add_choices(
-        parser, "--ways", WAYS, (), by_default="all ways of the device", metavar="WAY"
+        parser, "--backends", BACKENDS, (), by_default="all backends of the device"
     )
     parser.add_argument(
         "--record", action="store_true", help="replace the recorded figures in the folder --out"
