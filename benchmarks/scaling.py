@@ -21,10 +21,11 @@ from rich.table import Table
 
 from benchmarks import command_line, contenders, history, latest, timing
 from benchmarks.aot import compiled_anew
-from benchmarks.contenders import CONTENDERS, REFERENCE
+from benchmarks.contenders import CONTENDERS, REFERENCE, trained
 from benchmarks.latest import Row
 from benchmarks.leaf_sets import Leaves, leaves
 from pallas_kernels import fuse
+from pallas_kernels.compile import Compiler, whole_step
 
 PACKAGES = ("jax", "jaxlib", "optax")
 OPTIMIZERS = (REFERENCE, "fame", "vradam", "novak")
@@ -34,6 +35,10 @@ PARAMETERS = tuple(10**i for i in range(3, 9))
 # One of these numbers is fixed while the other varies.
 FIXED_PARAMETERS = 10**6
 FIXED_LEAVES = 10
+
+# Numbers of leaves at which `--trace` measures, and how often.
+TRACED_LEAVES = (161, 1000, 3000)
+TRACES = 3
 
 # Lengths are multiples of this. With odd lengths, XLA's CPU programs are much slower, adamw's too.
 LENGTHS = 4
@@ -90,6 +95,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     by_parameters = [Point(FIXED_LEAVES, number) for number in options.parameters]
     points = list(dict.fromkeys(by_leaves + by_parameters))  # both lists may contain the same point
     measured: dict[str, Row] = {}
+    if options.trace is not None:
+        traced = {
+            f"{number} leaves / {name}": trace_seconds(number, name)
+            for number in options.trace or TRACED_LEAVES
+            for name in options.optimizers
+        }
+        path = latest.path(options.out, "trace", options.device)
+        latest.save(path, traced, trace_measurements(traced), circumstances)
+        console.print(trace_table(traced))
+        return
     progress = command_line.progress_display(console)
     task = progress.add_task("", total=2 * len(points) * len(options.optimizers))
     with jax.default_device(device), progress:
@@ -235,6 +250,51 @@ def measurements(rows: Mapping[str, Row]) -> Iterator[history.Measurement]:
         yield history.Measurement("scaling", f"{case}, compile", "s", row["compile_s"], spread)
 
 
+def trace_seconds(number: int, name: str) -> Row:
+    """Measure the CPU seconds to trace an optimizer's step, and to plan its kernels after that."""
+    contender = CONTENDERS[name]
+    grads = leaves([(LENGTHS,)] * number)
+    params = jax.eval_shape(contender.hold, grads)
+    arguments = (params, jax.eval_shape(contender.tx.init, params), trained(params), {})
+    chain: list[float] = []
+    fuse_: list[float] = []
+    for _ in range(TRACES):
+        jax.clear_caches()
+        compiler = Compiler(whole_step(contender.tx), in_place=2)
+        begin = time.process_time()
+        compiler.trace(arguments)
+        traced = time.process_time()
+        compiler(arguments, "triton", {})  # does not trace again
+        chain.append(traced - begin)
+        fuse_.append(time.process_time() - traced)
+    return {
+        "leaves": number,
+        "optimizer": name,
+        "chain_s": statistics.median(chain),
+        "fuse_s": statistics.median(fuse_),
+        "chain_times_s": chain,
+        "fuse_times_s": fuse_,
+    }
+
+
+def trace_table(rows: Mapping[str, Row]) -> Table:
+    """Return a table of the times of `trace_seconds` for the terminal."""
+    columns = ("trace of the chain", "plan of its kernels", "÷ trace")
+    drawn = command_line.make_table("CPU seconds", ["leaves / optimizer"], columns)
+    for case, row in rows.items():
+        chain, fuse_ = row["chain_s"], row["fuse_s"]
+        drawn.add_row(case, f"{chain:.2f}", f"{fuse_:.2f}", f"{fuse_ / chain:.2f}")
+    return drawn
+
+
+def trace_measurements(rows: Mapping[str, Row]) -> Iterator[history.Measurement]:
+    """Yield the measurements of `trace_seconds` for the history."""
+    for case, row in rows.items():
+        for what in ("chain", "fuse"):
+            spread = timing.interquartile_range(row[f"{what}_times_s"])
+            yield history.Measurement("scaling", f"{case}, {what}", "s", row[f"{what}_s"], spread)
+
+
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = command_line.make_parser("scaling", __doc__)
@@ -251,6 +311,14 @@ def make_parser() -> argparse.ArgumentParser:
             metavar="N",
             help=f"numbers to measure, {what} (default: {' '.join(map(str, default))})",
         )
+    parser.add_argument(
+        "--trace",
+        nargs="*",
+        type=functools.partial(_whole_number, least=1, most=FIXED_PARAMETERS),
+        metavar="N",
+        help="measure only the time to trace and plan a fused step, for these numbers of leaves"
+        f" (default: {' '.join(map(str, TRACED_LEAVES))})",
+    )
     command_line.add_optimizers(parser, OPTIMIZERS)
     command_line.add_repeats(parser)
     return parser

@@ -94,6 +94,18 @@ def test_without_matplotlib_it_measures(quick, tmp_path, monkeypatch, capsys):
     assert "summary" in capsys.readouterr().out
 
 
+def test_traces_are_timed_apart_from_plans(tmp_path, capsys):
+    scaling.main(["--trace", "2", "--optimizers", "adamw", f"--out={tmp_path}"])
+    (case, row), *rest = json.loads((tmp_path / "trace-cpu.json").read_text("utf-8")).items()
+    assert case == "2 leaves / adamw"
+    assert case in capsys.readouterr().out
+    assert not rest
+    assert 0 < min(row["fuse_times_s"]) <= row["fuse_s"] < row["chain_s"]
+    lines = map(json.loads, (tmp_path / "history.jsonl").read_text("utf-8").splitlines())
+    assert [x["case"] for x in lines] == [f"{case}, chain", f"{case}, fuse"]
+    assert not (tmp_path / "scaling-cpu.json").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
