@@ -139,6 +139,16 @@ def norm(x: jax.Array, dtype: DTypeLike) -> jax.Array:
     return root(jnp.sum(abs_sq(upcast(x)), dtype=dtype))
 
 
+def unshared(tree: Any) -> Any:
+    """Return `tree` such that XLA shares no arithmetic on the result with arithmetic on `tree`.
+
+    A gradient's square is needed for its norm and again for its second moment. XLA would compute it
+    once, and its CPU backend would store it. Computing it twice needs no memory, and no other
+    backend moves more bytes for it.
+    """
+    return jax.tree.map(jax.lax.optimization_barrier, tree)
+
+
 def global_norm(tree: Any, dtype: DTypeLike) -> jax.Array:
     """Return the Euclidean norm of all tensors together, accumulated in `dtype`."""
     squares = [jnp.sum(abs_sq(upcast(x)), dtype=dtype) for x in jax.tree.leaves(tree)]

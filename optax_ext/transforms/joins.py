@@ -260,10 +260,11 @@ def _inverse(eps: ArrayLike, scale_free: bool) -> Callable[[jax.Array], jax.Arra
         squares = jnp.where(overflowed, 0, v)
         # Relative to the largest, since a sum of squares overflows long before a square does.
         largest = jnp.max(squares, initial=0)
-        shares = squares / jnp.where(largest == 0, 1, largest)
-        mean = jnp.sum(shares) / max(v.size, 1)
+        largest = jnp.where(largest == 0, 1, largest)
+        mean = jnp.sum(squares / largest) / max(v.size, 1)
         scale = jnp.where(mean == 0, 0, jax.lax.rsqrt(jnp.where(mean == 0, 1, mean)))
-        return jnp.where(overflowed, 0, root(shares) * scale + cast_scalar_like(eps, v))
+        factor = scale / root(largest)
+        return jnp.where(overflowed, 0, root(squares) * factor + cast_scalar_like(eps, v))
 
     return relative
 

@@ -21,6 +21,7 @@ from optax_ext._numerics import (
     scale,
     scale_each,
     tree_map,
+    unshared,
     upcast,
 )
 from optax_ext.transforms.bias_correction import total_weight
@@ -117,7 +118,7 @@ def velocity_regularized(
         count = next_count(state.count)
         dtype = state.gate.dtype
         step, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
-        moving = updates
+        moving = unshared(updates)
         if norm_of != "gradient":
             moving = _without_absent(_velocities(inner_state), updates)
         sizes = penalty(moving, power, norm_scope, norm_reduction, dtype)

@@ -60,10 +60,10 @@ def evaluate(
 
     def value(ref: Ref, row: int) -> jax.Array:
         match ref:
-            case Input(i):
-                x = blocks[i]
-            case Scalar(i):
-                x = scalars[i]
+            case Input():
+                x = blocks[ref.index]
+            case Scalar():
+                x = scalars[ref.index]
             case Number():
                 x = jnp.asarray(ref.value)
             case _:

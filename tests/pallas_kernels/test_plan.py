@@ -9,6 +9,7 @@ import optax_ext
 import pallas_kernels
 from pallas_kernels import explain, fuse
 from pallas_kernels.compile import Compiler, whole_step
+from pallas_kernels.program import Input, Number, Result, Scalar
 from support.fused import RAGGED, SMALL
 from support.strategies import shape
 
@@ -44,6 +45,18 @@ def work(tx, params=SMALL):
 def test_phases_are_cut_at_reductions(tx, phases):
     """Norms that do not wait for each other share a phase."""
     assert work(tx) == ["statistics"] * phases + ["update"]
+
+
+def test_equal_leaves_have_one_body_in_memory():
+    """Bodies are compared often, and the same object is compared at once."""
+    _, plan = planned(optax.adamw(0.1), {name: shape(64) for name in "abc"})
+    bodies = [program.body for phase in plan.phases for program in phase.programs]
+    assert len(bodies) == 3
+    assert all(body is bodies[0] for body in bodies)
+
+
+def test_values_of_different_sources_differ():
+    assert len({Input(0), Scalar(0), Result(0), Number(b"", "float32")}) == 4
 
 
 def test_leaves_of_one_form_share_a_body():
