@@ -30,7 +30,7 @@ PRINTED = {
     "README": ["step 50: loss", "step 200: loss", "gate"],
     "caadam": ["connections", "control: Adam at", "params/layers_0/kernel"],
     "composing": ["gate", "keeps the contract", "novak"],
-    "getting_started": ["loss 5.000 -> 0.00"],
+    "getting_started": ["linen: share of InvAdam 0.", "linen: loss 0.0", "loss 5.000 -> 0.00"],
     "gpu": ["kernel 0.998", "step 1"],
     "low_precision": ["SignedRoot(group_size=64)"],
     "methods": ["rectification", "trust_ratio"],
