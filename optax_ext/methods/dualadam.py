@@ -161,6 +161,7 @@ def _decoupled(
         b1=b1,
         b2=b2,
         weight_decay=weight_decay,
+        mask=mask,
         mu_dtype=mu_dtype,
         nu_dtype=nu_dtype,
     )

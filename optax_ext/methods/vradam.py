@@ -92,6 +92,7 @@ def vradam(
         b2=b2,
         eps=eps,
         weight_decay=weight_decay,
+        mask=mask,
         mu_dtype=mu_dtype,
         nu_dtype=nu_dtype,
     )
