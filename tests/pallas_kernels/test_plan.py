@@ -10,7 +10,7 @@ import pallas_kernels
 from pallas_kernels import explain, fuse, launches
 from pallas_kernels.compile import Compiler, whole_step
 from pallas_kernels.program import Input, Number, Result, Scalar
-from support.fused import RAGGED, SMALL
+from support.fused import RAGGED, SMALL, lowered
 from support.strategies import shape
 
 # Of float32: a parameter, its gradient and two moments are read, all but the gradient written.
@@ -308,3 +308,12 @@ def test_empty_tree():
     assert report.phases == ()
     assert (report.parameters, report.launches, report.bytes_per_parameter) == (0, 0, 0)
     assert isinstance(report, pallas_kernels.Report)
+
+
+@pytest.mark.parametrize("backend", ["triton", "mosaic"])
+def test_equal_launches_are_lowered_once(backend):
+    params = {f"{i:03}": shape(512) for i in range(2 * launches.LEAVES_PER_LAUNCH)}
+    tx = fuse(optax.sgd(0.1), backend=backend)
+    (phase,) = explain(tx, params).phases
+    text = lowered(tx.step, params, jax.eval_shape(tx.init, params), params)
+    assert (phase.launches, text.count("stablehlo.custom_call")) == (2, 1)
