@@ -47,7 +47,8 @@ def notes(found: Mapping[str, Any]) -> list[str]:
         f"test loss: cross-entropy at the end, at the best rate: median (range) of {seeds} other"
         " seeds.",
         "minus AdamW's: the same for differences between runs with equal initial weights and"
-        f" batches. The range holds the true median with {1 - 0.5 ** (seeds - 1):.0%} confidence.",
+        " batches. The range contains the true median with"
+        f" {100 * (1 - 0.5 ** (seeds - 1)):.0f} % confidence.",
         f"ms per step: gradient and update of one network, while {seeds} train at once, on this"
         " machine.",
         "Another processor or version of JAX rounds differently: the last digit of a median may"

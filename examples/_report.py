@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -104,7 +105,10 @@ def _rounded(numbers: NDArray[np.floating]) -> list[float]:
 
 
 def save_json(found: Mapping[str, Any], path: Path) -> None:
-    path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    text = json.dumps(found, indent=2)
+    # One line for each list of numbers.
+    text = re.sub(r"\[[^]]*\]", lambda match: json.dumps(json.loads(match[0])), text)
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 def print_table(found: Mapping[str, Any]) -> None:

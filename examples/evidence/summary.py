@@ -1,4 +1,4 @@
-"""Fills the tables of evidence in `docs/`, and the page with all figures and numbers; runs nothing.
+"""Fills the tables of evidence in README and `docs/`, and the page of all figures; runs nothing.
 
 python examples/evidence/summary.py
 """
@@ -6,15 +6,20 @@ python examples/evidence/summary.py
 import ast
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from _evidence import RESULTS, Estimate
+from benchmarks import report
 from benchmarks.report import fill
+from examples import _comparison
 
 FOLDER = Path(__file__).parent
-DOCS = FOLDER.parents[1] / "docs"
+ROOT = FOLDER.parents[1]
+DOCS, README = ROOT / "docs", ROOT / "README.md"
+COMPARISON = FOLDER.parent / "compare.json"
 PAGE = RESULTS / "README.md"
 FROM_DOCS = "../examples/evidence/results"
 # In the order of the table.
@@ -48,8 +53,11 @@ def pages(documents: Mapping[str, Document]) -> dict[Path, str]:
         low_precision.read_text(encoding="utf-8"), "stress", tables_of(documents["low_precision"])
     )
     training = tables_of(documents["low_precision_training"])
+    comparison = json.loads(COMPARISON.read_text(encoding="utf-8"))
+    compared = fill(claims.read_text(encoding="utf-8"), "comparison", table_of_all(comparison))
     return {
-        claims: fill(claims.read_text(encoding="utf-8"), "evidence-table", table(documents)),
+        README: with_rates(README.read_text(encoding="utf-8"), comparison),
+        claims: fill(compared, "evidence-table", table(documents)),
         low_precision: fill(filled, "training", training),
         PAGE: page(documents),
     }
@@ -60,6 +68,21 @@ def load(folder: Path) -> dict[str, Document]:
         script: json.loads((folder / f"{script}.json").read_text(encoding="utf-8"))
         for script in SCRIPTS
     }
+
+
+def table_of_all(comparison: Document) -> str:
+    """Return the table that `compare.py` prints, and what it says about it, in Markdown."""
+    paragraphs = [f"- {text}" for text in _comparison.notes(comparison)]
+    return "\n".join([report.table(_comparison.cells(comparison)), "", *paragraphs])
+
+
+def with_rates(readme: str, comparison: Document) -> str:
+    """Return README, its table filled with the best rate of each method relative to AdamW's."""
+    rates = {name: found["learning_rate"] for name, found in comparison["results"].items()}
+    for name, rate in rates.items():
+        row = rf"^(\| \[`{name}`\].*? \| .*? \| )[^|]* ×"
+        readme = re.sub(row, rf"\g<1>{rate / rates['adamw']:g} ×", readme, flags=re.M)
+    return readme
 
 
 def table(documents: Mapping[str, Document]) -> str:

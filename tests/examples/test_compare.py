@@ -126,7 +126,7 @@ def test_table_of_a_made_up_comparison(load_module):
     assert control["minus AdamW's"] == "−0.05 (−0.30…+0.10)"
     explained = " ".join(comparison.notes({"plan": plan, "results": results}))
     assert all(column in explained for column in list(adamw)[1:5])
-    assert "75% confidence" in explained
+    assert "75 % confidence" in explained
 
 
 BAD_ARRAYS = {
