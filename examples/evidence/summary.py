@@ -1,4 +1,4 @@
-"""Fills the tables of evidence in `docs/`, and the page with all figures and numbers; runs nothing.
+"""Fills the tables of evidence in README and `docs/`, and the page of all figures; runs nothing.
 
 python examples/evidence/summary.py
 """
@@ -12,10 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from _evidence import RESULTS, Estimate
+from benchmarks import report
 from benchmarks.report import fill
+from examples import _comparison
+from optax_ext import METHODS
 
 FOLDER = Path(__file__).parent
-DOCS = FOLDER.parents[1] / "docs"
+ROOT = FOLDER.parents[1]
+COMPARISON = FOLDER.parent / "compare.json"
+DOCS, README = ROOT / "docs", ROOT / "README.md"
 PAGE = DOCS / "evidence_results.md"
 FROM_DOCS = "../examples/evidence/results"
 # In the order of the table.
@@ -49,8 +54,13 @@ def pages(documents: Mapping[str, Document]) -> dict[Path, str]:
         low_precision.read_text(encoding="utf-8"), "stress", tables_of(documents["low_precision"])
     )
     training = tables_of(documents["low_precision_training"])
+    comparison = json.loads(COMPARISON.read_text(encoding="utf-8"))
+    compared = fill(claims.read_text(encoding="utf-8"), "comparison", table_of_all(comparison))
     return {
-        claims: fill(claims.read_text(encoding="utf-8"), "evidence-table", table(documents)),
+        README: with_rates(
+            README.read_text(encoding="utf-8"), comparison, documents["low_precision_training"]
+        ),
+        claims: fill(compared, "evidence-table", table(documents)),
         low_precision: fill(filled, "training", training),
         PAGE: page(documents),
     }
@@ -61,6 +71,30 @@ def load(folder: Path) -> dict[str, Document]:
         script: json.loads((folder / f"{script}.json").read_text(encoding="utf-8"))
         for script in SCRIPTS
     }
+
+
+def table_of_all(comparison: Document) -> str:
+    """Return the table that `compare.py` prints, and what it says about it, in Markdown."""
+    paragraphs = [f"- {text}" for text in _comparison.notes(comparison)]
+    return "\n".join([report.table(_comparison.cells(comparison)), "", *paragraphs])
+
+
+def with_rates(readme: str, comparison: Document, training: Document) -> str:
+    """Return README, its table filled with the best rates of each method relative to AdamW's.
+
+    Rates are best on three networks: that of the comparison, and two of the training in 8 bits.
+    """
+    optimizers = ["adamw", *METHODS]
+    chosen = {
+        name: [comparison["results"][name]["learning_rate"], *rates]
+        for name, rates in zip(optimizers, training["constants"]["RATES"], strict=False)
+    }
+    for name in METHODS:
+        ratios = sorted(x / y for x, y in zip(chosen[name], chosen["adamw"], strict=True))
+        words = "–".join(dict.fromkeys(f"{float(f'{x:.2g}'):g}" for x in (ratios[0], ratios[-1])))
+        row = rf"^(\| \[`{name}`\].*? \| .*? \| )[^|]* ×"
+        readme = re.sub(row, rf"\g<1>{words} ×", readme, flags=re.M)
+    return readme
 
 
 def table(documents: Mapping[str, Document]) -> str:
