@@ -1,9 +1,11 @@
 """The protocol of the study: what each contender tries, on which seeds, and when it may be judged.
 
-Each contender tries the same points of a cube: learning rate, decay of a step, share of warm-up.
-The ranges of rates have the same width in decades, each around the contender's own center. The
-setting with the least validation loss is chosen, on seeds that decide nothing else. Then other
-seeds decide, each of which gives every contender the same initial weights and the same batches.
+A search tries points of a cube: learning rate, decay of a step, share of warm-up. The ranges of
+rates have the same width in decades, each around the contender's own center. The setting with the
+least validation loss is chosen, on a seed that decides nothing else, and another seed judges it.
+Every contender does so as many times as there are seeds, each time at the same other points of the
+cube and from the same initial weights on the same batches. So differences between contenders vary
+by the luck of the search as well as by that of the seed, and their interval covers both.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +25,7 @@ from _evidence import SEARCH_SEED, Estimate
 RATE_DECADES = 3.0
 # The product of rate and decay, which is the share of a weight that a step removes. Its range is
 # the same for all, whatever the size of their rates.
-DECAYS = 1e-5, 1e-3
+DECAYS = 1e-5, 1e-2
 # The largest share of the steps that warms up; the smallest is 0.
 WARM_UP = 0.4
 FEWEST_SEEDS = 8
@@ -64,16 +66,14 @@ class Rules(NamedTuple):
     """The protocol's numbers for a workload.
 
     Attributes:
-      trials: how many settings each contender tries, a power of 2.
-      trial_seeds: how many seeds each setting is tried on.
-      seeds: how many seeds decide.
+      trials: how many settings each search tries, a power of 2.
+      seeds: how many searches there are, each judged by a seed, a power of 2.
       center: the center of all rates, in published rates.
       settings_from: the workload at which settings are chosen; this one if `None`.
       forms: whether forms of other contenders take part.
     """
 
-    trials: int = 16
-    trial_seeds: int = 1
+    trials: int = 8
     seeds: int = FEWEST_SEEDS
     center: float = 1.0
     settings_from: str | None = None
@@ -94,27 +94,27 @@ Result = Mapping[str, Any]
 
 
 @cache
-def cube(trials: int) -> np.ndarray:
-    """Return the points of the unit cube that every contender tries.
+def cube(trials: int, searches: int) -> np.ndarray:
+    """Return the points of the unit cube that each search tries, of shape (searches, trials, 3).
 
-    The first points of Sobol's sequence, a power of 2 of them, have each coordinate once in each of
-    as many equal parts. So there are as many different rates as trials, at equal distances.
+    The searches divide the first points of Sobol's sequence. So in each of them every coordinate is
+    once in each of as many equal parts as there are trials, and no two points are alike.
     """
-    if trials < 2 or trials & (trials - 1):
-        raise ValueError(f"trials must be a power of 2 above 1, got {trials}")
-    first = qmc.Sobol(3, scramble=False).random_base2(trials.bit_length() - 1)
-    return first + 1 / (2 * trials)
+    number = trials * searches
+    if trials < 2 or number & (number - 1):
+        raise ValueError(
+            f"trials and seeds must be powers of 2, and trials above 1, got {trials} and {searches}"
+        )
+    first = qmc.Sobol(3, scramble=False).random_base2(number.bit_length() - 1)
+    return (first + 1 / (2 * number)).reshape(searches, trials, 3)
 
 
-def settings(center: float, trials: int) -> list[Setting]:
-    """Return the settings that a contender tries, for the center of its rates."""
-    found = []
-    for rate, decay, warm_up in cube(trials):
-        scaled = center * 10 ** (RATE_DECADES * (rate - 0.5))
-        of_step = DECAYS[0] * (DECAYS[1] / DECAYS[0]) ** decay
-        setting = scaled, of_step / scaled, WARM_UP * warm_up
-        found.append(Setting(*(float(f"{x:.4g}") for x in setting)))
-    return found
+def scale(point: ArrayLike, center: float) -> Setting:
+    """Return the setting at a point of the cube, for the center of a contender's rates."""
+    rate, decay, warm_up = np.asarray(point, np.float64)
+    scaled = center * 10 ** (RATE_DECADES * (rate - 0.5))
+    of_step = DECAYS[0] * (DECAYS[1] / DECAYS[0]) ** decay
+    return Setting(*(float(f"{x:.4g}") for x in (scaled, of_step / scaled, WARM_UP * warm_up)))
 
 
 class Study:
@@ -124,11 +124,16 @@ class Study:
     """
 
     def __init__(self, contenders: Mapping[str, Contender], rules: Mapping[str, Rules]) -> None:
-        """Check that every workload has enough seeds."""
+        """Check that every workload has enough seeds, and as many as where settings are chosen."""
         for workload, of_one in rules.items():
             if of_one.seeds < FEWEST_SEEDS:
                 raise ValueError(
                     f"{workload}: at least {FEWEST_SEEDS} seeds must decide, got {of_one.seeds}"
+                )
+            source = rules[of_one.settings_from or workload]
+            if source.seeds != of_one.seeds:
+                raise ValueError(
+                    f"{workload}: {of_one.seeds} seeds can't be judged by {source.seeds} searches"
                 )
         self.contenders = contenders
         self.rules = rules
@@ -140,40 +145,40 @@ class Study:
         return [name for name, x in self.contenders.items() if forms or not x.form_of]
 
     def trials(self, workload: str, contender: str) -> list[list[Run]]:
-        """Return the trainings that choose the setting: a row for each setting, by seeds.
+        """Return the trainings that choose settings: a row for each search.
 
         They are those of the contender and of the workload that settings are taken from.
         """
         workload = self.rules[workload].settings_from or workload
         contender = self.contenders[contender].form_of or contender
         rules = self.rules[workload]
-        seeds = range(SEARCH_SEED, SEARCH_SEED + rules.trial_seeds)
-        tried = settings(rules.center * self.contenders[contender].rate, rules.trials)
-        return [[Run(workload, contender, setting, seed) for seed in seeds] for setting in tried]
+        center = rules.center * self.contenders[contender].rate
+        return [
+            [Run(workload, contender, scale(point, center), SEARCH_SEED + seed) for point in points]
+            for seed, points in enumerate(cube(rules.trials, rules.seeds))
+        ]
 
     def own_trials(self, workload: str, contender: str) -> list[Run]:
         """Return the trials that this contender runs at this workload itself."""
         runs = [run for row in self.trials(workload, contender) for run in row]
         return [run for run in runs if run[:2] == (workload, contender)]
 
-    def search(self, workload: str, contender: str) -> np.ndarray:
-        """Return the validation loss of each setting; raise unless all trials are there."""
+    def searched(self, workload: str, contender: str) -> np.ndarray:
+        """Return the validation losses of each search; raise unless all trials are there."""
         rows = self.trials(workload, contender)
         self._require([run for row in rows for run in row])
-        return np.array(
-            [np.mean([bounded(self.results[run]["validation"]) for run in row]) for row in rows]
-        )
+        return np.array([[bounded(self.results[x]["validation"]) for x in row] for row in rows])
 
-    def chosen(self, workload: str, contender: str) -> Setting:
-        """Return the setting with the least validation loss; raise unless all trials are there."""
-        best = int(self.search(workload, contender).argmin())
-        return self.trials(workload, contender)[best][0].setting
+    def chosen(self, workload: str, contender: str) -> list[Setting]:
+        """Return the best setting of each search; raise unless all trials are there."""
+        best = self.searched(workload, contender).argmin(axis=1)
+        rows = self.trials(workload, contender)
+        return [row[i].setting for row, i in zip(rows, best, strict=True)]
 
     def decisive(self, workload: str, contender: str) -> list[Run]:
         """Return the trainings that decide; raise unless all trials are there."""
-        setting = self.chosen(workload, contender)
-        seeds = range(self.rules[workload].seeds)
-        return [Run(workload, contender, setting, seed) for seed in seeds]
+        chosen = self.chosen(workload, contender)
+        return [Run(workload, contender, setting, seed) for seed, setting in enumerate(chosen)]
 
     def judge(self, workload: str, contender: str) -> list[Result]:
         """Return the results that decide; raise unless all trials and all seeds are there."""

@@ -149,7 +149,7 @@ def make_tables(
             tables[f"{title}: test loss of 8-bit state less that of float32 state"] = {
                 form: stored(study, name, form) for form in forms
             }
-        tables[f"{title}: chosen settings, and what a step takes"] = {
+        tables[f"{title}: chosen settings (median and ends), and what a step takes"] = {
             contender: settings_and_cost(study, workloads, name, contender)
             for contender in outcome.judged
         }
@@ -190,28 +190,33 @@ def stored(study: Study, workload: str, form: str) -> dict[str, Estimate | float
 def settings_and_cost(
     study: Study, workloads: Mapping[str, Workload], workload: str, contender: str
 ) -> dict[str, Estimate | float | str]:
-    setting = study.chosen(workload, contender)
-    losses = np.sort(study.search(workload, contender))
+    settings = np.array(study.chosen(workload, contender))
+    rates, decays, warm_ups = settings.T
+    searched = study.searched(workload, contender)
     results = study.judge(workload, contender)
     return {
-        "rate": setting.rate,
-        "place in its range": place(study, workload, contender),
-        "decay": setting.decay,
-        "warm-up": setting.warm_up,
-        "trials": str(len(losses)),
-        "validation loss": float(losses[0]),
-        "second best": float(losses[1]),
+        "rates": spread(rates),
+        "rate × decay": spread(rates * decays),
+        "warm-up": spread(warm_ups),
+        "at an end of the rates": f"{at_end(searched, study, workload, contender)} of {len(rates)}",
+        "trials": f"{searched.shape[0]} × {searched.shape[1]}",
+        "validation loss": float(searched.min(axis=1).mean()),
         "ms": min(x["step_ms"] for x in results),
         "bytes": float(results[0]["bytes"]),
     }
 
 
-def place(study: Study, workload: str, contender: str) -> float:
-    """Return where in its range the rate is, from 0 to 1."""
-    source = study.rules[workload].settings_from or workload
-    center = study.rules[source].center * study.contenders[contender].rate
-    decades = math.log10(study.chosen(workload, contender).rate / center)
-    return decades / protocol.RATE_DECADES + 0.5
+def spread(values: np.ndarray) -> str:
+    """Return the median and the ends."""
+    return f"{np.median(values):.2g} ({values.min():.2g} to {values.max():.2g})"
+
+
+def at_end(searched: np.ndarray, study: Study, workload: str, contender: str) -> int:
+    """Return how many searches chose the lowest or the highest rate that they tried."""
+    rates = [[run.setting.rate for run in row] for row in study.trials(workload, contender)]
+    places = np.argsort(np.argsort(rates, axis=1), axis=1)
+    chosen = np.take_along_axis(places, searched.argmin(axis=1)[:, None], axis=1)
+    return int(np.isin(chosen, [0, searched.shape[1] - 1]).sum())
 
 
 def sizes(workload: Workload) -> dict[str, Estimate | float | str]:
@@ -351,7 +356,7 @@ def point_outside(
 def draw_sensitivity(
     study: Study, workloads: Mapping[str, Workload], outcomes: Mapping[str, Outcome]
 ) -> Figure:
-    """Draw the validation loss of every trial: a row for each contender, a column for each rate."""
+    """Draw validation losses of trials: a row for each contender, a column for rates."""
     own = [name for name in outcomes if study.own_trials(name, BASELINE)]
     names = [name for name, contender in study.contenders.items() if not contender.form_of]
     figure = Figure(figsize=(evidence.WIDTH, 0.9 + 0.24 * len(names)), layout="constrained")
@@ -367,9 +372,10 @@ def draw_sensitivity(
 
 
 def by_rate(study: Study, workload: str, contender: str) -> np.ndarray:
-    """Return the losses of the trials in order of their rates."""
-    rates = [row[0].setting.rate for row in study.trials(workload, contender)]
-    return study.search(workload, contender)[np.argsort(rates)]
+    """Return the median over searches of the lowest rates, of the second lowest, and so on."""
+    rates = [[run.setting.rate for run in row] for row in study.trials(workload, contender)]
+    searched = study.searched(workload, contender)
+    return np.median(np.take_along_axis(searched, np.argsort(rates, axis=1), axis=1), axis=0)
 
 
 def draw_losses(axes: Axes, losses: np.ndarray, title: str) -> None:

@@ -19,6 +19,7 @@ PAGE = RESULTS / "README.md"
 FROM_DOCS = "../examples/evidence/results"
 # In the order of the table.
 SCRIPTS = (
+    "study",
     "lag",
     "edge_of_stability",
     "escapes",
