@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 import _evidence as evidence
 import _protocol as protocol
@@ -70,18 +71,14 @@ class Outcome(NamedTuple):
 
 
 def publish(study: Study, workloads: Mapping[str, Workload], options: argparse.Namespace) -> None:
-    """Print and write what may be judged, and print what may not."""
+    """Print and write what may be judged."""
     outcomes = {}
     for name, workload in workloads.items():
         judged = [contender for contender in study.entered(name) if study.complete(name, contender)]
-        absent = [contender for contender in study.entered(name) if contender not in judged]
-        begun = any(run.workload == name for run in study.results)
-        if begun and absent:
-            print(f"{workload.title}: trainings are missing of {', '.join(absent)}.")
-        if BASELINE in judged:
+        if BASELINE in judged and len(judged) > 1:
             outcomes[name] = compare(study, name, workload.title, judged)
     if not outcomes:
-        print(f"Nothing may be judged before {BASELINE} is there.")
+        print(f"Nothing may be judged before {BASELINE} and another contender are there.")
         return
     tables = make_tables(study, workloads, outcomes)
     figures = {
@@ -149,12 +146,14 @@ def make_tables(
             tables[f"{title}: test loss of 8-bit state less that of float32 state"] = {
                 form: stored(study, name, form) for form in forms
             }
-        tables[f"{title}: chosen settings (median and ends), and what a step takes"] = {
-            contender: settings_and_cost(study, workloads, name, contender)
+        tables[f"{title}: chosen settings (median and ends), time of a step and bytes of state"] = {
+            contender: settings_and_cost(study, name, contender)
             for contender in outcome.judged
+            if not study.contenders[contender].form_of
         }
     tables["Workloads"] = {
-        outcome.title: sizes(workloads[name]) for name, outcome in outcomes.items()
+        outcome.title: sizes(workloads[name]) | absent(study, name, outcome)
+        for name, outcome in outcomes.items()
     }
     return tables
 
@@ -184,16 +183,26 @@ def stored(study: Study, workload: str, form: str) -> dict[str, Estimate | float
         "difference": compared.difference,
         "smallest visible": compared.smallest,
         "spread of seeds": float(np.std(losses, ddof=1)),
+        **cost(study, workload, form),
+        "of float32 state": cost(study, workload, exact)["bytes a parameter"],
+    }
+
+
+def cost(study: Study, workload: str, contender: str) -> dict[str, float]:
+    """Return the fastest time of a step, and the bytes of state for each parameter."""
+    results = study.judge(workload, contender)
+    return {
+        "ms of a step": min(x["step_ms"] for x in results),
+        "bytes a parameter": float(results[0]["bytes"]),
     }
 
 
 def settings_and_cost(
-    study: Study, workloads: Mapping[str, Workload], workload: str, contender: str
+    study: Study, workload: str, contender: str
 ) -> dict[str, Estimate | float | str]:
     settings = np.array(study.chosen(workload, contender))
     rates, decays, warm_ups = settings.T
     searched = study.searched(workload, contender)
-    results = study.judge(workload, contender)
     return {
         "rates": spread(rates),
         "rate × decay": spread(rates * decays),
@@ -201,8 +210,7 @@ def settings_and_cost(
         "at an end of the rates": f"{at_end(searched, study, workload, contender)} of {len(rates)}",
         "trials": f"{searched.shape[0]} × {searched.shape[1]}",
         "validation loss": float(searched.min(axis=1).mean()),
-        "ms": min(x["step_ms"] for x in results),
-        "bytes": float(results[0]["bytes"]),
+        **cost(study, workload, contender),
     }
 
 
@@ -225,6 +233,12 @@ def sizes(workload: Workload) -> dict[str, Estimate | float | str]:
     return {name: f"{value:,}" for name, value in texts.items()} | {
         "SHA-256 of the data": described["data"]
     }
+
+
+def absent(study: Study, workload: str, outcome: Outcome) -> dict[str, str]:
+    """Return which contenders can't be judged yet; p-values don't allow for their number."""
+    names = [name for name in study.entered(workload) if name not in outcome.judged]
+    return {"not judged yet": ", ".join(names) or "none"}
 
 
 def finding(study: Study, outcomes: Mapping[str, Outcome], method: str) -> Finding | None:
@@ -286,7 +300,7 @@ def draw_differences(study: Study, outcomes: Mapping[str, Outcome]) -> Figure:
     for axes in panels.flat[len(outcomes) :]:
         axes.set_visible(False)
     panels[0, 0].set_yticks(range(len(names)), names)
-    panels[0, 0].invert_yaxis()
+    panels[0, 0].set_ylim(len(names) - 0.5, -0.5)
     handles, labels = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=4, fontsize=8, frameon=False)
     return figure
@@ -320,6 +334,7 @@ def draw_panel(axes: Axes, study: Study, outcome: Outcome, names: Sequence[str])
             )
             point_outside(axes, places, found, limit, look["color"])
     axes.set_xlim(-limit, limit)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
     entitle(axes, outcome.title, "test loss, less AdamW's", "")
     tidy(axes, "x")
 
@@ -396,7 +411,8 @@ def draw_losses(axes: Axes, losses: np.ndarray, title: str) -> None:
         if np.isfinite(of_one).all():
             best = (np.argmin(of_one) + 0.5) * width - half
             axes.plot(best, row, marker="o", color="white", markersize=3.5, markeredgecolor="black")
-    axes.figure.colorbar(image, ax=axes, location="bottom", extend="max", shrink=0.9)
+    bar = axes.figure.colorbar(image, ax=axes, location="bottom", extend="max", shrink=0.9)
+    bar.ax.tick_params(labelsize=8)
     entitle(axes, f"{title}\nvalidation loss", "rate / center of the range", "")
     axes.set_xticks([-1, 0, 1], ["0.1", "1", "10"])
     axes.tick_params(labelsize=8)

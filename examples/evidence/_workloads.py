@@ -32,7 +32,7 @@ LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2t
 # Of twenty files one is for validation and one for testing.
 FILES, VALIDATION_FILE, TEST_FILE = 20, 7, 17
 # Of the held-out text.
-HELD_OUT_BYTES = 2**16
+HELD_OUT_BYTES = 2**15
 # Of MNIST-1D, as it is published, and as a test set of other examples.
 PUBLISHED_SEED = 42
 NEW = {"seed": 43, "num_samples": 5000, "train_split": 0.0}
@@ -282,7 +282,7 @@ ON_CPU = with_horizons(
         # Its tensors are too small to be stored in 8 bits.
         rules=SMALL._replace(trials=16, forms=False),
     ),
-    text=make_text_workload("0.25M", batch=16, steps=200, step_ms=28, rules=SMALL),
+    text=make_text_workload("0.25M", batch=16, steps=160, step_ms=32, rules=SMALL),
 )
 # Times of steps are guesses.
 ON_GPU = with_horizons(
