@@ -316,7 +316,7 @@ def test_a_rerun_repeats_nothing(study_script, tmp_path):
     assert all({"environment", "definition", "rate", "seed"} <= x.keys() for x in kept)
     # Runs of other data do not count.
     path.write_text(path.read_text().replace("of 5 steps", "of 4 steps"))
-    assert {run.workload for run in study_script()} == {"mlp"}
+    assert {run.workload for run in study_script()} == {"mlp", "text"}
 
 
 def test_settings_are_chosen_before_they_are_used(study_script):
