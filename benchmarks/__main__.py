@@ -55,6 +55,12 @@ BENCHMARKS = {
         " with the number of parameters. This shows which of them dominates at which size, and how"
         " long a network of many leaves takes to compile.",
     ),
+    "trace": Benchmark(
+        "Times `fuse` before XLA compiles anything: the trace of the chain, and the plan of its"
+        " kernels, for several numbers of leaves.",
+        "Networks without stacked layers have thousands of leaves. Planning must take little"
+        " compared with the trace, which a chain needs without kernels too.",
+    ),
     "gpu": Benchmark(
         "Compares fused steps with their chains and with float64 on an NVIDIA GPU. Then measures"
         " the times of steps by XLA, Triton and Mosaic, with and without CUDA graphs, in turns with"

@@ -1,4 +1,4 @@
-"""The figure: a panel for each method, with its control dashed and AdamW and SGD in grey."""
+"""The figure: for each optimizer what a rate costs, and how it trains at its best rate."""
 
 import math
 from collections.abc import Mapping
@@ -9,83 +9,106 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, NullLocator
+from numpy.typing import ArrayLike
 from PIL import Image
 
-from _data import Dataset
 from _report import Result
 
 # From the palette of Okabe and Ito, which is safe for all kinds of colour vision.
-ORANGE, BLUE = "#D55E00", "#0072B2"
-GREYS = {"adamw": "0.2", "sgd": "0.6"}
-TICKS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998)
+OWN = {"color": "#D55E00", "linewidth": 1.8, "zorder": 4}
+CONTROL = {"color": "#0072B2", "linewidth": 1.5, "linestyle": (0, (3, 1.5)), "zorder": 5}
+ADAMW = {"color": "0.6", "linewidth": 1.3, "zorder": 3}
 
 
-def save_figure(results: Mapping[str, Result], data: Dataset, path: Path) -> None:
-    """Draw validation accuracy against steps: mean and range over the seeds."""
-    # Baselines alone share one panel.
-    methods = [name for name in results if not (results[name].controls or name in GREYS)] or [None]
-    columns = min(3, len(methods))
-    rows = math.ceil(len(methods) / columns)
-    figure = Figure(figsize=(3 * max(columns, 2), 2.4 * rows + 0.6), layout="constrained")
-    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
-    for axes, method in zip(panels, methods, strict=False):
-        draw_panel(axes, results, method, least_error=0.5 / len(data.validation.labels))
-    for axes in panels[len(methods) :]:
-        axes.remove()
-
-    seeds = len(next(iter(results.values())).curves.test)
-    figure.supxlabel(
-        f"training steps on {data.name}: mean and range over {seeds} seeds", fontsize=9
-    )
-    figure.supylabel("validation accuracy", fontsize=9)
-    baselines = [line for line in panels[0].lines if line.get_color() in GREYS.values()]
-    figure.legend(handles=baselines, loc="outside upper center", ncols=2, fontsize=8, frameon=False)
-    lowest = min(line.get_ydata().min() for axes in panels[: len(methods)] for line in axes.lines)
-    # The axis is inverted, since errors are drawn and accuracies are labelled.
-    panels[0].set_ylim(1.2, lowest / 3)
-    figure.savefig(path, dpi=150)
+def save_figure(results: Mapping[str, Result], path: Path) -> None:
+    """Draw two panels for each optimizer: median and range over seeds, with AdamW's in grey."""
+    shown = [name for name, result in results.items() if result.controls is None]
+    pairs = min(2, len(shown))
+    rows = math.ceil(len(shown) / pairs)
+    figure = Figure(figsize=(4.8 * pairs, 1.75 * rows + 0.8), layout="constrained")
+    panels = figure.subplots(rows, 2 * pairs, sharey=True, squeeze=False)
+    for i, (left, right) in enumerate(panels.reshape(-1, 2)):
+        if i < len(shown):
+            draw_pair(left, right, results, shown[i])
+        else:
+            left.remove()
+            right.remove()
+    draw_scales(panels, results)
+    draw_legend(figure, results, wide=pairs > 1)
+    figure.savefig(path, dpi=160)
     # A palette makes the file three times smaller.
     Image.open(path).convert("RGB").quantize().save(path, optimize=True)
 
 
-def draw_panel(
-    axes: Axes, results: Mapping[str, Result], method: str | None, least_error: float
-) -> None:
-    """Draw a method in front of its control and of the baselines."""
-    for name, grey in GREYS.items():
-        if name in results:
-            draw_curve(axes, results[name], least_error, color=grey, linewidth=1)
-    own = [
-        draw_curve(axes, result, least_error, color=BLUE, linestyle="--")
+def draw_pair(left: Axes, right: Axes, results: Mapping[str, Result], name: str) -> None:
+    """Draw an optimizer in front of its control and of AdamW."""
+    lines = [(results["adamw"], ADAMW)] if name != "adamw" else []
+    lines += [(result, CONTROL) for result in results.values() if result.controls == name]
+    for result, style in [*lines, (results[name], OWN)]:
+        draw(left, result.rates, result.tuning_test.T, style)
+        draw(right, result.runs.steps, result.runs.validation_loss, style)
+        chosen = list(result.rates).index(result.rate)
+        loss = np.median(result.tuning_test[chosen])
+        left.plot(result.rate, loss, "o", markersize=4.5, **{**style, "linestyle": "none"})
+    left.set_title(results[name].label, loc="left", fontsize=10, weight="bold")
+    right.set_title(f"at rate {results[name].rate:g}", loc="left", fontsize=9)
+
+
+def draw(axes: Axes, x: ArrayLike, losses: Any, style: Mapping[str, Any]) -> None:
+    """Draw the median and the range over seeds, which are the first axis."""
+    axes.plot(x, np.median(losses, axis=0), **style)
+    low, high = losses.min(axis=0), losses.max(axis=0)
+    axes.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
+
+
+def draw_scales(panels: Any, results: Mapping[str, Result]) -> None:
+    """Draw the scales, which all panels share but for the rates."""
+    lowest = min(
+        min(result.tuning_test.min(), result.runs.validation_loss.min())
         for result in results.values()
-        if method and result.controls == method
-    ]
-    if method:
-        own.append(draw_curve(axes, results[method], least_error, color=ORANGE))
-        axes.legend(handles=own[::-1], loc="upper left", fontsize=7.5, frameon=False)
-        axes.set_title(results[method].label, fontsize=9, weight="bold")
-
-    axes.set_yscale("log")
-    axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter("{x:.0f}")
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_yticks([1 - tick for tick in TICKS], [f"{100 * tick:.3g} %" for tick in TICKS])
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.tick_params(labelsize=8)
-    axes.grid(axis="y", color="0.9", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def draw_curve(axes: Axes, result: Result, least_error: float, **style: Any) -> Line2D:
-    """Draw the error, whose logarithm spreads what is close to full accuracy."""
-    errors = np.maximum(1 - result.curves.validation, least_error)
-    steps = result.curves.steps
-    (line,) = axes.plot(
-        steps, errors.mean(axis=0), label=f"{result.label} at {result.rate:.2g}", **style
     )
-    low, high = errors.min(axis=0), errors.max(axis=0)
-    axes.fill_between(steps, low, high, color=style["color"], alpha=0.15, linewidth=0)
-    return line
+    for axes in panels.ravel():
+        axes.set_yscale("log")
+        # A run that learns nothing stays where AdamW begins; one that diverges is cut off.
+        axes.set_ylim(0.9 * lowest, 1.4 * results["adamw"].runs.validation_loss[:, 0].max())
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.set_xscale("log")
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.tick_params(labelsize=8)
+        axes.grid(color="0.92", linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in panels[:, 1::2].ravel():
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    for axes in panels[:, ::2].ravel():
+        axes.set_ylabel("loss", fontsize=8)
+    for axes in panels[-1, ::2]:
+        axes.set_xlabel("learning rate", fontsize=9)
+    for axes in panels[-1, 1::2]:
+        axes.set_xlabel("training step", fontsize=9)
+
+
+def draw_legend(figure: Figure, results: Mapping[str, Result], *, wide: bool) -> None:
+    """Explain above the panels what they have in common."""
+    labels = {"the optimizer": OWN, "AdamW": ADAMW}
+    labels |= {result.label: CONTROL for result in results.values() if result.controls}
+    handles = [Line2D([], [], label=label, **style) for label, style in labels.items()]
+    handles += [
+        Patch(color=OWN["color"], alpha=0.15, linewidth=0, label="range over seeds"),
+        Line2D([], [], color="0.3", marker="o", linestyle="none", label="best rate"),
+    ]
+    title = "Left: test loss against learning rate. Right: validation loss at the best rate"
+    figure.legend(
+        handles=handles,
+        loc="outside upper center",
+        ncols=len(handles) if wide else 2,
+        fontsize=9,
+        frameon=False,
+        title=title if wide else title.replace(". ", "\n"),
+        title_fontproperties={"size": 10.5},
+    )

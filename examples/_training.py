@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,11 +23,12 @@ BATCH_SIZE = 64
 # so it is always evaluated right after that. A figure can't show more than this many evaluations.
 STEPS_PER_EVALUATION = 5
 MOST_EVALUATIONS = 200
-# Number of times, of which the shortest counts.
-TIMINGS = 40
 
-# Returns an optimizer for a learning rate, which is a tracer here.
-Factory = Callable[[Any], optax.GradientTransformation]
+# A loss above this counts as this, and so does NaN. Means stay finite.
+HIGHEST_LOSS = 10.0
+
+# Returns an optimizer for a schedule of the learning rate.
+Factory = Callable[[optax.Schedule], optax.GradientTransformation]
 
 
 def convolve(images, kernel, strides, padding, **_):
@@ -41,6 +42,17 @@ def convolve(images, kernel, strides, padding, **_):
         for j in range(width)
     ]
     return jnp.concatenate(patches, axis=-1) @ kernel.reshape(-1, outputs)
+
+
+def halve(images):
+    """Return the maxima of squares of 2 × 2; XLA's pooling makes a step on CPU 1.6 times as slow.
+
+    Pixels must not be negative, since an odd side is padded with zeros.
+    """
+    runs, height, width, channels = images.shape
+    images = jnp.pad(images, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)))
+    shape = runs, -(-height // 2), 2, -(-width // 2), 2, channels
+    return images.reshape(shape).max(axis=(2, 4))
 
 
 class ConvNet(nnx.Module):
@@ -62,7 +74,6 @@ class ConvNet(nnx.Module):
         self.head = nnx.Linear(32, classes, rngs=rngs)
 
     def __call__(self, images: jax.Array) -> jax.Array:
-        halve = partial(nnx.max_pool, window_shape=(2, 2), strides=(2, 2), padding="SAME")
         x = halve(nnx.relu(self.conv1(images)))
         x = nnx.relu(self.conv2(x))
         x = halve(nnx.relu(self.conv3(x)))
@@ -75,39 +86,35 @@ class Plan(NamedTuple):
 
     Attributes:
       epochs: passes over the training images in a run.
-      trials: learning rates tried.
-      seeds: runs at the best rate.
+      trials: learning rates that each contender tries.
+      tuning_seeds: runs at each of these rates.
+      seeds: runs at the best rate, with other seeds.
       fused: whether optimizers run as kernels, where there are kernels.
     """
 
     epochs: int
     trials: int
+    tuning_seeds: int
     seeds: int
     fused: bool
 
 
-class Curves(NamedTuple):
-    """The learning curves of parallel runs; the first axis of each array is the run.
+class Runs(NamedTuple):
+    """Parallel runs; the first axis of each array is the run. A loss is the mean cross-entropy.
 
     Attributes:
       steps: number of updates at each evaluation.
-      validation: accuracy at each evaluation.
-      test: accuracy at the end.
+      validation_loss: at each evaluation.
+      test_loss: at the end.
+      test_accuracy: share of the test images that are right at the end.
+      seconds_per_step: shortest time of a step of all runs, divided by their number.
     """
 
     steps: NDArray[np.int64]
-    validation: NDArray[np.float64]
-    test: NDArray[np.float64]
-
-    @property
-    def late_validation(self) -> NDArray[np.float64]:
-        """Mean validation accuracy of the second half of training; a single one is coarse."""
-        return self.validation[:, self.validation.shape[1] // 2 :].mean(axis=1)
-
-    def steps_to(self, accuracy: float) -> list[int | None]:
-        """Return the step at which each run first reached this validation accuracy, or `None`."""
-        reached = self.validation >= accuracy
-        return [int(self.steps[run.argmax()]) if run.any() else None for run in reached]
+    validation_loss: NDArray[np.floating]
+    test_loss: NDArray[np.floating]
+    test_accuracy: NDArray[np.floating]
+    seconds_per_step: float
 
 
 def make_network(data: Dataset) -> tuple[nnx.GraphDef[Any], nnx.State[Any, Any]]:
@@ -124,64 +131,39 @@ def train(
     data: Dataset,
     epochs: int,
     on_progress: Callable[[float], object],
-) -> Curves:
+    curves: bool = True,
+) -> Runs:
     """Train one run for each pair of a rate and a seed, all in parallel.
 
     A seed decides the initial weights and the batches, equally for every optimizer. `on_progress`
-    is called with each share of the work that is done.
+    is called with each share of the work that is done. Without `curves`, the only evaluation is at
+    the end.
     """
-    go_on, params, states = prepare(factory, rates, seeds, data)
-    batches = np.stack([draw_batches(seed, len(data.train.labels), epochs) for seed in seeds], 1)
     network, _ = make_network(data)
-    validation = []
-    for interval in batches:
-        params, states = go_on(params, states, batches=interval)
-        validation.append(accuracy(network, params, data.validation))
-        on_progress(1 / len(batches))
-    return Curves(
-        steps=batches.shape[2] * np.arange(1, len(batches) + 1),
-        validation=np.stack(validation, axis=1),
-        test=np.asarray(accuracy(network, params, data.test)),
-    )
-
-
-def time_steps(
-    contenders: Mapping[str, tuple[Factory, float]],
-    runs: int,
-    *,
-    data: Dataset,
-    on_progress: Callable[[float], object],
-) -> dict[str, float]:
-    """Return the seconds of a step for each contender, divided by the number of parallel runs.
-
-    It is the shortest of several times, since other load only makes them longer. The contenders
-    take turns, so that such load affects all of them.
-    """
-    prepared = {
-        name: prepare(factory, [rate] * runs, range(runs), data)
-        for name, (factory, rate) in contenders.items()
-    }
-    batches = np.stack([draw_batches(0, len(data.train.labels), epochs=1)[0]] * runs)
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(TIMINGS):
-        for name, (go_on, params, states) in prepared.items():
-            begin = time.perf_counter()
-            jax.block_until_ready(go_on(params, states, batches=batches))
-            seconds[name].append(time.perf_counter() - begin)
-        on_progress(1 / TIMINGS)
-    return {name: min(times) / batches.shape[1] / runs for name, times in seconds.items()}
-
-
-def prepare(
-    factory: Factory, rates: Sequence[float], seeds: Sequence[int], data: Dataset
-) -> tuple[Callable[..., Any], optax.Params, optax.OptState]:
-    """Return a function that trains on some batches, initial parameters and optimizer states."""
-    network, _ = make_network(data)
+    drawn = {seed: draw_batches(seed, len(data.train.labels), epochs) for seed in set(seeds)}
+    batches = np.stack([drawn[seed] for seed in seeds], axis=1)
+    evaluations, _, interval, _ = batches.shape
+    last = evaluations * interval
     traced_rates = jnp.asarray(rates, jnp.float32)
     params = initialize(data.train.images.shape[-1], data.classes, jnp.asarray(seeds))
-    states = jax.vmap(lambda rate, params: factory(rate).init(params))(traced_rates, params)
-    go_on = partial(advance, network, factory, rates=traced_rates, data=data.train)
-    return go_on, params, states
+    states = jax.vmap(lambda rate, params: make_optimizer(factory, rate, last).init(params))(
+        traced_rates, params
+    )
+    go_on = partial(advance, network, factory, last, rates=traced_rates, data=data.train)
+
+    steps, losses, seconds = [], [], []
+    for i, chunk in enumerate(batches, start=1):
+        begin = time.perf_counter()
+        params, states = jax.block_until_ready(go_on(params, states, batches=chunk))
+        seconds.append(time.perf_counter() - begin)
+        if curves or i == evaluations:
+            steps.append(i * interval)
+            losses.append(evaluate(network, params, data.validation)[0])
+        on_progress(1 / evaluations)
+    # Other load only makes a time longer, so the shortest counts.
+    seconds_per_step = min(seconds) / interval / len(seeds)
+    test = evaluate(network, params, data.test)
+    return Runs(np.asarray(steps, np.int64), np.stack(losses, axis=1), *test, seconds_per_step)
 
 
 def draw_batches(seed: int, images: int, epochs: int) -> NDArray[np.int64]:
@@ -213,10 +195,16 @@ def initialize(channels: int, classes: int, seeds: jax.Array) -> nnx.State[Any, 
     return lax.map(initialize_one, seeds)
 
 
-@partial(jax.jit, static_argnames=("network", "factory"))
+def make_optimizer(factory: Factory, rate: jax.Array, steps: int) -> optax.GradientTransformation:
+    """Return the optimizer for a rate that falls to 0, along a cosine, in so many steps."""
+    return factory(optax.cosine_decay_schedule(rate, steps))
+
+
+@partial(jax.jit, static_argnames=("network", "factory", "steps"))
 def advance(
     network: nnx.GraphDef[Any],
     factory: Factory,
+    steps: int,
     params: optax.Params,
     states: optax.OptState,
     *,
@@ -232,7 +220,7 @@ def advance(
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     def advance_one(params, state, rate, batches):
-        optimizer = factory(rate)
+        optimizer = make_optimizer(factory, rate, steps)
 
         def step(run, batch):
             params, state = run
@@ -241,8 +229,8 @@ def advance(
         return lax.scan(step, (params, state), batches)[0]
 
     runs = params, states, rates, jnp.asarray(batches)
-    if isinstance(factory(1.0), FusedTransformation):  # under `vmap` it would run its chain
-        return lax.map(lambda run: advance_one(*run), runs)
+    if isinstance(make_optimizer(factory, rates[0], steps), FusedTransformation):
+        return lax.map(lambda run: advance_one(*run), runs)  # under `vmap` it would run its chain
     return jax.vmap(advance_one)(*runs)
 
 
@@ -259,15 +247,25 @@ def apply_gradients(
     return optax.apply_updates(params, updates), state
 
 
+def evaluate(
+    network: nnx.GraphDef[Any], params: optax.Params, data: Split
+) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
+    """Return the loss of each run, and its share of images that are right."""
+    losses, right = map(np.asarray, score(network, params, data))
+    return np.fmin(losses, HIGHEST_LOSS), right
+
+
 @partial(jax.jit, static_argnames="network")
-def accuracy(network: nnx.GraphDef[Any], params: optax.Params, data: Split) -> jax.Array:
-    """Return the share of images that each run classifies correctly."""
+def score(
+    network: nnx.GraphDef[Any], params: optax.Params, data: Split
+) -> tuple[jax.Array, jax.Array]:
+    def score_one(params):
+        def score_image(example: Split) -> tuple[jax.Array, jax.Array]:
+            (logits,) = nnx.merge(network, params)(example.images[None])
+            loss = optax.softmax_cross_entropy_with_integer_labels(logits, example.labels)
+            return loss, logits.argmax() == example.labels
 
-    def accuracy_one(params):
-        def is_right(example: Split) -> jax.Array:
-            logits = nnx.merge(network, params)(example.images[None])
-            return logits.argmax() == example.labels
+        losses, right = lax.map(score_image, data, batch_size=BATCH_SIZE)
+        return losses.mean(), right.mean()
 
-        return lax.map(is_right, data, batch_size=BATCH_SIZE).mean()
-
-    return jax.vmap(accuracy_one)(params)
+    return jax.vmap(score_one)(params)

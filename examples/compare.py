@@ -1,13 +1,14 @@
-"""A comparison of six methods with AdamW, SGD and two controls, on real images.
+"""A comparison of six methods with AdamW, SGD and a control, on real images.
 
     python examples/compare.py
-    python examples/compare.py --methods fame,novak,adamw --seeds 10 --epochs 50
+    python examples/compare.py --methods fame,novak --seeds 10 --epochs 50
     python examples/compare.py --data mine.npz --out results/
     python examples/compare.py --fused
 
 Every optimizer trains the same small convolutional network without skip connections, from the same
-initial weights and on the same batches. Each first tries the same number of learning rates on two
-other seeds; the rate with the best validation accuracy then runs on all seeds.
+initial weights and on the same batches. The rate falls along a cosine, and no optimizer decays
+weights. Each tries the same number of rates, on seeds of their own. The rate with the lowest
+validation loss then runs on all other seeds. AdamW is always trained, to compare with.
 """
 
 import argparse
@@ -18,8 +19,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import optax
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -27,58 +28,60 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 import optax_ext
 from _data import DataError, Dataset, load
 from _plot import save_figure
-from _report import Result, print_header, print_table, save_json
-from _training import Curves, Factory, Plan, make_network, time_steps, train
+from _report import Result, document, print_header, print_table, save_json
+from _training import Factory, Plan, train
 from pallas_kernels import fuse
 
 
-def adam_with_warm_up(learning_rate: Any) -> optax.GradientTransformation:
+def adam_with_warm_up(schedule: optax.Schedule) -> optax.GradientTransformation:
     """Return Adam, with a rate that grows like DualAdam's share of Adam: linearly, in 100 steps."""
-    return optax.adam(optax.linear_schedule(0.01 * learning_rate, learning_rate, 99))
+    return optax.adam(lambda step: jnp.minimum(0.01 * (step + 1), 1) * schedule(step))
 
 
 @dataclass(frozen=True)
 class Contender:
-    """An optimizer to compare, with its default arguments.
+    """An optimizer to compare, with its default arguments but for weight decay, which is 0.
 
     Attributes:
       label: its name in the table and the figure.
-      factory: makes the optimizer for a learning rate.
-      middle: the middle of the rates to try; `None` means CaAdam's rate times its mean scale.
+      factory: makes the optimizer for a schedule of the rate.
+      middle: the middle of the rates to try, a power of ten.
       controls: the method that it is a control of, and is trained with.
     """
 
     label: str
     factory: Factory
-    middle: float | None
+    middle: float = 1e-2
     controls: str | None = None
 
     def fused(self) -> "Contender":
         """Return the contender with its whole step fused into kernels."""
-        return replace(self, factory=lambda rate: fuse(self.factory(rate)))
+        return replace(self, factory=lambda schedule: fuse(self.factory(schedule)))
+
+    def rates(self, trials: int) -> list[float]:
+        """Return 1, 2 and 5 times powers of ten around the middle."""
+        powers = np.arange(trials) - trials // 2
+        return [float(f"{self.middle * 10 ** (power / 3):.0e}") for power in powers]
 
 
+# Without decay AdamW is Adam, and so the control of CaAdam too.
 BASELINES = {
-    "adamw": Contender("AdamW", optax.adamw, 5e-3),
-    "sgd": Contender("SGD, momentum .9", lambda rate: optax.sgd(rate, momentum=0.9), 3e-2),
+    "adamw": Contender("AdamW", partial(optax.adamw, weight_decay=0.0)),
+    "sgd": Contender("SGD, momentum .9", partial(optax.sgd, momentum=0.9), 1e-1),
 }
-CONTROLS = {
-    "warm_up": Contender("Adam, linear warm-up", adam_with_warm_up, 5e-3, controls="dualadam"),
-    "mean_scale": Contender("Adam, mean scale", optax.adam, None, controls="caadam"),
-}
-# The middle of the rates, of the methods whose rate is not that of AdamW.
-MIDDLES = {"invadam": 1.0, "novak": 1e-2}
+CONTROLS = {"warm_up": Contender("Adam, warm-up", adam_with_warm_up, controls="dualadam")}
+# The middle of the rates, of the methods whose rate is not like that of AdamW.
+MIDDLES = {"invadam": 1.0}
 
 CONTENDERS = dict(BASELINES)
 for method, row in optax_ext.METHODS.items():
-    CONTENDERS[method] = Contender(row.title, row.factory, MIDDLES.get(method, 5e-3))
+    factory = partial(row.factory, weight_decay=0.0)
+    CONTENDERS[method] = Contender(row.title, factory, MIDDLES.get(method, 1e-2))
     CONTENDERS.update({name: x for name, x in CONTROLS.items() if x.controls == method})
 METHODS = [name for name, contender in CONTENDERS.items() if contender.controls is None]
 
-# Ratio between neighbouring rates.
-GRID_RATIO = 3.0
 # Results are from seeds 0, 1, …, so that no rate is chosen for its luck on one of these.
-SEARCH_SEEDS = (1000, 1001)
+TUNING_SEEDS = range(1000, 1004)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -92,17 +95,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     contenders = {
         name: contender.fused() if arguments.fused else contender
         for name, contender in CONTENDERS.items()
-        if (contender.controls or name) in arguments.methods
+        if (contender.controls or name) in ("adamw", *arguments.methods)
     }
 
-    plan = Plan(arguments.epochs, arguments.trials, arguments.seeds, arguments.fused)
-
+    counts = arguments.epochs, arguments.trials, len(TUNING_SEEDS), arguments.seeds
+    plan = Plan(*counts, arguments.fused)
     print_header(data, plan)
     results = compare(contenders, data, plan)
-    print_table(results, data)
+    found = document(results, data, plan)
+    print_table(found)
     try:
-        save_json(results, data, plan, figure.with_suffix(".json"))
-        save_figure(results, data, figure)
+        save_json(found, figure.with_suffix(".json"))
+        save_figure(results, figure)
     except OSError as error:
         raise SystemExit(f"--out {arguments.out}: can't be written to ({error})") from error
     print(f"Wrote {figure} and {figure.with_suffix('.json').name}.")
@@ -110,11 +114,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def compare(contenders: Mapping[str, Contender], data: Dataset, plan: Plan) -> dict[str, Result]:
     """Search a rate for each contender, then train at it with every seed."""
-    _, params = make_network(data)
-    mean_scale = optax_ext.connection_table(params, scaling="additive").mean_scale
     results: dict[str, Result] = {}
-    searches = sum(contender.middle is not None for contender in contenders.values())
-    with progress_bar(len(contenders) + len(SEARCH_SEEDS) * searches + 1) as on_progress:
+    with progress_bar(len(contenders) * (len(TUNING_SEEDS) + 1)) as on_progress:
         for name, contender in contenders.items():
             run = partial(
                 train,
@@ -123,30 +124,16 @@ def compare(contenders: Mapping[str, Contender], data: Dataset, plan: Plan) -> d
                 epochs=plan.epochs,
                 on_progress=partial(on_progress, contender.label),
             )
-            if contender.middle is None:
-                rate, scores = mean_scale * results["caadam"].rate, {}
-            else:
-                rate, scores = search(run, contender.middle, plan.trials)
-            curves = run([rate] * plan.seeds, range(plan.seeds))
-            results[name] = Result(contender.label, contender.controls, rate, scores, curves)
-
-        seconds = time_steps(
-            {name: (contenders[name].factory, result.rate) for name, result in results.items()},
-            plan.seeds,
-            data=data,
-            on_progress=partial(on_progress, "time per step"),
-        )
-    return {name: results[name]._replace(seconds_per_step=seconds[name]) for name in results}
-
-
-def search(
-    run: Callable[[Sequence[float], Sequence[int]], Curves], middle: float, trials: int
-) -> tuple[float, dict[float, float]]:
-    """Return the best of a logarithmic grid of rates, and the score of each."""
-    rates = [middle * GRID_RATIO ** (i - (trials - 1) / 2) for i in range(trials)]
-    late = [run(rates, [seed] * trials).late_validation for seed in SEARCH_SEEDS]
-    scores = dict(zip(rates, np.mean(late, axis=0).tolist(), strict=True))
-    return max(rates, key=scores.__getitem__), scores
+            rates = contender.rates(plan.trials)
+            search = [run(rates, [seed] * len(rates), curves=False) for seed in TUNING_SEEDS]
+            validation = np.concatenate([runs.validation_loss for runs in search], axis=1)
+            test = np.stack([runs.test_loss for runs in search], axis=1)
+            rate = rates[np.median(validation, axis=1).argmin()]
+            runs = run([rate] * plan.seeds, range(plan.seeds))
+            results[name] = Result(
+                contender.label, contender.controls, rates, validation, test, rate, runs
+            )
+    return results
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -165,11 +152,13 @@ def make_parser() -> argparse.ArgumentParser:
         type=method_names,
         default=METHODS,
         metavar="NAME,…",
-        help=f"what to compare, of {', '.join(METHODS)}; controls come along (default: all)",
+        help=f"what to compare with AdamW, of {', '.join(METHODS)}; controls come along"
+        " (default: all)",
     )
+    # Equal numbers of runs in parallel are compiled once.
     numbers = {
-        "--seeds": (5, "runs of each method at its best rate"),
-        "--trials": (5, "learning rates that each method tries"),
+        "--seeds": (8, "runs of each method at its best rate"),
+        "--trials": (8, "learning rates that each method tries"),
         "--epochs": (20, "passes over the training images in each run"),
     }
     for name, (default, what) in numbers.items():

@@ -5,6 +5,7 @@ It runs on all GPUs or on a TPU slice; without them, on eight virtual devices of
     python sharded.py
     python sharded.py --optimizer novak --layout replicated
     python sharded.py --model-parallel 2 --checkpoints run1
+    python sharded.py --accumulate 4 --bits 32
 
 In two processes on one machine, and, with one command for all of its machines, on a cluster:
 
@@ -16,8 +17,10 @@ After an interruption, the same command resumes bit-exactly from its newest chec
 devices or in another layout it resumes up to rounding. If process 0 dies, the others end at once.
 If another one dies, they end after `--give-up-after` seconds. Start all of them again.
 
-The text is Python's standard library. The optimizer is fused: on NVIDIA GPUs its step runs as
-kernels on each device's shards, elsewhere as the chain itself.
+The text is Python's standard library. The optimizer is the one that large trainings use: parameters
+in bfloat16, with the missing bits of each weight in the optimizer's state; gradients that are
+accumulated over several batches and clipped; a schedule; decay on matrices only. It is fused: on
+NVIDIA GPUs its step runs as kernels on each device's shards, elsewhere as the chain itself.
 """
 
 import argparse
@@ -43,8 +46,11 @@ import optax_ext
 from pallas_kernels import FusedTransformation, fuse
 
 LENGTH, HEADS = 64, 8  # bytes in a sequence, heads of attention
+# Each optimizer with its weight decay: FAME adds it to the gradient, so its scale is another one.
+# CaAdam is left out: it compares all layers, so it can't be split into groups.
+OPTIMIZERS = {"fame": 1e-4, "vradam": 0.1, "dualadam": 0.1, "novak": 0.1}
 # A run may resume with other values of all other options.
-SETTINGS = "optimizer", "rate", "batch", "width", "layers"
+SETTINGS = "optimizer", "rate", "decay_steps", "accumulate", "bits", "batch", "width", "layers"
 
 Tree = Any
 
@@ -108,7 +114,7 @@ def make_mesh(model_parallel: int, batch: int) -> Mesh:
 
 
 def abstract_params(model: Transformer, mesh: Mesh, *, fully_sharded: bool) -> Tree:
-    """Return the parameters' shapes and shardings.
+    """Return the shapes and shardings of the bfloat16 parameters.
 
     "model" cuts heads, hidden units and vocabulary, which stay inside of a layer, so that devices
     communicate only what layers pass on. "data" cuts the width, if parameters are `fully_sharded`.
@@ -125,9 +131,33 @@ def abstract_params(model: Transformer, mesh: Mesh, *, fully_sharded: bool) -> T
         if cut and x.shape[cut[0]] % mesh.shape["model"] == 0:
             axes[cut[0]] = "model"
         sharding = NamedSharding(mesh, PartitionSpec(*axes))
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+        return jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=sharding)
 
     return jax.tree.map(place, shapes)
+
+
+def make_optimizer(options: argparse.Namespace) -> optax.GradientTransformation:
+    """Return the optimizer of float32 weights, for bfloat16 parameters.
+
+    `master_weights` comes last, so everything inside sees float32: gradients are accumulated,
+    clipped and averaged in float32. The schedule counts optimizer steps, not batches.
+    """
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, options.rate, options.decay_steps // 10, options.decay_steps, options.rate / 10
+    )
+    method, decay = optax_ext.METHODS[options.optimizer].factory, OPTIMIZERS[options.optimizer]
+    groups = optax.partition(
+        {"matrix": method(schedule, weight_decay=decay), "vector": method(schedule)}, group_of
+    )
+    tx = optax.chain(optax.clip_by_global_norm(1.0), groups)
+    if options.accumulate > 1:
+        tx = optax.MultiSteps(tx, options.accumulate).gradient_transformation()
+    return optax_ext.master_weights(tx, bits=options.bits)
+
+
+def group_of(params: Tree) -> Tree:
+    """Return each parameter's group: vectors are biases and the scales of normalizations."""
+    return jax.tree.map(lambda x: "matrix" if x.ndim > 1 else "vector", params)
 
 
 def abstract_state(tx: FusedTransformation, params: Tree) -> Tree:
@@ -141,10 +171,13 @@ def abstract_state(tx: FusedTransformation, params: Tree) -> Tree:
 
 def initialize(model: Transformer, tx: FusedTransformation, params: Tree, state: Tree) -> Tree:
     """Return new parameters and optimizer state; no device ever holds more than its shards."""
-    batch = jnp.zeros((1, LENGTH), jnp.int32)
-    make = jax.jit(lambda: model.init(jax.random.key(0), batch), out_shardings=shardings(params))
-    new = make()
-    return {"params": new, "state": jax.jit(tx.init, out_shardings=shardings(state))(new)}
+
+    def make() -> Tree:
+        weights = model.init(jax.random.key(0), jnp.zeros((1, LENGTH), jnp.int32))
+        weights = jax.lax.with_sharding_constraint(weights, shardings(params))
+        return {"params": optax_ext.bfloat16_weights(weights), "state": tx.init(weights)}
+
+    return jax.jit(make, out_shardings=shardings({"params": params, "state": state}))()
 
 
 def shardings(tree: Tree) -> Tree:
@@ -161,6 +194,7 @@ def make_step(model: Transformer, tx: FusedTransformation, gathered: Tree) -> An
     def loss_of(params: Tree, batch: jax.Array) -> jax.Array:
         params = jax.lax.with_sharding_constraint(params, gathered)
         logits: Any = model.apply(params, batch[:, :-1])
+        logits = logits.astype(jnp.float32)
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch[:, 1:]).mean()
 
     def step(arrays: Tree, batch: jax.Array) -> tuple[Tree, jax.Array]:
@@ -187,12 +221,12 @@ def describe(mesh: Mesh, params: Tree, state: Tree) -> str:
     return "\n".join(lines)
 
 
-def fingerprint(params: Tree) -> str:
-    """Return a hash that is equal only for bit-exactly equal parameters."""
-    mesh = jax.tree.leaves(params)[0].sharding.mesh
-    gather = jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, PartitionSpec()))
+def fingerprint(arrays: Tree) -> str:
+    """Return a hash that is equal only for bit-exactly equal float32 weights."""
+    mesh = jax.tree.leaves(arrays["params"])[0].sharding.mesh
+    export = jax.jit(optax_ext.float32_weights, out_shardings=NamedSharding(mesh, PartitionSpec()))
     digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(gather(params)):
+    for leaf in jax.tree.leaves(export(arrays["params"], arrays["state"])):
         digest.update(np.asarray(leaf.addressable_data(0)).tobytes())
     return digest.hexdigest()[:16]
 
@@ -213,13 +247,13 @@ def restore(checkpoints: ocp.CheckpointManager, settings: dict[str, Any], abstra
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train, with a checkpoint every few steps, and print a fingerprint of the parameters."""
+    """Train, with a checkpoint every few steps, and print a fingerprint of the weights."""
     options = parse(argv)
     start_jax(options)
     mesh = make_mesh(options.model_parallel, options.batch)
     model, text = Transformer(options.width, options.layers), load_text()
     params = abstract_params(model, mesh, fully_sharded=options.layout == "fully-sharded")
-    tx = fuse(optax_ext.get(options.optimizer, options.rate), shardings=shardings(params))
+    tx = fuse(make_optimizer(options), shardings=shardings(params))
     state = abstract_state(tx, params)
     gathered = shardings(abstract_params(model, mesh, fully_sharded=False))
     train_step, by_data = make_step(model, tx, gathered), NamedSharding(mesh, PartitionSpec("data"))
@@ -243,8 +277,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             if step % options.every == 0 or step == options.steps:
                 console.print(f"step {step}: loss {loss:.4f}")
                 checkpoints.save(step, args=ocp.args.StandardSave(arrays))
-    final = fingerprint(arrays["params"])  # all processes take part
-    console.print(f"parameters {final}")
+    final = fingerprint(arrays)  # all processes take part
+    console.print(f"weights {final}")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -252,8 +286,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--optimizer", choices=optax_ext.METHODS, default="fame")
-    parser.add_argument("--rate", type=float, default=1e-3, help="learning rate")
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="fame")
+    parser.add_argument("--rate", type=float, default=3e-3, help="highest learning rate")
+    parser.add_argument(
+        "--decay-steps", type=int, default=50, help="optimizer steps until a tenth of the rate"
+    )
+    parser.add_argument("--accumulate", type=int, default=2, help="batches in an optimizer step")
+    parser.add_argument("--bits", type=int, choices=(24, 32), default=24, help="of a weight")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch", type=int, default=32, help="sequences in a step")
     parser.add_argument("--width", type=int, default=128, help=f"a multiple of {HEADS}")

@@ -44,6 +44,12 @@ from optax_ext.transforms.velocity import velocity_regularized
 
 __version__ = "0.1.0"
 
+
+def __dir__() -> list[str]:
+    """Return the public names, without the modules that define them."""
+    return [*__all__, "__version__"]
+
+
 __all__ = [
     "METHODS",
     "Architecture",

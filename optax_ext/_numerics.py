@@ -119,7 +119,7 @@ def abs_sq(x: jax.Array) -> jax.Array:
 
 @jax.custom_jvp
 def root(x: jax.Array) -> jax.Array:
-    r"""Return :math:`\sqrt x`, with derivative 0 instead of infinity at 0.
+    """Return √x, with derivative 0 instead of infinity at 0.
 
     So a tensor that is 0 and stays 0 adds 0 to a derivative. An infinite derivative would make it
     NaN. A rule of its own leaves the plain root to steps that nobody differentiates.
@@ -137,6 +137,16 @@ def _derivative_of_root(primals, tangents):
 def norm(x: jax.Array, dtype: DTypeLike) -> jax.Array:
     """Return the Euclidean norm of one tensor, accumulated in `dtype`."""
     return root(jnp.sum(abs_sq(upcast(x)), dtype=dtype))
+
+
+def unshared(tree: Any) -> Any:
+    """Return `tree` such that XLA shares no arithmetic on the result with arithmetic on `tree`.
+
+    A gradient's square is needed for its norm and again for its second moment. XLA would compute it
+    once, and its CPU backend would store it. Computing it twice needs no memory, and no other
+    backend moves more bytes for it.
+    """
+    return jax.tree.map(jax.lax.optimization_barrier, tree)
 
 
 def global_norm(tree: Any, dtype: DTypeLike) -> jax.Array:

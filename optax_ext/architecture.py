@@ -77,7 +77,7 @@ class Architecture(Mapping[str, Placed]):
 def architecture(
     apply_fn: Callable[..., Any], params: optax.Params, *example_inputs: Any
 ) -> Architecture:
-    r"""Return the depth and the connections of every parameter, read from the computation.
+    """Return the depth and the connections of every parameter, read from the computation.
 
     `caadam`, `scale_by_connections` and `connection_table` take the result; without it they read
     names and shapes. The computation is traced, not run. `jax.jit`, `jax.checkpoint`, loops,
@@ -87,9 +87,6 @@ def architecture(
     attention's projections, `einsum`) or looks up rows of weights (an embedding). It is one level
     deeper than its deepest operand x if no operation on the way to it has used its weights w. All
     other results are as deep as their deepest operand. The inputs have level 0.
-
-    .. math:: \ell(o) = \max_{x \in o} \ell(x) + [w \text{ is new}], \qquad
-      d(w) = \min_{o \ni w} \max_{x \in o} \ell(x)
 
     So the depth d is the longest path from the inputs to the first use of w, and a recurrent
     network is as deep after a thousand steps as after one. What is added to the result of an

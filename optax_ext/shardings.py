@@ -33,7 +33,7 @@ def state_shardings(tx: optax.GradientTransformation, params: optax.Params) -> o
         parameters are not all on one mesh.
 
     >>> import jax.numpy as jnp, optax_ext
-    >>> mesh = jax.make_mesh((1,), ("data",))
+    >>> mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     >>> sharding = NamedSharding(mesh, PartitionSpec("data"))
     >>> params = {"w": jax.ShapeDtypeStruct((8, 4), jnp.float32, sharding=sharding)}
     >>> tx = optax_ext.invadam(1e-3)

@@ -1,13 +1,17 @@
-"""A check of the contract of gradient transformations. It needs the extra `test`."""
+"""A check of the contract of gradient transformations. It needs chex."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+
+try:
+    import chex
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError("optax_ext.testing needs chex: pip install chex") from error
 
 Step = Callable[[Any, Any, Any], tuple[Any, Any]]
 

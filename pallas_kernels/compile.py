@@ -96,10 +96,7 @@ class Compiler:
           shardings_by_path: shardings by the paths of the arguments' leaves. Other leaves have the
             shardings of their values.
         """
-        static, values = split(arguments)
-        make = self._on_arrays if static.is_plain else self._make_on_arrays
-        function, names = make(static)
-        closed, result = jaxpr_of(function, [type_of(x) for x in values])
+        closed, result, names, values = self.trace(arguments)
         traced = self._read(closed, jax.tree.structure(result), names)
         count = self._written(arguments, result)
         shardings = tuple(
@@ -111,6 +108,17 @@ class Compiler:
             for cache in (self._on_arrays, self._read, self._plan):
                 cache.cache_clear()
         return compiled, values
+
+    def trace(self, arguments: tuple[Any, ...]) -> tuple[Any, Any, tuple[str, ...], list[Any]]:
+        """Return the function's jaxpr, the shapes of its result, and paths and arrays of arguments.
+
+        Equal calls trace once, unless an argument is a function, for example.
+        """
+        static, values = split(arguments)
+        make = self._on_arrays if static.is_plain else self._make_on_arrays
+        function, names = make(static)
+        closed, result = jaxpr_of(function, [type_of(x) for x in values])
+        return closed, result, names, values
 
     def _make_on_arrays(self, static: "Static") -> tuple[Callable[..., Any], tuple[str, ...]]:
         """Return a function of the arrays alone, and their paths."""

@@ -5,6 +5,8 @@ launches run inside of `shard_map` on each device's shards, where an all-reduce 
 statistics of sharded leaves. XLA itself partitions what it computes between launches.
 """
 
+import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,11 +21,17 @@ from pallas_kernels.compile import Compiled
 from pallas_kernels.graph import Kind, Node
 from pallas_kernels.launches import Launch, Phase
 from pallas_kernels.layout import PACKS
+from pallas_kernels.ops import REDUCTIONS
 
 _COLLECTIVES: Mapping[str, Callable[..., jax.Array]] = {
     "sum": lax.psum,
     "max": lax.pmax,
     "min": lax.pmin,
+}
+_COMBINE: Mapping[str, Callable[..., jax.Array]] = {
+    "sum": jnp.add,
+    "max": jnp.maximum,
+    "min": jnp.minimum,
 }
 
 Values = Callable[[Node], Any]
@@ -137,8 +145,11 @@ def _launch_all(backend: str, phase: Phase, value: Values) -> dict[Node, jax.Arr
         if launch.layout.columns:
             partials.append(results[-1])
     if phase.reduction is not None:
-        statistics = kernels.reduce_partials(phase.reduction, partials, interpret=interpret)
-        found |= {node: statistics[i] for i, node in enumerate(phase.statistics)}
+        tiles = kernels.reduce_partials(phase.reduction, partials, interpret=interpret)
+        index = itertools.count()
+        for node, count in zip(phase.statistics, phase.reduction.tiles, strict=True):
+            combine = _COMBINE[REDUCTIONS[node.operation]]
+            found[node] = functools.reduce(combine, [tiles[next(index)] for _ in range(count)])
     return found
 
 

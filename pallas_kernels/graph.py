@@ -1,8 +1,9 @@
 """The graph of a step's values, classified by what a kernel can do with them."""
 
 import enum
+import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -15,6 +16,12 @@ def number_of(data: bytes, dtype: Any) -> Any:
     return np.frombuffer(data, np.dtype(dtype))[0]
 
 
+@functools.cache
+def dtype_name(dtype: Any) -> str:
+    """Return the name of a dtype, which NumPy would compute anew."""
+    return dtype.name
+
+
 class Kind(enum.Enum):
     """The role of a value in a fused step."""
 
@@ -24,6 +31,9 @@ class Kind(enum.Enum):
     REDUCED = enum.auto()  # a statistic over a whole array: kernels compute it
     BROADCAST = enum.auto()  # a scalar, broadcast to the shape of an array
     XLA = enum.auto()  # everything else: XLA computes it between launches
+
+
+_LEAF_KINDS = (Kind.INPUT, Kind.ELEMENTWISE, Kind.XLA)
 
 
 @dataclass(eq=False, slots=True)
@@ -39,6 +49,8 @@ class Node:
       level: number of reductions on the longest path from the arguments to the value.
       index: order of creation; the arguments come first, in their order.
       output: index of the value among the operation's results.
+      size: number of elements.
+      on_leaf: whether the value is an array that a launch reads block by block.
     """
 
     kind: Kind
@@ -50,6 +62,13 @@ class Node:
     level: int
     index: int
     output: int = 0
+    size: int = field(init=False)
+    on_leaf: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Compute what is read often."""
+        self.size = math.prod(self.shape)
+        self.on_leaf = self.size > 1 and self.kind in _LEAF_KINDS
 
     @property
     def operation(self) -> str:
@@ -60,16 +79,6 @@ class Node:
     def number(self) -> Any:
         """The value of a literal."""
         return number_of(self.params["bytes"], self.dtype)
-
-    @property
-    def size(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
-
-    @property
-    def on_leaf(self) -> bool:
-        """True if the value is an array that a launch reads block by block."""
-        return self.size > 1 and self.kind in (Kind.INPUT, Kind.ELEMENTWISE, Kind.XLA)
 
 
 class Operation(NamedTuple):
@@ -107,6 +116,7 @@ class Graph:
     escapes: list[tuple[Node, str]] = field(default_factory=list[tuple[Node, str]])
     effects: list[Node] = field(default_factory=list[Node])
     _table: dict[Any, Node] = field(default_factory=dict[Any, Node])
+    _literals: dict[Any, Node] = field(default_factory=dict[Any, Node])
     _parent: dict[Node, Node] = field(default_factory=dict[Node, Node])
 
     def component(self, node: Node) -> Node:
@@ -121,28 +131,33 @@ class Graph:
         primitive: Primitive | None,
         params: dict[str, Any],
         args: tuple[Node, ...],
-        shape: Iterable[int],
+        shape: tuple[int, ...],
         dtype: np.dtype[Any],
         output: int = 0,
     ) -> Node:
         """Return the node of a value; create it at the first call."""
-        key = (kind, primitive, _hashable(params), args, tuple(shape), str(dtype), output)
-        if key not in self._table:
-            level = max((a.level for a in args), default=0) + (kind is Kind.REDUCED)
-            index = len(self._table)
-            made = Node(kind, primitive, params, args, tuple(shape), dtype, level, index, output)
+        key = (kind.value, primitive, _hashable(params), args, shape, dtype, output)
+        made = self._table.get(key)
+        if made is None:
+            level = max([a.level for a in args], default=0) + (kind is Kind.REDUCED)
+            made = Node(
+                kind, primitive, params, args, shape, dtype, level, len(self._table), output
+            )
             self._table[key] = made
             if kind is Kind.ELEMENTWISE:
                 for arg in args:
                     if arg.on_leaf:
                         self._unite(made, arg)
-        return self._table[key]
+        return made
 
     def literal(self, value: Any) -> Node:
         """Return the node of a number that is known while tracing."""
         value = np.asarray(value)
         # Bytes, because -0.0 equals 0.0, and NaN does not equal NaN.
-        return self.node(Kind.LITERAL, None, {"bytes": value.tobytes()}, (), (), value.dtype)
+        key = value.tobytes(), value.dtype
+        if key not in self._literals:
+            self._literals[key] = self.node(Kind.LITERAL, None, {"bytes": key[0]}, (), (), key[1])
+        return self._literals[key]
 
     def input(self, aval: Any, name: str) -> Node:
         """Add the next argument or constant."""
@@ -154,8 +169,9 @@ class Graph:
 
     def results(self, kind: Kind, op: Operation) -> list[Node]:
         """Return the nodes of an operation's results."""
+        args = tuple(op.args)
         return [
-            self.node(kind, op.primitive, op.params, tuple(op.args), t.shape, t.dtype, i)
+            self.node(kind, op.primitive, op.params, args, t.shape, t.dtype, i)
             for i, t in enumerate(op.types)
         ]
 
@@ -178,8 +194,11 @@ class Graph:
     def _unite(self, a: Node, b: Node) -> None:
         a, b = self.component(a), self.component(b)
         if a is not b:
-            older, newer = sorted((a, b), key=lambda n: n.index)
+            older, newer = (a, b) if a.index < b.index else (b, a)
             self._parent[newer] = older
+
+
+_OF_DEVICES = ("sharding", "out_sharding")
 
 
 def _hashable(params: dict[str, Any]) -> Any:
@@ -187,8 +206,9 @@ def _hashable(params: dict[str, Any]) -> Any:
 
     Shardings are ignored, because they don't matter inside one device's step.
     """
-    items = sorted(params.items())
-    key = tuple((k, v) for k, v in items if k not in ("sharding", "out_sharding"))
+    if not params:
+        return ()
+    key = tuple([item for item in sorted(params.items()) if item[0] not in _OF_DEVICES])
     try:
         hash(key)
     except TypeError:

@@ -20,6 +20,12 @@ LEAVES_PER_LAUNCH = 33
 # We accept this many extra launches if fewer different kernels are compiled then.
 EXTRA_LAUNCHES = 1
 
+# Partial statistics that one block combines, at least; and how many more blocks than statistics a
+# phase has, at most. A device would wait for one block with all parts of a large leaf. Many large
+# leaves occupy it without being cut.
+TILE = 4096
+EXTRA_TILES = 64
+
 
 @dataclass(frozen=True, eq=False)
 class Launch:
@@ -53,7 +59,7 @@ class Phase:
     Attributes:
       launches: the launches.
       reduction: the launch that combines their partial statistics, if they compute any.
-      statistics: its results.
+      statistics: the statistics that its results contain, in order.
     """
 
     launches: tuple[Launch, ...]
@@ -155,11 +161,31 @@ def _reduce_partials(
     if not launches:
         return None, ()
     statistics = [_statistics(launch) for launch in launches]
-    blocks = [*itertools.chain(*statistics)]
-    kinds = sorted({s.reduction for s in blocks})
+    all_statistics = [*itertools.chain(*statistics)]
+    tile = tile_length([s.parts for s in all_statistics])
+    kinds = sorted({s.reduction for s in all_statistics})
     # XLA can read the results as whole slices in this order: by column, then by creation.
-    nodes = [s.node for s in sorted(blocks, key=lambda s: (s.column, s.node.index))]
-    index = {node: i for i, node in enumerate(nodes)}
-    rows = (0, *itertools.accumulate(map(len, statistics)))
-    table = tuple((s.first, s.parts, kinds.index(s.reduction), index[s.node]) for s in blocks)
-    return PartialReduction(rows, table, tuple(kinds)), tuple(nodes)
+    ordered = sorted(all_statistics, key=lambda s: (s.column, s.node.index))
+    tiles = [-(-s.parts // tile) for s in ordered]
+    starts = itertools.accumulate(tiles, initial=0)
+    index = {s.node: start for s, start in zip(ordered, starts, strict=False)}
+    tables = [
+        [
+            (s.first + at, min(tile, s.parts - at), kinds.index(s.reduction), index[s.node] + i)
+            for s in each
+            for i, at in enumerate(range(0, s.parts, tile))
+        ]
+        for each in statistics
+    ]
+    rows = (0, *itertools.accumulate(map(len, tables)))
+    table = tuple(itertools.chain(*tables))
+    nodes = tuple(s.node for s in ordered)
+    return PartialReduction(rows, table, tuple(kinds), tuple(tiles)), nodes
+
+
+def tile_length(parts: Sequence[int]) -> int:
+    """Return how many of a statistic's parts a block combines, given the parts of each."""
+    length = TILE
+    while sum((n - 1) // length for n in parts) > EXTRA_TILES:
+        length *= 2
+    return length

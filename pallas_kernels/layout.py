@@ -191,7 +191,10 @@ class Layout:
 
 @dataclass(frozen=True)
 class PartialReduction:
-    """A launch that combines the partial statistics of a phase, one block for each statistic.
+    """A launch that combines the partial statistics of a phase.
+
+    Most statistics have one block. Those of a large leaf have several, and XLA combines their
+    results.
 
     Attributes:
       rows: for each launch of the phase, the index of the block for its first statistic; then the
@@ -199,11 +202,13 @@ class PartialReduction:
       table: for each block four integers: the index of the first part, the number of parts, the
         index of the reduction in `kinds`, and the index of the result.
       kinds: the reductions that occur.
+      tiles: for each statistic, the number of its results, which are adjacent.
     """
 
     rows: tuple[int, ...]
     table: tuple[tuple[int, int, int, int], ...]
     kinds: tuple[str, ...]
+    tiles: tuple[int, ...]
 
 
 def _starts(counts: Any) -> list[int]:

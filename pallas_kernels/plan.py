@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from pallas_kernels import program
-from pallas_kernels.graph import Graph, Kind, Node
+from pallas_kernels.graph import Graph, Kind, Node, dtype_name
 from pallas_kernels.launches import Phase, make_phase
 from pallas_kernels.ops import DTYPES, LONGEST_ROW, Target
 from pallas_kernels.placement import Placement
@@ -144,44 +144,66 @@ def _fallback_reasons(
     for node, why in graph.escapes:
         if node in reached:
             fall_back(node, why)
+    usable: set[Node] = set()  # most values have several readers
     for node in work:
         component = _component(graph, node)
-        if component not in reasons:
-            why = _reason_against(node, component, written, target, placement)
-            for value in (node, *node.args):
-                if value.on_leaf:
-                    why = why or _reason_against_rows(value, largest[component])
-            if why is not None:
-                fall_back(node, why)
+        if component in reasons:
+            continue
+        why = _reason_against_operation(node, target)
+        for value in (node, *node.args):
+            if value not in usable and why is None:
+                in_memory = value.kind is not Kind.ELEMENTWISE or value in written
+                why = _reason_against_value(
+                    value, component, largest[component], target, placement, in_memory=in_memory
+                )
+                if why is None:
+                    usable.add(value)
+        if why is not None:
+            fall_back(node, why)
     return reasons
 
 
-def _reason_against(
-    node: Node, component: Node, written: set[Node], target: Target, placement: Placement
+def _reason_against_operation(node: Node, target: Target) -> str | None:
+    """Return why no kernel can compute the operation, or `None` if one can."""
+    if node.kind is Kind.REDUCED:
+        return None
+    dtypes = [dtype_name(a.dtype) for a in node.args]
+    if target.supports(node.operation, dtypes):
+        return None
+    return f"no kernel for {node.operation} of {' and '.join(dict.fromkeys(dtypes))}"
+
+
+def _reason_against_value(
+    node: Node,
+    component: Node,
+    largest: Node,
+    target: Target,
+    placement: Placement,
+    *,
+    in_memory: bool,
 ) -> str | None:
-    """Return why no kernel can compute the node, or `None` if one can."""
-    values = [v for v in (node, *node.args) if v.kind is not Kind.REDUCED]
-    for value in values:
-        if value.dtype.name not in DTYPES:
-            return f"no kernel for {value.dtype.name}"
-        in_memory = value.on_leaf and (value.kind is not Kind.ELEMENTWISE or value in written)
-        if in_memory and value.dtype.name not in target.in_memory:
-            return f"no kernel reads or writes {value.dtype.name}"
-        if value.on_leaf and (why := placement.reason(component, value)) is not None:
-            return why
-    dtypes = [a.dtype.name for a in node.args]
-    if node.kind is Kind.ELEMENTWISE and not target.supports(node.operation, dtypes):
-        return f"no kernel for {node.operation} of {' and '.join(dict.fromkeys(dtypes))}"
-    if (size := placement.size(component, values[0])) > _LARGEST:
+    """Return why no kernel of the component can use the value, or `None` if one can."""
+    name = dtype_name(node.dtype)
+    if node.kind is Kind.REDUCED:
+        return None
+    if name not in DTYPES:
+        return f"no kernel for {name}"
+    if not node.on_leaf:
+        return None
+    if in_memory and name not in target.in_memory:
+        return f"no kernel reads or writes {name}"
+    if (why := placement.reason(component, node)) is not None:
+        return why
+    if (size := placement.size(component, node)) > _LARGEST:
         return f"{size} elements are more than a 32-bit index reaches"
-    return None
+    return _reason_against_rows(node, largest)
 
 
 def _reason_against_rows(node: Node, largest: Node) -> str | None:
     """Return why no kernel can compute a value that has one element for each row of a leaf."""
-    row, rest = divmod(largest.size, node.size)
-    if row == 1:
+    if node.size == largest.size:
         return None
+    row, rest = divmod(largest.size, node.size)
     if rest or row > LONGEST_ROW or row & (row - 1):
         return (
             f"no kernel for rows of {row}: their length must be a power of 2, {LONGEST_ROW} at most"

@@ -1,44 +1,47 @@
 """The program of one leaf in one launch: straight-line code for its blocks.
 
-The code itself, a `Body`, contains no nodes of the graph: equal bodies share a kernel.
+The code itself, a `Body`, contains no nodes of the graph: equal bodies share a kernel. Its parts
+are tuples, which Python compares fast, because a step has a body for each leaf.
 """
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from functools import cached_property, lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 from jax import lax
 from jax.extend.core import Primitive
 
-from pallas_kernels.graph import Kind, Node, number_of
+from pallas_kernels.graph import Kind, Node, dtype_name, number_of
 from pallas_kernels.ops import REDUCTIONS, SAME_ORDER
 
+# Bodies that are kept: those of a few steps.
+_KEPT = 256
 
-@dataclass(frozen=True)
-class Input:
+
+class Input(NamedTuple):
     """An array that is read block by block."""
 
     index: int
+    source: str = "input"  # else it would equal a `Scalar` of the same index
 
 
-@dataclass(frozen=True)
-class Scalar:
+class Scalar(NamedTuple):
     """A value that is the same for all blocks."""
 
     index: int
+    source: str = "scalar"
 
 
-@dataclass(frozen=True)
-class Result:
+class Result(NamedTuple):
     """The result of an operation."""
 
     index: int
+    source: str = "result"
 
 
-@dataclass(frozen=True)
-class Number:
+class Number(NamedTuple):
     """A number that is known while tracing, as the bytes of its dtype."""
 
     data: bytes
@@ -53,16 +56,14 @@ class Number:
 Ref = Input | Scalar | Result | Number
 
 
-@dataclass(frozen=True)
-class Predicate:
+class Predicate(NamedTuple):
     """A condition: a scalar, and the value that it must have."""
 
     scalar: Scalar
     value: bool
 
 
-@dataclass(frozen=True)
-class Op:
+class Op(NamedTuple):
     """An operation on blocks.
 
     Attributes:
@@ -78,8 +79,7 @@ class Op:
     row: int
 
 
-@dataclass(frozen=True)
-class Root:
+class Root(NamedTuple):
     """A result of a program.
 
     Attributes:
@@ -143,10 +143,10 @@ class Body:
     def row(self, ref: Ref) -> int | None:
         """Return how many elements of the leaf share one of a value; `None` for scalars."""
         match ref:
-            case Input(i):
-                return self.rows[i]
-            case Result(i):
-                return self.ops[i].row
+            case Input():
+                return self.rows[ref.index]
+            case Result():
+                return self.ops[ref.index].row
             case _:
                 return None
 
@@ -210,15 +210,25 @@ def make(
     """
     code = _Code(given, whole)
     roots = tuple(code.root(result, targets.get(result)) for result in results)
-    body = Body(
-        tuple(node.dtype.name for node in code.inputs),
-        tuple(whole // node.size for node in code.inputs),
-        _needed_inputs(code, roots),
-        tuple(node.dtype.name for node in code.scalars),
+    body = _body(
+        tuple([dtype_name(node.dtype) for node in code.inputs]),
+        tuple([whole // node.size for node in code.inputs]),
+        tuple([dtype_name(node.dtype) for node in code.scalars]),
         tuple(code.ops),
         roots,
     )
     return Program(body, size, tuple(code.inputs), tuple(code.scalars), tuple(results))
+
+
+@lru_cache(_KEPT)
+def _body(
+    inputs: tuple[str, ...],
+    rows: tuple[int, ...],
+    scalars: tuple[str, ...],
+    ops: tuple[Op, ...],
+    roots: tuple[Root, ...],
+) -> Body:
+    return Body(inputs, rows, _needed_inputs(len(inputs), ops, roots), scalars, ops, roots)
 
 
 class _Code:
@@ -248,27 +258,29 @@ class _Code:
             self.ref(value),
             needed,
             None if in_place is None else in_place.index,
-            result.dtype.name,
+            dtype_name(result.dtype),
             REDUCTIONS[result.operation] if reduced else None,
             self._whole // (result.args[0] if reduced else result).size,
         )
 
     def ref(self, node: Node) -> Ref:
         """Return a reference to the value of a node; add the code that computes it."""
-        if node not in self._refs:
-            self._refs[node] = self._new_ref(node)
-        return self._refs[node]
+        ref = self._refs.get(node)
+        if ref is None:
+            ref = self._refs[node] = self._new_ref(node)
+        return ref
 
     def _new_ref(self, node: Node) -> Ref:
-        if node.kind is Kind.BROADCAST:
+        kind = node.kind
+        if kind is Kind.BROADCAST:
             return self.ref(node.args[0])
-        if node.kind is Kind.LITERAL:
-            return Number(node.params["bytes"], node.dtype.name)
-        if node.kind is Kind.ELEMENTWISE and node not in self._given:
-            if node.operation in SAME_ORDER and node.size == node.args[0].size:
+        if kind is Kind.LITERAL:
+            return Number(node.params["bytes"], dtype_name(node.dtype))
+        if kind is Kind.ELEMENTWISE and node not in self._given:
+            if node.size == node.args[0].size and node.operation in SAME_ORDER:
                 return self.ref(node.args[0])
             assert node.primitive is not None
-            operands = tuple(self.ref(a) for a in node.args)
+            operands = tuple([self.ref(a) for a in node.args])
             # A kernel works on the elements of one device.
             params = node.params | {"sharding": None} if "sharding" in node.params else node.params
             row = self._whole // node.size
@@ -292,7 +304,9 @@ def _keeps(value: Node, old: Node) -> bool:
     )
 
 
-def _needed_inputs(code: _Code, roots: Sequence[Root]) -> tuple[Predicate | None, ...]:
+def _needed_inputs(
+    inputs: int, ops: Sequence[Op], roots: Sequence[Root]
+) -> tuple[Predicate | None, ...]:
     """Return the condition for reading each input; `None` means always."""
     never = object()
     needs: dict[Ref, Any] = {}
@@ -302,14 +316,14 @@ def _needed_inputs(code: _Code, roots: Sequence[Root]) -> tuple[Predicate | None
 
     for root in roots:
         need(root.value, root.needed)
-    for i in reversed(range(len(code.ops))):
-        which, *rest = code.ops[i].operands
+    for i in reversed(range(len(ops))):
+        which, *rest = ops[i].operands
         when = needs.get(Result(i))
-        selects = code.ops[i].primitive is lax.select_n_p and len(rest) == 2
+        selects = ops[i].primitive is lax.select_n_p and len(rest) == 2
         if selects and isinstance(which, Scalar) and when is None:
             need(rest[0], Predicate(which, value=False))
             need(rest[1], Predicate(which, value=True))
         else:
             for operand in (which, *rest):
                 need(operand, when)
-    return tuple(needs.get(Input(i)) for i in range(len(code.inputs)))
+    return tuple(needs.get(Input(i)) for i in range(inputs))

@@ -22,6 +22,7 @@ from pallas_kernels.ops import ELEMENTWISE, REDUCTIONS, ROW_REDUCTIONS, SAME_ORD
 
 # At most this many nested selects are moved out of one reduction.
 _MOVED_SELECTS = 2
+_HOST = jax.memory.Space.Host
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,16 +101,18 @@ class _Reader:
         return [read(atom) for atom in jaxpr.outvars]
 
     def _equation(self, eqn: Any, args: list[Node]) -> list[Node]:
-        inner = _CALLS.get(eqn.primitive.name)
+        primitive = eqn.primitive
+        inner = _CALLS.get(primitive.name)
         if inner is not None:
             return self.call(eqn.params[inner], args)
-        op = Operation(eqn.primitive, eqn.params, args, [v.aval for v in eqn.outvars])
+        op = Operation(primitive, eqn.params, args, [v.aval for v in eqn.outvars])
         if not op.types:
             self.graph.effect(op)
             return []
-        if any(_is_in_host_memory(v.aval) for v in (*eqn.invars, *eqn.outvars)):
-            return self._escape(op, f"{eqn.primitive.name} moves it to or from host memory")
-        if eqn.primitive is lax.cond_p and (
+        for atom in (*eqn.invars, *eqn.outvars):
+            if _is_in_host_memory(atom.aval):
+                return self._escape(op, f"{primitive.name} moves it to or from host memory")
+        if primitive is lax.cond_p and (
             any(a.on_leaf for a in args) or any(t.size > 1 for t in op.types)
         ):
             index, *rest = args
@@ -241,12 +244,12 @@ def type_of(x: Any) -> Any:
     shape = jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=getattr(x, "weak_type", False))
     if not _is_in_host_memory(jax.typeof(x) if isinstance(x, jax.Array) else x):
         return shape
-    return jax.make_jaxpr(lambda x: jax.device_put(x, jax.memory.Space.Host))(shape).out_avals[0]
+    return jax.make_jaxpr(lambda x: jax.device_put(x, _HOST))(shape).out_avals[0]
 
 
 def _is_in_host_memory(type_: Any) -> bool:
     """Return whether an array of this type is in host memory, which kernels can't access."""
-    return getattr(type_, "memory_space", None) == jax.memory.Space.Host
+    return getattr(type_, "memory_space", None) is _HOST
 
 
 # Operations that keep the values, and only set where they are stored or when they are computed.

@@ -1,4 +1,4 @@
-"""Fills the tables of evidence in `docs/`, and the page with all figures and numbers; runs nothing.
+"""Fills the tables of evidence in README and `docs/`, and the page of all figures; runs nothing.
 
 python examples/evidence/summary.py
 """
@@ -6,16 +6,22 @@ python examples/evidence/summary.py
 import ast
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from _evidence import RESULTS, Estimate
+from benchmarks import report
 from benchmarks.report import fill
+from examples import _comparison
+from optax_ext import METHODS
 
 FOLDER = Path(__file__).parent
-DOCS = FOLDER.parents[1] / "docs"
-PAGE = RESULTS / "README.md"
+ROOT = FOLDER.parents[1]
+COMPARISON = FOLDER.parent / "compare.json"
+DOCS, README = ROOT / "docs", ROOT / "README.md"
+PAGE = DOCS / "evidence_results.md"
 FROM_DOCS = "../examples/evidence/results"
 # In the order of the table.
 SCRIPTS = (
@@ -49,8 +55,13 @@ def pages(documents: Mapping[str, Document]) -> dict[Path, str]:
         low_precision.read_text(encoding="utf-8"), "stress", tables_of(documents["low_precision"])
     )
     training = tables_of(documents["low_precision_training"])
+    comparison = json.loads(COMPARISON.read_text(encoding="utf-8"))
+    compared = fill(claims.read_text(encoding="utf-8"), "comparison", table_of_all(comparison))
     return {
-        claims: fill(claims.read_text(encoding="utf-8"), "evidence-table", table(documents)),
+        README: with_rates(
+            README.read_text(encoding="utf-8"), comparison, documents["low_precision_training"]
+        ),
+        claims: fill(compared, "evidence-table", table(documents)),
         low_precision: fill(filled, "training", training),
         PAGE: page(documents),
     }
@@ -63,15 +74,38 @@ def load(folder: Path) -> dict[str, Document]:
     }
 
 
+def table_of_all(comparison: Document) -> str:
+    """Return the table that `compare.py` prints, and what it says about it, in Markdown."""
+    paragraphs = [f"- {text}" for text in _comparison.notes(comparison)]
+    return "\n".join([report.table(_comparison.cells(comparison)), "", *paragraphs])
+
+
+def with_rates(readme: str, comparison: Document, training: Document) -> str:
+    """Return README, its table filled with the best rates of each method relative to AdamW's.
+
+    Rates are best on three networks: that of the comparison, and two of the training in 8 bits.
+    """
+    optimizers = ["adamw", *METHODS]
+    chosen = {
+        name: [comparison["results"][name]["learning_rate"], *rates]
+        for name, rates in zip(optimizers, training["constants"]["RATES"], strict=False)
+    }
+    for name in METHODS:
+        ratios = sorted(x / y for x, y in zip(chosen[name], chosen["adamw"], strict=True))
+        words = "–".join(dict.fromkeys(f"{float(f'{x:.2g}'):g}" for x in (ratios[0], ratios[-1])))
+        row = rf"^(\| \[`{name}`\].*? \| .*? \| )[^|]* ×"
+        readme = re.sub(row, rf"\g<1>{words} ×", readme, flags=re.M)
+    return readme
+
+
 def table(documents: Mapping[str, Document]) -> str:
     """Return the table of claims in Markdown."""
-    lines = ["| claim | verdict | figure | `python examples/evidence/…` |", "|---|---|---|---|"]
+    lines = ["| claim | verdict | `python examples/evidence/…` |", "|---|---|---|"]
     for script, found in documents.items():
-        figures = ", ".join(f"[{Path(name).stem}]({FROM_DOCS}/{name})" for name in found["figures"])
         command = f"`{script}.py`, {takes(found['seconds'])}"
         for finding in found["findings"]:
-            claim = f"[{finding['claim']}]({FROM_DOCS}/README.md#{script})"
-            lines.append(f"| {claim} | {finding['verdict']} | {figures} | {command} |")
+            claim = f"[{finding['claim']}]({PAGE.name}#{anchor(title_of(script))})"
+            lines.append(f"| {claim} | {finding['verdict']} | {command} |")
     return "\n".join(lines)
 
 
@@ -79,27 +113,35 @@ def page(documents: Mapping[str, Document]) -> str:
     """Return the page with all figures and tables in Markdown, a section for each script."""
     sections = [section(script, found) for script, found in documents.items()]
     intro = (
-        "Written by `python examples/evidence/summary.py` from the files beside it, which the"
-        " scripts write. Intervals, in brackets, are of 95 % confidence over seeds."
+        "Written by `python examples/evidence/summary.py` from the files in"
+        " `examples/evidence/results`, which the scripts write. Intervals, in brackets, are of"
+        " 95 % confidence over seeds."
     )
     return "\n\n".join(["# What the papers claim, put to a test", intro, *sections]) + "\n"
 
 
+def anchor(title: str) -> str:
+    """Return the anchor that GitHub and Sphinx give to a title."""
+    return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+
+
 def section(script: str, found: Document) -> str:
     """Return a section: the script's docstring, verdicts, figures and tables."""
-    title, _, how = read_docstring(script).partition("\n\n")
-    command, _, how = how.partition("\n\n")
+    command, _, how = read_docstring(script).partition("\n\n")[2].partition("\n\n")
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     parts = [
-        f'<a id="{script}"></a>',
-        f"## {title}",
+        f"## {title_of(script)}",
         f"`{command.strip()}`, {takes(found['seconds'])} on {found['device']}, {versions}.",
         how,
         *(f"- **{x['claim']}: {x['verdict']}.** {x['shown']}" for x in found["findings"]),
-        *(f"![{Path(name).stem}]({name})" for name in found["figures"]),
+        *(f"![{Path(name).stem}]({FROM_DOCS}/{name})" for name in found["figures"]),
         tables_of(found),
     ]
     return "\n\n".join(parts)
+
+
+def title_of(script: str) -> str:
+    return read_docstring(script).partition("\n")[0].rstrip(".")
 
 
 def read_docstring(script: str) -> str:

@@ -9,6 +9,7 @@ import optax
 from jax.sharding import NamedSharding
 
 from optax_ext import _checks
+from optax_ext.low_precision.boxes import is_box
 from optax_ext.low_precision.formats import Format, FourthRoot, SignedRoot, Split
 from optax_ext.transforms.cascades import CascadeOfSquaresState
 
@@ -139,7 +140,10 @@ def leaves(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> Iterator[
 
 def _with_names(node: Any, path: Path) -> Iterator[Any]:
     for key in path:
-        if isinstance(key, jax.tree_util.GetAttrKey):
+        if is_box(node):  # has one array, and no name that a format depends on
+            yield key
+            node = None
+        elif isinstance(key, jax.tree_util.GetAttrKey):
             yield optax.tree_utils.NamedTupleKey(type(node).__name__, key.name)
             node = getattr(node, key.name, None)
         else:

@@ -1,20 +1,18 @@
-r"""Formats that store an array of an optimizer's state in few bits.
+"""Formats that store an array of an optimizer's state in few bits.
 
 A format is a small value. Its `encode` returns a node (a `NamedTuple` of arrays) that takes the
 array's place in the state. The node decodes itself, and encodes the array's next value.
 
 Two formats have groups: 64 neighbors along the last axis share a float32 scale. With y, the
-absolute value divided by the largest one of the group, they store
-
-.. math:: \mathrm{sign}(x) \sqrt y \text{ in int8} \qquad\text{or}\qquad
-          \sqrt[4]{y} \text{ in uint8.}
+absolute value divided by the largest one of the group, they store sign(x) √y in int8, or the fourth
+root of y in uint8.
 
 What is not offered, and why (errors are those of Adam's update after gradients fell, relative to
 float32; `examples/evidence/low_precision.py` prints them):
 
 - *Linear codes.* Small second moments become 0, and the update explodes.
 - *Rounding a second moment to the nearest code.* A code is at least 1.6 % of the value, but a step
-  of :math:`b_2 = .999` is .1 %, so the average freezes: the error is .31 in place of .10. Random
+  of b2 = .999 is .1 %, so the average freezes: the error is .31 in place of .10. Random
   rounding moves the fourth root by the right amount on average.
 - *Scales in float16 or bfloat16.* They freeze in the same way, because a step of decay at .999 is
   less than half of their last digit. And the smallest float16 is 6e-8.

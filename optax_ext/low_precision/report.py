@@ -75,8 +75,8 @@ def quantization_report(
     """Report how `quantize_state(tx, ...)` stores each array of the state; compute nothing.
 
     Args:
-      tx: the optimizer.
-      params: its parameters, or their shapes.
+      tx: the optimizer, before `quantize_state` wraps it.
+      params: its parameters, or their shapes. With nnx, `nnx.state(model, nnx.Param)`.
       formats: see `quantize_state`.
       shardings: see `quantize_state`.
 

@@ -31,37 +31,24 @@ def caadam(
     mu_dtype: DTypeLike | None = None,
     nu_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Return CaAdam: Keras' Adam with the rate of each tensor scaled by a constant factor.
+    """Return CaAdam: Keras' Adam with the rate of each tensor scaled by a constant factor.
 
-    .. math:: \theta \leftarrow \theta - \alpha\, S\, \frac{\sqrt{1 - b_2^t}}{1 - b_1^t}
-        \frac{m}{\sqrt{v} + \epsilon} - \alpha \lambda \theta
+    ::
+
+        m = b1 m + (1 - b1) g
+        v = b2 v + (1 - b2) g²
+        θ = θ - α S (√(1 - b2^t) / (1 - b1^t)) m / (√v + ε) - α λ θ
 
     The scale S of a tensor depends on its connections or on its depth. `scale_by_connections` has
     the formulas, and `connection_table` prints the scales of a model. Connections and depth are
     read from names and shapes, or by `optax_ext.architecture` from the model's computation.
 
-    Provenance.
-
-    - [code]: the Keras form, which adds ε = 1e-7 to the *uncorrected* root; AMSGrad's maximum of
-      the uncorrected v; the scalings "additive", "multiplicative" and "depth" with their strengths
-      (these are the defaults of the scaling classes; the optimizer's own default is "additive"
-      with .9); decoupled decay, which Keras' base optimizer applies before the step and which S
-      doesn't scale.
-    - [code's comment]: "signed". A comment in the code promises it.
-    - [ours]: units by module; overrides; the architecture from the computation; S = 1 for counts
-      on a side of the median that has zero width.
-
-    The default differs from the code on purpose. In the code, biases and normalizations have 0
-    connections and get up to 5.6 times the rate, or count as layers of depth. Here they have the
-    scale of their kernel, or S = 1. `units="leaf"` gives the authors' formulas as written.
-
-    What the authors ran [code]. Their code stores the counts by the variable's name. Keras 3 sets
-    this name to "kernel" for every layer, so every kernel got the scale of the last one. In their
-    ResNet-20, this multiplied the kernels' rate by 1.92 (additive) or 4.75 (multiplicative) on
-    CIFAR-10, and by 1.18 or 1.36 on CIFAR-100, the setting that they report. Biases and
-    normalizations got 2.0 or 5.5 times the rate. This is close to Adam at a larger rate. They tuned
-    no baseline: all ran at .001. So compare any gain with Adam at
-    `connection_table(...).mean_scale` times the rate.
+    Provenance. The Keras form, which adds ε to the *uncorrected* root, AMSGrad's maximum, decoupled
+    decay, and the scalings "additive", "multiplicative" and "depth" with their strengths: [code].
+    "signed": [a comment in the code]. Units by module, overrides, the architecture, and S = 1 for
+    counts on a side of the median that has zero width: [ours]. `units="leaf"` gives the authors'
+    formulas as written. `docs/methods/caadam.md` has the details, a picture, our evidence, and
+    pitfalls.
 
     Args:
       learning_rate: α, in [0, inf), or a schedule of it.
@@ -106,8 +93,6 @@ def caadam(
     >>> print(f"loss 6.000 -> {optax.tree.norm(params, squared=True):.3f}, scales {scale}")
     loss 6.000 -> 0.004, scales [1.5 0.5]
 
-    Landscapes: `examples/evidence/results/landscape-caadam.png`.
-
     References:
       Genet, Inzirillo, "CaAdam: Improving Adam optimizer using connection aware methods",
       arXiv 2410.24216.
@@ -118,6 +103,7 @@ def caadam(
         b2=b2,
         eps=eps,
         weight_decay=weight_decay,
+        mask=mask,
         mu_dtype=mu_dtype,
         nu_dtype=nu_dtype,
     )

@@ -22,22 +22,22 @@ def invadam(
     mu_dtype: DTypeLike | None = None,
     nu_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Return InvAdam: Adam that multiplies by the root of the second moment instead of dividing.
+    """Return InvAdam: Adam that multiplies by the root of the second moment instead of dividing.
 
-    .. math:: \theta \leftarrow \theta - \alpha\, \hat m\, (\sqrt{\hat v} + \epsilon)
-        - \alpha \lambda \theta
+    ::
+
+        m = b1 m + (1 - b1) g,    m_hat = m / (1 - b1^t)
+        v = b2 v + (1 - b2) g²,   v_hat = v / (1 - b2^t)
+        θ = θ - α m_hat (√v_hat + ε) - α λ θ
 
     Steps are larger where gradients are large.
 
     Provenance. The rule: [code]; the paper's form has no ε [second-hand]. Decoupled decay as in
-    the authors' DualAdam: [code]. `scale_free`: [ours].
+    the authors' DualAdam: [code]. `scale_free`: [ours]. `docs/methods/dualadam.md` has the details,
+    a picture, our evidence, and pitfalls.
 
-    The step grows with the square of the gradient. This has three consequences. The right rate
-    depends on the scale of the loss: a gradient 1000 times larger gives NaN in the authors' code.
-    Gradients above 1e19 overflow float32. Near a minimum, the steps vanish faster than the
-    gradient. A rate that is small enough for the first steps is soon too small: InvAdam alone
-    solves a problem in a narrow range of rates or not at all. It is meant as the early phase of
-    `dualadam`.
+    The step grows with the square of the gradient. So the right rate depends on the scale of the
+    loss, and steps vanish near a minimum. InvAdam is meant as the early phase of `dualadam`.
 
     Args:
       learning_rate: α, in [0, inf), or a schedule of it; per unit of squared gradient.
@@ -70,8 +70,6 @@ def invadam(
     >>> print(f"loss 5.000 -> {jnp.sum(params**2):.3f}")
     loss 5.000 -> 0.000
 
-    Landscapes: `examples/evidence/results/landscape-invadam.png`.
-
     References:
       Shi, Chen, Jin, Zhou, arXiv 2603.07122.
     """
@@ -94,25 +92,20 @@ def dualadam(
     mu_dtype: DTypeLike | None = None,
     nu_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Return DualAdam: a blend that starts close to InvAdam and ends as Adam.
+    """Return DualAdam: a blend that starts close to InvAdam and ends as Adam.
 
-    .. math::
-      r_t &= \max(0, 1 - t s), \quad \text{and } 0 \text{ once below } s \\
-      \theta &\leftarrow \theta - \alpha \left( (1 - r_t) \frac{\hat m}{\sqrt{\hat v} + \epsilon}
-        + r_t\, \hat m\, (\sqrt{\hat v} + \epsilon) \right) - \alpha \lambda \theta
+    ::
 
-    The share :math:`r_t` of InvAdam falls linearly from nearly 1 to 0.
+        r = 1 - t s while this is at least s, then 0
+        θ = θ - α ((1 - r) m_hat / (√v_hat + ε) + r m_hat (√v_hat + ε)) - α λ θ
 
-    Provenance. Rule, decoupled decay, default rate 1e-3 and s = .01: [code]. A schedule for the
-    share, and `scale_free`: [ours]. The authors' CIFAR script has s = 8e-5 and rate 1e-2, with
-    which the blend ends near epoch 32 of 200. There DualAdam has no decay, while AdamW and RAdam
-    have 1e-2. (pytorch_optimizer's DualAdam couples the decay to the gradient by default.)
+    The moments `m_hat` and `v_hat` are those of `invadam`. The share r of InvAdam falls linearly
+    from nearly 1 to 0.
 
-    The last blended step is computed in double precision, as in the authors' code: t = 18 for
-    s = .05. The authors keep t outside their saved state, so their resumed run starts again with
-    InvAdam. Here t is in the state. The inverse term grows with the square of the gradient: see
-    `invadam`. On small problems it is 1e-3 … 1e-4 of Adam's term. DualAdam is then Adam with a
-    linear warm-up of length 1/s, so compare any gain with that warm-up.
+    Provenance. Rule, decoupled decay and s = .01: [code]. A schedule for the share, and
+    `scale_free`: [ours]. The last blended step is computed in double precision, as in the authors'
+    code: t = 18 for s = .05. `docs/methods/dualadam.md` has the details, a picture, our evidence,
+    and pitfalls.
 
     Args:
       learning_rate: α, in [0, inf), or a schedule of it.
@@ -132,7 +125,7 @@ def dualadam(
         second moment stops following the gradient at b2 >= .99: see `ema_of_squares`.
 
     Returns:
-      The chain. Its state has `inverse_share` (r_t), `mu` and `nu` for `optax.tree.get`.
+      The chain. Its state has `inverse_share` (r), `mu` and `nu` for `optax.tree.get`.
 
     Raises:
       ValueError: an argument is out of its range, or `params` is missing from the update.
@@ -148,8 +141,6 @@ def dualadam(
     >>> share = optax.tree.get(state, "inverse_share")
     >>> print(f"loss 5.000 -> {jnp.sum(params**2):.3f}, inverse share {share:.2f}")
     loss 5.000 -> 0.000, inverse share 0.00
-
-    Landscapes: `examples/evidence/results/landscape-dualadam.png`.
 
     References:
       Shi, Chen, Jin, Zhou, arXiv 2603.07122.
@@ -170,6 +161,7 @@ def _decoupled(
         b1=b1,
         b2=b2,
         weight_decay=weight_decay,
+        mask=mask,
         mu_dtype=mu_dtype,
         nu_dtype=nu_dtype,
     )

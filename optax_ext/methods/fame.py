@@ -28,35 +28,25 @@ def fame(
     mu_dtype: DTypeLike | None = None,
     nu_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Return FAME: Adam whose momentum is a triple exponential moving average of the gradient.
+    """Return FAME: Adam whose momentum is a triple exponential moving average of the gradient.
 
-    .. math::
-      m &= b_1 m + (1 - b_1)\, g, \quad d = b_3 d + (1 - b_3)\, m, \quad
-        e = b_5 e + (1 - b_5)\, d \\
-      \mathrm{TEMA} &= 3m - 3d + e, \qquad v = b_2 v + (1 - b_2)\, g^2 \\
-      \theta &\leftarrow \theta - \alpha\,
-        \frac{\mathrm{TEMA} / (1 - b_1^t)}{\sqrt{v / (1 - b_2^t)} + \epsilon}
+    ::
 
-    Provenance.
+        m = b1 m + (1 - b1) g
+        d = b3 d + (1 - b3) m
+        e = b5 e + (1 - b5) d
+        TEMA = 3 m - 3 d + e
+        v = b2 v + (1 - b2) g²
+        θ = θ - α (TEMA / (1 - b1^t)) / (√(v / (1 - b2^t)) + ε)
 
-    - [paper, code]: the cascade of averages.
-    - [code]: the rule above; L2 decay added to the gradient; the optional AMSGrad maximum; all
-      defaults except b4.
-    - [paper]: TEMA also for the second moment, clamped at 0 before its root, without bias
-      correction or decay; b1 … b5 = .9 .999 .3 .7 .8.
-    - [ours]: the exact bias correction.
+    Provenance. The cascade of averages: [paper, code]. The rule above, L2 decay, the AMSGrad
+    maximum and all defaults except b4: [code]. A triple average also for the second moment, without
+    bias correction or decay, and b1 … b5 = .9 .999 .3 .7 .8: [paper]. The exact bias correction:
+    [ours].
 
     Paper and code differ. The default is the code. The paper's method is
-    ``fame(lr, .9, .999, .3, .7, .8, second_moment="tema", bias_correction="none")``. It has two
-    drawbacks. Its decays lag *more* than a plain average: 12.1 steps against 9.0. (The code's
-    .9 .5 .5 lag 8.0. Only equal decays lag 0, at almost four times the noise.) And without bias
-    correction, the step for a constant gradient is 2.2 α at t = 1 and 5.4 α at t = 22.
-
-    The released repository has four copies of the optimizer [code]. The default here is `minREV`
-    as it is since 2024-05-29. The other three (class `DAdam`: ViT, ImageNet, Pascal), and `minREV`
-    before that day, divide by the root of a buffer that is never updated. Those runs are momentum
-    SGD at the rate α / ε. Every published configuration has b3 = .3 and b5 = .7 or .8 (.9 .3 .7
-    lags 10.5 steps). None has the defaults of the class, .5 and .5.
+    ``fame(lr, .9, .999, .3, .7, .8, second_moment="tema", bias_correction="none")``.
+    `docs/methods/fame.md` has the details, a picture, our evidence, and pitfalls.
 
     Args:
       learning_rate: α, in [0, inf), or a schedule of it.
@@ -96,8 +86,6 @@ def fame(
     >>> print(f"loss 5.000 -> {jnp.sum(params**2):.3f}")
     loss 5.000 -> 0.001
 
-    Landscapes: `examples/evidence/results/landscape-fame.png`.
-
     References:
       Peleg, Smadar, Lazebnik, Hoogi, "Break a Lag: Triple Exponential Moving Average for Enhanced
       Optimization", arXiv 2306.01423.
@@ -108,6 +96,7 @@ def fame(
         b2=b2,
         eps=eps,
         weight_decay=weight_decay,
+        mask=mask,
         mu_dtype=mu_dtype,
         nu_dtype=nu_dtype,
     )

@@ -40,37 +40,33 @@ def novak(
     mu_dtype: DTypeLike | None = None,
     nu_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Return a reconstruction of NOVAK: rectified AdamW inside lookahead.
+    """Return a reconstruction of NOVAK: rectified AdamW inside lookahead.
 
     It is reconstructed from the paper's abstract and a third-party summary of its equations. No
     code is public, and the full text was not available.
 
-    .. math::
-      d &= \frac{\hat m}{\sqrt{\hat v} + \epsilon}, \qquad
-      \theta \leftarrow \theta - \alpha\, r_t\, \tau\, a_t\, d - \alpha \lambda \theta \\
-      t \bmod k = 0: \quad s &\leftarrow s + a\, (\theta - s), \quad \theta \leftarrow s
+    ::
 
-    Here :math:`r_t` is the rectification of RAdam. Two factors are off by default: the trust ratio
-    :math:`\tau = \lVert\theta\rVert / \lVert d\rVert` of each tensor, within [0, 10], and the
-    autoscale :math:`a_t = 1/(1 + \max(0, \log n_t))` of the average gradient norm. While both are
-    off, the step is elementwise and takes one pass. They add norms and nothing else.
+        m = b1 m + (1 - b1) g,    m_hat = m / (1 - b1^t)
+        v = b2 v + (1 - b2) g²,   v_hat = v / (1 - b2^t)
+        d = m_hat / (√v_hat + ε)
+        θ = θ - α r trust auto d - α λ θ
+        every k steps: slow = slow + a (θ - slow), θ = slow
 
-    Provenance.
+    Here r is the rectification of RAdam (see `optax_ext.rectify`). Two factors are off by default:
+    trust = ‖θ‖ / ‖d‖ of each tensor, within [0, 10], and auto = 1 / (1 + max(0, log n)) with the
+    average norm n of the gradient. While both are off, the step is elementwise and takes one pass.
+    They add norms and nothing else.
 
-    - [second-hand]: rectification that keeps the adaptive denominator before it starts; trust
-      ratio; autoscale; decay at the base rate.
-    - [abstract]: "multiple variants of Nesterov momentum"; lookahead in O(p + p/k).
-    - [ours]: the clamp of the autoscale's logarithm and the decay of its average; the formulas of
-      the Nesterov variants; the meaning of `lookahead="rotating"`; what the trust ratio measures;
-      the default decay.
+    Provenance. Rectification that keeps the adaptive denominator before it starts, trust ratio,
+    autoscale, and decay at the base rate: [second-hand]. "Multiple variants of Nesterov momentum",
+    and lookahead in O(p + p/k): [abstract]. The maximum in the autoscale and the decay of its
+    average, the formulas of the Nesterov variants, "rotating", what the trust ratio measures, and
+    the default decay: [ours]. `docs/methods/novak.md` has the details, a picture, our evidence, and
+    pitfalls.
 
-    Weight decay uses the base rate. Decay at the effective rate is said to cost 4–8 points on
-    CIFAR-100, but only in machine-written summaries [weak second-hand].
-    `decay_coupling="effective"` is that ablation: it adds :math:`\lambda \theta` to d before the
-    trust ratio measures d, as in LAMB. `rectify_fallback="momentum"` is RAdam's own fallback, the
-    momentum without denominator. With it, more trainings of deep plain networks succeed: see
-    `examples/evidence/plain_depth.py`. With this fallback, no decay and no lookahead, the method is
-    `optax.radam`. Without rectification and lookahead it is `optax.adamw`.
+    With `rectify_fallback="momentum"`, no decay and no lookahead, this is `optax.radam`. Without
+    rectification and lookahead it is `optax.adamw`.
 
     Args:
       learning_rate: α, in [0, inf), or a schedule of it.
@@ -79,13 +75,14 @@ def novak(
         rectification never starts for a smaller one.
       eps: ε, in [0, inf), added to the root.
       weight_decay: λ, decoupled, in [0, inf), or a schedule.
-      decay_coupling: rate of the decay, "base" or "effective".
-      nesterov: form of :math:`\hat m`: "none", "nadam" (equal to `optax.nadam`), "classical",
+      decay_coupling: rate of the decay, "base" or "effective". "effective" adds λ θ to d before the
+        trust ratio measures d, as in LAMB.
+      nesterov: form of `m_hat`: "none", "nadam" (equal to `optax.nadam`), "classical",
         "hybrid" or "nadam_scheduled". See `nesterov_ema`, and `scheduled_nesterov_ema` for the
         last.
       rectify: whether to rectify.
       rectify_fallback: direction before rectification starts, "adam" (d) or "momentum"
-        (:math:`\hat m`).
+        (`m_hat`).
       trust_ratio: whether to scale each tensor's step in proportion to its parameters.
       autoscale: whether to scale by the gradient's norm.
       autoscale_decay: decay of the average norm, in [0, 1).
@@ -122,8 +119,6 @@ def novak(
     >>> print(f"loss 5.000 -> {jnp.sum(params**2):.3f}, rectification {r:.2f}")
     loss 5.000 -> 0.000, rectification 0.27
 
-    Landscapes: `examples/evidence/results/landscape-novak.png`.
-
     References:
       Kavun, "NOVAK: Unified adaptive optimizer for deep neural networks", arXiv 2601.07876.
       Liu et al., "On the Variance of the Adaptive Learning Rate and Beyond", arXiv 1908.03265.
@@ -136,6 +131,7 @@ def novak(
         b1=b1,
         eps=eps,
         weight_decay=weight_decay,
+        mask=mask,
         mu_dtype=mu_dtype,
         nu_dtype=nu_dtype,
     )

@@ -28,44 +28,32 @@ def vradam(
     mu_dtype: DTypeLike | None = None,
     nu_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Return VRAdam: AdamW with a rate that falls as the velocity grows.
+    """Return VRAdam: AdamW with a rate that falls as the velocity grows.
 
-    .. math::
-      u &= b_1 u + (1 - b_1)\, g, \qquad v = b_2 v + (1 - b_2)\, g^2 \\
-      \alpha_t &= \frac{\alpha}{1 + \min(\beta_3 \lVert u \rVert^2, c)} \\
-      \theta &\leftarrow \theta - \alpha_t \left( \frac{\hat u}{\sqrt{\hat v} + \epsilon}
-        + \lambda \theta \right)
+    ::
 
-    The norm is one number for all tensors together. It measures the velocity u before its bias
-    correction. The gate is the factor :math:`\alpha_t / \alpha`.
+        u = b1 u + (1 - b1) g,    u_hat = u / (1 - b1^t)
+        v = b2 v + (1 - b2) g²,   v_hat = v / (1 - b2^t)
+        gate = 1 / (1 + min(beta3 ‖u‖², c))
+        θ = θ - α gate (u_hat / (√v_hat + ε) + λ θ)
 
-    Provenance. The rule, `power` (the penalty is :math:`\sum |u|^p`, not its root), the norm of
-    the gradient instead of the velocity, and the defaults: [code]; the rule also [paper,
-    second-hand]. Earlier code measured the gradient and had a cutoff of 19. The gate per tensor,
-    of the mean square, or of the corrected velocity: [ours].
+    c is `lr_cutoff`. The norm is one number for all tensors together. It measures the velocity u
+    before its bias correction, as `mu_dtype` stores it. The rate stays within [α / (1 + c), α].
+    With beta3 = 0 this is AdamW.
 
-    The penalty is a sum over coordinates. So the effect of :math:`\beta_3` depends on the model
-    size and on the loss scale. `norm_reduction="mean"` divides by the number of coordinates. The
-    rate stays within :math:`[\alpha/(1 + c), \alpha]`. :math:`\beta_3 = 0` is AdamW. The gate
-    measures the stored velocity, which `mu_dtype` rounds. The authors' code has one norm for each
-    parameter group. For the same result, use one `vradam` for each group under `optax.partition`.
-
-    What the authors ran [code]. Their sweeps drew α log-uniformly from [1e-4, .1] (transformers:
-    from 1e-5), :math:`\beta_3` from [.1, 1.5] (transformers: to 5), c from 3 to 30, and whether the
-    norm is that of the gradient. For Adam they drew the rate only. Their baseline is Adam with L2
-    decay of 1e-5, which the paper calls AdamW. Their figure of the edge of stability compares
-    VRAdam at α = .002 (norm of the gradient, c = 19) with Adam at .001. In it, only Adam's
-    sharpness is preconditioned. Their values for CIFAR-10 are α = .0846, c = 29 and :math:`\beta_3`
-    = 1.015 [second-hand].
+    Provenance. The rule, `power`, the norm of the gradient, and the defaults: [code]; the rule also
+    [paper, second-hand]. A gate per tensor, of the mean square, or of the corrected velocity:
+    [ours]. `docs/methods/vradam.md` has the details, a picture, our evidence, and pitfalls.
 
     Args:
       learning_rate: α, in [0, inf), or a schedule of it.
       b1: decay of the velocity, in [0, 1).
       b2: decay of the second moment, in [0, 1).
-      beta3: :math:`\beta_3`, weight of the penalty, in [0, inf).
+      beta3: weight of the penalty, in [0, inf). The right value depends on the size of the model,
+        because the penalty is a sum over coordinates.
       lr_cutoff: c, largest penalty, in [0, inf).
       eps: ε, in [0, inf), added to the root.
-      power: p, the exponent in :math:`\sum |u|^p`, in (0, inf).
+      power: p in (0, inf); the penalty is the sum of `|u|^p`, not its root.
       norm_of: "velocity", "corrected_velocity" or "gradient".
       norm_scope: "global", or "tensor" for a gate per tensor.
       norm_reduction: "sum", or "mean" over the coordinates in scope.
@@ -77,7 +65,7 @@ def vradam(
         gradient at b2 >= .99: see `ema_of_squares`.
 
     Returns:
-      The chain. Its state has `gate` (α_t / α), `mu` and `nu` for `optax.tree.get`.
+      The chain. Its state has `gate`, `mu` and `nu` for `optax.tree.get`.
 
     Raises:
       ValueError: an argument is out of its range, or `params` is missing from the update.
@@ -94,8 +82,6 @@ def vradam(
     >>> print(f"loss 5.000 -> {jnp.sum(params**2):.3f}, gate {gate:.3f}")
     loss 5.000 -> 0.000, gate 1.000
 
-    Landscapes: `examples/evidence/results/landscape-vradam.png`.
-
     References:
       Vaidhyanathan, Schorling, Ares, Osborne, "A Physics-Inspired Optimizer: Velocity Regularized
       Adam", arXiv 2505.13196, ICLR 2026.
@@ -106,6 +92,7 @@ def vradam(
         b2=b2,
         eps=eps,
         weight_decay=weight_decay,
+        mask=mask,
         mu_dtype=mu_dtype,
         nu_dtype=nu_dtype,
     )

@@ -1,4 +1,4 @@
-r"""Autoscaling: a rate that falls with the logarithm of the gradient's norm."""
+"""Autoscaling: a rate that falls with the logarithm of the gradient's norm."""
 
 from typing import NamedTuple
 
@@ -8,7 +8,15 @@ import optax
 from jax.typing import ArrayLike
 
 from optax_ext import _checks
-from optax_ext._numerics import first_count, global_norm, next_count, scalar_dtype, scale, tree_map
+from optax_ext._numerics import (
+    first_count,
+    global_norm,
+    next_count,
+    scalar_dtype,
+    scale,
+    tree_map,
+    unshared,
+)
 from optax_ext.transforms.averages import average
 from optax_ext.transforms.bias_correction import total_weight
 
@@ -32,13 +40,15 @@ class AutoscaleState(NamedTuple):
 def autoscale(
     inner: optax.GradientTransformation, *, decay: ArrayLike
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Scale the update of `inner` by the logarithm of the average norm of its gradient.
+    """Scale the update of `inner` by the logarithm of the average norm of its gradient.
 
-    .. math:: u \leftarrow \frac{u}{1 + \max(0, \log n_t)}, \qquad
-      n_t = \mathrm{EMA}(\lVert g \rVert)_t / (1 - b^t)
+    ::
 
-    The norm is that of all tensors together. NOVAK has :math:`1/(1 + \log n_t)`, which is singular
-    at :math:`n_t = 1/e` and negative below. The maximum with 0 is ours. If the square of a norm
+        norm_ema = b norm_ema + (1 - b) ‖g‖,   n = norm_ema / (1 - b^t)
+        u = u / (1 + max(0, log n))
+
+    The norm is that of all tensors together. NOVAK has 1 / (1 + log n), which is singular at
+    n = 1/e and negative below. The maximum with 0 is ours. If the square of a norm
     overflows, the norm is replaced by the root of the largest number, so the average can recover.
 
     Args:
@@ -67,7 +77,7 @@ def autoscale(
     def update(updates, state, params=None, **extra_args):
         count = next_count(state.count)
         dtype = state.norm_ema.dtype
-        norm = jnp.minimum(global_norm(updates, dtype), jnp.finfo(dtype).max ** 0.5)
+        norm = jnp.minimum(global_norm(unshared(updates), dtype), jnp.finfo(dtype).max ** 0.5)
         norm_ema = average(norm, state.norm_ema, decay).astype(dtype)
         mean = norm_ema / total_weight(decay, count, dtype)
         factor = 1 / (1 + jnp.log(jnp.maximum(1, mean)))

@@ -1,6 +1,8 @@
-r"""The exponential moving average, the recursion that all estimators use.
+"""The exponential moving average, the recursion that all estimators use.
 
-.. math:: \mathrm{EMA}_b(x)_t = b\, \mathrm{EMA}_b(x)_{t-1} + (1 - b)\, x_t
+::
+
+    EMA(x) = b EMA(x) + (1 - b) x
 """
 
 from collections.abc import Callable
@@ -41,7 +43,7 @@ def average(x: Any, previous: Any, decay: ArrayLike) -> Any:
 
 
 def squares(g: optax.Updates) -> optax.Updates:
-    """Return :math:`|g|^2` of every leaf."""
+    """Return `|g|²` of every leaf."""
     return tree_map(abs_sq, g)
 
 

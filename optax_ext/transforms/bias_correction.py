@@ -1,7 +1,7 @@
-r"""Bias correction of exponential moving averages that start at zero.
+"""Bias correction of exponential moving averages that start at zero.
 
-After :math:`t` steps the weights of an average with decay :math:`b` add up to :math:`1 - b^t`, not
-to 1. So the average is divided by this sum.
+After t steps the weights of an average with decay b add up to `1 - b^t`, not to 1. So the average
+is divided by this sum.
 """
 
 from typing import NamedTuple
@@ -23,9 +23,9 @@ from optax_ext._numerics import (
 
 
 def total_weight(decay: ArrayLike, count: jax.Array, dtype: DTypeLike) -> jax.Array:
-    r"""Return the sum :math:`1 - b^t` of an average's weights after `count` steps.
+    """Return the sum `1 - b^t` of an average's weights after `count` steps.
 
-    It is computed as :math:`-\mathrm{expm1}(t \log b)`. The plain form loses five of float32's
+    It is computed as `-expm1(t log b)`. The plain form loses five of float32's
     seven digits for b = 0.999 and small t.
     """
     return _total_weight(jnp.asarray(decay - 1, dtype), count.astype(dtype))
@@ -33,7 +33,7 @@ def total_weight(decay: ArrayLike, count: jax.Array, dtype: DTypeLike) -> jax.Ar
 
 @jax.custom_jvp
 def _total_weight(x: jax.Array, t: jax.Array) -> jax.Array:
-    r"""Return :math:`1 - (1 + x)^t`."""
+    """Return `1 - (1 + x)^t`."""
     return -jnp.expm1(t * jnp.log1p(x))
 
 
@@ -59,9 +59,11 @@ class CorrectBiasState(NamedTuple):
 
 
 def correct_bias(*, b1: ArrayLike, b2: ArrayLike) -> optax.GradientTransformationExtraArgs:
-    r"""Correct the bias of both moments together, in their quotient.
+    """Correct the bias of both moments together, in their quotient.
 
-    .. math:: u \leftarrow \frac{\sqrt{1 - b_2^t}}{1 - b_1^t}\, u
+    ::
+
+        u = u √(1 - b2^t) / (1 - b1^t)
 
     Keras' Adam adds eps to the root of the uncorrected second moment, divides the uncorrected first
     moment by this sum, and corrects the bias afterwards. The usual form corrects each moment first.

@@ -33,7 +33,7 @@ def cascade(x: Any, stages: Sequence[Any], decays: Sequence[ArrayLike]) -> tuple
 
 
 def cancel_lag(stages: Sequence[Any]) -> Any:
-    r"""Return :math:`\sum_{i=1}^k (-1)^{i+1} \binom{k}{i} \mathrm{EMA}_i`: for k = 3, 3m - 3d + e.
+    """Return the stages combined with binomial weights of alternating signs: 3 m - 3 d + e.
 
     With equal decays the lags of the k stages cancel to order k - 1.
     """
@@ -74,24 +74,27 @@ def triple_ema(
     bias_correction: str = "adam",
     dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Estimate the first moment by the triple average (TEMA) of the gradient.
+    """Estimate the first moment by the triple average (TEMA) of the gradient.
 
-    .. math:: m = \mathrm{EMA}_{b_1}(g), \quad d = \mathrm{EMA}_{b_2}(m), \quad
-      e = \mathrm{EMA}_{b_3}(d), \qquad \mathrm{TEMA} = 3m - 3d + e
+    ::
 
-    Any number k of decays is possible, and gives
-    :math:`\sum_i (-1)^{i+1} \binom{k}{i} \mathrm{EMA}_i`. One decay is the plain average, two are
-    the double average (DEMA).
+        m = b1 m + (1 - b1) g
+        d = b2 d + (1 - b2) m
+        e = b3 e + (1 - b3) d
+        TEMA = 3 m - 3 d + e
 
-    The mean lag in steps is :math:`L_1 - 2 L_2 + L_3` with :math:`L = b / (1 - b)`. It is 0 for
-    equal decays such as (.9, .9, .9). It is 12.1 for (.9, .3, .8), more than the 9.0 of a plain .9.
+    Any number of decays is possible. One decay is the plain average m, two are the double average
+    (DEMA) 2 m - d. The weights are binomial coefficients with alternating signs.
+
+    The mean lag in steps is L1 - 2 L2 + L3 with L = b / (1 - b) of each decay. It is 0 for equal
+    decays such as (.9, .9, .9). It is 12.1 for (.9, .3, .8), more than the 9.0 of a plain .9.
     Without lag there is more noise: for (.9, .9, .9) the noise gain (the sum of squared weights) is
     .199 instead of .053. Each stage is an average and needs the precision that `ema` gives for its
     decay.
 
     Args:
       decays: one decay in [0, 1) per stage.
-      bias_correction: "adam" divides by :math:`1 - b_1^t`. "exact" divides by the result of the
+      bias_correction: "adam" divides by `1 - b1^t`. "exact" divides by the result of the
         same cascade for a constant 1. With four or more very unequal decays this result can be 0,
         so prefer nearly equal ones. "none" corrects nothing.
       dtype: dtype that stores the stages; `None` is the dtype of the parameters.
@@ -118,17 +121,19 @@ def triple_ema_of_squares(
     bias_correction: str = "adam",
     dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Estimate the second moment by the triple average of the squared gradient.
+    """Estimate the second moment by the triple average of the squared gradient.
 
-    .. math:: \hat v = \max(0, 3 v_1 - 3 v_2 + v_3) / c_t
+    ::
 
-    The stages are those of `triple_ema`, applied to :math:`|g|^2`. For equal decays some past
+        v_hat = max(0, 3 v1 - 3 v2 + v3) / c
+
+    The stages are those of `triple_ema`, applied to `|g|²`. For equal decays some past
     squares have negative weights, so the combination can be below 0. It is clamped at 0, because
     the next operation is a root. The stages nearly cancel, so they need float32 for all decays.
 
     Args:
       decays: one decay in [0, 1) per stage.
-      bias_correction: :math:`c_t` as in `triple_ema`.
+      bias_correction: the divisor c, as in `triple_ema`.
       dtype: dtype that stores the stages; `None` is float32, or the dtype of the parameters where
         that is wider.
 

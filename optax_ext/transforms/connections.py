@@ -1,4 +1,4 @@
-r"""Connection-aware rates: one fixed scale per tensor, from the shape of the network.
+"""Connection-aware rates: one fixed scale per tensor, from the shape of the network.
 
 CaAdam (2410.24216) gives a larger rate to tensors that have fewer connections than the median, and
 a smaller rate to tensors that have more. Or it scales by depth. In the authors' formulas each
@@ -25,25 +25,22 @@ from optax_ext.architecture import Architecture
 
 
 def additive(s: ArrayLike, x: NDArray[Any]) -> Any:
-    r"""Return :math:`S = 1 + s x`: 1 - s for the most connected unit, 1 + s for the least."""
+    """Return S of "additive": 1 - s for the most connected unit, 1 + s for the least."""
     return 1 + s * x
 
 
 def multiplicative(s: ArrayLike, x: NDArray[Any]) -> Any:
-    r"""Return :math:`S = s^{|x|}`: s for the least *and* the most connected unit, as released."""
+    """Return S of "multiplicative": s for the least *and* the most connected unit."""
     return s ** abs(x)
 
 
 def signed(s: ArrayLike, x: NDArray[Any]) -> Any:
-    r"""Return :math:`S = s^x`: from 1/s to s, as a comment in the released code promises."""
+    """Return S of "signed", from 1/s for the most connected unit to s for the least."""
     return s**x
 
 
 def by_depth(s: ArrayLike, x: NDArray[Any]) -> Any:
-    r"""Return :math:`S = (1 + s)^x`, which is larger for early units.
-
-    Here x is the share of the network that comes after the unit.
-    """
+    """Return S of "depth", which is larger for early units."""
     return (1 + s) ** x
 
 
@@ -62,10 +59,12 @@ _SCALINGS = {
 
 
 def relative_connections(c: NDArray[Any]) -> NDArray[Any]:
-    r"""Return how far each count is from the median: smallest 1, median 0, largest -1.
+    """Return how far each count is from the median: smallest 1, median 0, largest -1.
 
-    .. math:: x = \frac{\tilde c - c}{\tilde c - c_{min}} \text{ for } c \le \tilde c,
-      \qquad x = -\frac{c - \tilde c}{c_{max} - \tilde c} \text{ else}
+    ::
+
+        x = (median - c) / (median - smallest)   for c ≤ median
+        x = (median - c) / (largest - median)    for larger c
 
     Median and extremes are those of the counts above 0. So a count of 0 has x > 1. If a side of the
     median has zero width, as both sides have in a uniform network, x is 0 on that side.
@@ -79,9 +78,11 @@ def relative_connections(c: NDArray[Any]) -> NDArray[Any]:
 
 
 def relative_depths(d: NDArray[Any], max_depth: float) -> NDArray[Any]:
-    r"""Return the share of the network after a unit.
+    """Return the share of the network after a unit.
 
-    .. math:: x = (D - (1 + d)) / D, \qquad d = 0 \ldots D - 1
+    ::
+
+        x = (D - (1 + d)) / D   for the depths d = 0 … D - 1
     """
     levels = 1 + d.max(initial=max_depth)
     return (levels - (1 + d)) / levels
@@ -136,14 +137,20 @@ def scale_by_connections(
     overrides: Overrides | None = None,
     architecture: Architecture | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Scale each tensor by a constant that depends on its place in the network.
+    """Scale each tensor by a constant that depends on its place in the network.
 
-    .. math:: u \leftarrow S u
+    The update of a tensor is multiplied by S, which is computed at `init` from paths and shapes::
 
-    The scales are computed at `init` from paths and shapes. The number c of connections of a unit
-    is the number of elements of its kernel, :math:`\prod \text{shape}`: in × out for a dense layer,
-    window × in/groups × out for a convolution. Its depth d is its index. With an `architecture`,
-    both are read from the network's computation.
+        "additive"         S = 1 + s x
+        "multiplicative"   S = s^|x|     as released: s for the least and the most connected unit
+        "signed"           S = s^x       as a comment in the released code promises
+        "depth"            S = (1 + s)^x
+
+    For "depth", x is the share of the network that comes after the unit. For the others, x is 1 for
+    the unit with the fewest connections, 0 for the median, and -1 for the unit with the most. The
+    number c of connections of a unit is the number of elements of its kernel: in × out for a dense
+    layer, window × in/groups × out for a convolution. Its depth d is its index. With an
+    `architecture`, both are read from the network's computation.
 
     *Units.* A module is the group of leaves that share a path up to its last "/" or ".". By default
     a module is a unit. If a module has several kernels, as a flat tree has, each kernel is a unit.
@@ -163,8 +170,7 @@ def scale_by_connections(
     Equinox' `WeightNorm`. These need an `architecture`.
 
     Args:
-      scaling: "additive", "multiplicative", "signed" or "depth": see the functions of these names
-        (`by_depth` for the last).
+      scaling: "additive", "multiplicative", "signed" or "depth".
       strength: s; in [0, 1] for "additive" (default .95), (0, inf) for "multiplicative" and
         "signed" (default 5), [0, inf) for "depth" (default 1).
       units: "module" forms units as above and orders them by path, with conv2 before conv10.
@@ -217,7 +223,7 @@ def connection_table(
     overrides: Overrides | None = None,
     architecture: Architecture | None = None,
 ) -> ConnectionTable:
-    r"""Return a table of the scales that `scale_by_connections` computes, to read before training.
+    """Return a table of the scales that `scale_by_connections` computes, to read before training.
 
     Args:
       params: the parameters, or their shapes (`jax.eval_shape`).

@@ -1,4 +1,4 @@
-r"""Joins: functions that compute one update from the two moments of a gradient.
+"""Joins: functions that compute one update from the two moments of a gradient.
 
 The quotient of the moments is Adam, their product is InvAdam, and a blend of both is DualAdam. A
 join is a pure elementwise function of the two estimates, and of scalars that it may keep in its
@@ -52,9 +52,11 @@ class ScaleByMomentsState(NamedTuple):
 def scale_by_moments(
     first: optax.GradientTransformation, second: optax.GradientTransformation, join: Join
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Estimate both moments of the gradient and join the estimates.
+    """Estimate both moments of the gradient and join the estimates.
 
-    .. math:: u = \mathrm{join}(\hat m, \hat v)
+    ::
+
+        u = join(m_hat, v_hat)
 
     Estimates and join are computed in at least float32. The update is rounded once, to the dtype of
     the gradient.
@@ -97,17 +99,17 @@ def scale_by_moments(
 
 
 def ratio(*, eps: ArrayLike) -> Join:
-    r"""Return Adam's join, :math:`\hat m / (\sqrt{\hat v} + \epsilon)`.
+    """Return Adam's join, `m_hat / (√v_hat + ε)`.
 
     Args:
-      eps: :math:`\epsilon`, in [0, inf), in units of the gradient.
+      eps: ε, in [0, inf), in units of the gradient.
     """
     _checks.non_negative(eps=eps)
     return _stateless(lambda m, v: m / (root(v) + cast_scalar_like(eps, v)))
 
 
 def product(*, eps: ArrayLike, scale_free: bool = False) -> Join:
-    r"""Return InvAdam's join, :math:`\hat m\, (\sqrt{\hat v} + \epsilon)`.
+    """Return InvAdam's join, `m_hat (√v_hat + ε)`.
 
     It grows with the square of the gradient's scale: gradients above 1e19 overflow float32, and a
     loss scale changes the method. `scale_free` divides the root by its root mean square over the
@@ -116,7 +118,7 @@ def product(*, eps: ArrayLike, scale_free: bool = False) -> Join:
     does not move, as in Adam, and the others do.
 
     Args:
-      eps: :math:`\epsilon`, in [0, inf), in units of the gradient (without unit if `scale_free`).
+      eps: ε, in [0, inf), in units of the gradient (without unit if `scale_free`).
       scale_free: whether to normalize the root over each tensor.
     """
     _checks.non_negative(eps=eps)
@@ -138,15 +140,16 @@ class BlendState(NamedTuple):
 
 
 def blend(inverse_share: optax.Schedule, *, eps: ArrayLike, scale_free: bool = False) -> Join:
-    r"""Return DualAdam's join, which goes from the product to the ratio.
+    """Return DualAdam's join, which goes from the product to the ratio.
 
-    .. math:: (1 - r_t)\, \frac{\hat m}{\sqrt{\hat v} + \epsilon}
-      + r_t\, \hat m\, (\sqrt{\hat v} + \epsilon)
+    ::
 
-    At :math:`r_t = 0` it is the ratio, even where the product overflows.
+        (1 - r) m_hat / (√v_hat + ε) + r m_hat (√v_hat + ε)
+
+    At r = 0 it is the ratio, even where the product overflows.
 
     Args:
-      inverse_share: schedule of :math:`r`. Like all schedules of Optax, it is called with the
+      inverse_share: schedule of r. Like all schedules of Optax, it is called with the
         number of updates already done: 0 at the first step. `linear_inverse_share` is the authors'.
       eps: as in `ratio` and in `product`.
       scale_free: as in `product`.
@@ -174,13 +177,12 @@ def blend(inverse_share: optax.Schedule, *, eps: ArrayLike, scale_free: bool = F
 
 
 def linear_inverse_share(switch_rate: float | jax.Array) -> optax.Schedule:
-    r"""Return DualAdam's schedule: :math:`r_t = 1 - t s` from t = 1 while it is at least s, then 0.
+    """Return DualAdam's schedule: `r = 1 - t s` from t = 1 while it is at least s, then 0.
 
     The authors decide on the host, in double precision, when the blend ends. For s = 0.05 its last
     step is t = 18, because 1 - 19 s is slightly smaller than s in double precision. If s is a
     Python number, the last step is computed here once, in the same way, and compared as an integer.
-    So the switch is exact in every dtype. If s is traced, :math:`r_t = \max(0, 1 - t s)` at every
-    step.
+    So the switch is exact in every dtype. If s is traced, `r = max(0, 1 - t s)` at every step.
 
     Args:
       switch_rate: s, in [0, 1]; 0 never switches, 1 never blends.
@@ -209,11 +211,11 @@ def linear_inverse_share(switch_rate: float | jax.Array) -> optax.Schedule:
 
 
 class TractabilityState(NamedTuple):
-    r"""State of `ratio_once_tractable`.
+    """State of `ratio_once_tractable`.
 
     Attributes:
       count: number of updates done.
-      sma_length: :math:`\rho_t` of the last update; 0 before the first.
+      sma_length: ρ of the last update; 0 before the first.
     """
 
     count: jax.Array
@@ -221,10 +223,9 @@ class TractabilityState(NamedTuple):
 
 
 def ratio_once_tractable(*, b2: ArrayLike, eps: ArrayLike) -> Join:
-    r"""Return RAdam's join: :math:`\hat m` until the second moment is reliable, then the ratio.
+    """Return RAdam's join: `m_hat` until the second moment is reliable, then the ratio.
 
-    It switches where `rectify` does, at :math:`\rho_t \ge 5`. It does not apply the factor
-    :math:`r_t`.
+    It switches where `rectify` does, at ρ ≥ 5. It does not apply the factor r.
 
     Args:
       b2: decay of the second moment, in (2/3, 1).
@@ -250,7 +251,7 @@ def ratio_once_tractable(*, b2: ArrayLike, eps: ArrayLike) -> Join:
 
 
 def _inverse(eps: ArrayLike, scale_free: bool) -> Callable[[jax.Array], jax.Array]:
-    r"""Return the factor on :math:`\hat m` as a function of :math:`\hat v`."""
+    """Return the factor on `m_hat` as a function of `v_hat`."""
     if not scale_free:
         return lambda v: root(v) + cast_scalar_like(eps, v)
 
@@ -259,10 +260,11 @@ def _inverse(eps: ArrayLike, scale_free: bool) -> Callable[[jax.Array], jax.Arra
         squares = jnp.where(overflowed, 0, v)
         # Relative to the largest, since a sum of squares overflows long before a square does.
         largest = jnp.max(squares, initial=0)
-        shares = squares / jnp.where(largest == 0, 1, largest)
-        mean = jnp.sum(shares) / max(v.size, 1)
+        largest = jnp.where(largest == 0, 1, largest)
+        mean = jnp.sum(squares / largest) / max(v.size, 1)
         scale = jnp.where(mean == 0, 0, jax.lax.rsqrt(jnp.where(mean == 0, 1, mean)))
-        return jnp.where(overflowed, 0, root(shares) * scale + cast_scalar_like(eps, v))
+        factor = scale / root(largest)
+        return jnp.where(overflowed, 0, root(squares) * factor + cast_scalar_like(eps, v))
 
     return relative
 

@@ -1,4 +1,4 @@
-r"""Lookahead: k steps forward, one step back (Zhang et al., 1907.08610).
+"""Lookahead: k steps forward, one step back (Zhang et al., 1907.08610).
 
 The fast weights are the parameters themselves. Every k steps, the slow weights move a part of the
 way to the fast weights, and the fast weights restart from there. Here the slow weights are in the
@@ -51,9 +51,11 @@ def lookahead(
     slow_dtype: DTypeLike | None = None,
     offload: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Synchronize the parameters with slow weights every `sync_period` steps.
+    """Synchronize the parameters with slow weights every `sync_period` steps.
 
-    .. math:: t \bmod k = 0: \quad s \leftarrow s + a\,(\theta - s), \quad \theta \leftarrow s
+    ::
+
+        if t is a multiple of k: slow = slow + a (θ - slow), θ = slow
 
     It wraps a complete optimizer with its learning rate, whose update is added to the parameters.
     Between synchronizations the new slow weights are the old buffers, untouched.

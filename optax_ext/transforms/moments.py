@@ -61,18 +61,20 @@ class MaxEmaOfSquaresState(NamedTuple):
 def ema(
     *, decay: ArrayLike, bias_correction: str = "adam", dtype: DTypeLike | None = None
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Estimate the first moment by the exponential moving average of the gradient.
+    """Estimate the first moment by the exponential moving average of the gradient.
 
-    .. math:: m = b\, m + (1 - b)\, g, \qquad \hat m = m / (1 - b^t)
+    ::
 
-    A stored average stops changing when its step :math:`(1 - b) |g - m|` is smaller than the
-    rounding error, half a unit in the last place. In bfloat16, :math:`|g - m|` is then still 2 to
-    4 % of m for b = .9, 4 to 8 % for .95 and 20 to 40 % for .99. At .999, m does not fall at all.
-    float16 has an eighth of these errors, but no numbers below 6e-8.
+        m = b m + (1 - b) g,   m_hat = m / (1 - b^t)
+
+    A stored average stops changing when its step `(1 - b) |g - m|` is smaller than the rounding
+    error, half a unit in the last place. In bfloat16, `|g - m|` is then still 2 to 4 % of m for
+    b = .9, 4 to 8 % for .95 and 20 to 40 % for .99. At .999, m does not fall at all. float16 has an
+    eighth of these errors, but no numbers below 6e-8.
 
     Args:
-      decay: :math:`b`, in [0, 1).
-      bias_correction: "adam" returns :math:`\hat m`, "none" :math:`m`.
+      decay: b, in [0, 1).
+      bias_correction: "adam" returns `m_hat`, "none" m.
       dtype: dtype that stores `mu`; `None` is the dtype of the parameters.
 
     Raises:
@@ -92,17 +94,19 @@ def ema(
 def ema_of_squares(
     *, decay: ArrayLike, bias_correction: str = "adam", dtype: DTypeLike | None = None
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Estimate the second moment by the exponential moving average of the squared gradient.
+    """Estimate the second moment by the exponential moving average of the squared gradient.
 
-    .. math:: v = b\, v + (1 - b)\, |g|^2, \qquad \hat v = v / (1 - b^t)
+    ::
+
+        v = b v + (1 - b) |g|²,   v_hat = v / (1 - b^t)
 
     Second moments have decays that are too large for 16-bit storage (see `ema`). In bfloat16, when
     the gradient falls, v stays up to 60 % too large for b = .99, and does not fall at all for .999.
     In float16, squares of gradients below 2e-4 are 0. So v is stored in float32 by default.
 
     Args:
-      decay: :math:`b`, in [0, 1).
-      bias_correction: "adam" returns :math:`\hat v`, "none" :math:`v`.
+      decay: b, in [0, 1).
+      bias_correction: "adam" returns `v_hat`, "none" v.
       dtype: dtype that stores `nu`; `None` is float32, or the dtype of the parameters where that
         is wider.
 
@@ -123,17 +127,19 @@ def ema_of_squares(
 def max_ema_of_squares(
     *, decay: ArrayLike, bias_correction: str = "adam", dtype: DTypeLike | None = None
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Estimate the second moment as AMSGrad does, by the largest average of squares so far.
+    """Estimate the second moment as AMSGrad does, by the largest average of squares so far.
 
-    .. math:: v = b\, v + (1 - b)\, |g|^2, \quad v_{max} = \max(v_{max}, v), \quad
-      \hat v = v_{max} / (1 - b^t)
+    ::
+
+        v = b v + (1 - b) |g|²
+        v_max = max(v_max, v),   v_hat = v_max / (1 - b^t)
 
     The maximum is that of the *uncorrected* average, as in PyTorch, Keras and the released code of
     FAME and CaAdam. `optax.scale_by_amsgrad` corrects the bias before the maximum by default.
 
     Args:
-      decay: :math:`b`, in [0, 1).
-      bias_correction: "adam" returns :math:`\hat v`, "none" :math:`v_{max}`.
+      decay: b, in [0, 1).
+      bias_correction: "adam" returns `v_hat`, "none" `v_max`.
       dtype: dtype that stores `nu` and `nu_max`; `None` is float32, or the dtype of the parameters
         where that is wider. `ema_of_squares` says what narrower ones cost.
 

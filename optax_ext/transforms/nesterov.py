@@ -1,9 +1,9 @@
-r"""Nesterov forms of the first moment: an estimate of the average one step ahead.
+"""Nesterov forms of the first moment: an estimate of the average one step ahead.
 
-All of them keep the plain average :math:`m = b\,m + (1 - b)\,g`. They return a weighted sum of this
-average and of the newest gradient,
+All of them keep the plain average m = b m + (1 - b) g. They return a weighted sum of this average
+and of the newest gradient::
 
-.. math:: \hat m = c_m m + c_g g .
+    m_hat = c_m m + c_g g
 
 They differ only in the two weights. For each form, a function below computes them.
 """
@@ -33,21 +33,18 @@ Weights = tuple[ArrayLike, ArrayLike]
 
 
 def nadam(b: ArrayLike, t: jax.Array, dtype: DTypeLike) -> Weights:
-    r"""Return weights of :math:`\hat m = b\, m/(1-b^{t+1}) + (1-b)\, g/(1-b^t)` (Dozat 2016)."""
+    """Return the weights of "nadam"."""
     return b / total_weight(b, next_count(t), dtype), (1 - b) / total_weight(b, t, dtype)
 
 
 def classical(b: ArrayLike, t: jax.Array, dtype: DTypeLike) -> Weights:
-    r"""Return weights of :math:`\hat m = (b\, m + (1 - b)\, g) / (1 - b^{t+1})`.
-
-    This is the corrected average after one more step with the same g.
-    """
+    """Return the weights of "classical"."""
     ahead = total_weight(b, next_count(t), dtype)
     return b / ahead, (1 - b) / ahead
 
 
 def hybrid(b: ArrayLike, t: jax.Array, dtype: DTypeLike) -> Weights:
-    r"""Return weights of the mean of `nadam` and the plain :math:`m / (1 - b^t)`."""
+    """Return the weights of "hybrid"."""
     of_average, of_gradient = nadam(b, t, dtype)
     return (of_average + 1 / total_weight(b, t, dtype)) / 2, of_gradient / 2
 
@@ -62,11 +59,21 @@ _VARIANTS: dict[str, Callable[[ArrayLike, jax.Array, DTypeLike], Weights]] = {
 def nesterov_ema(
     *, decay: ArrayLike, variant: str, dtype: DTypeLike | None = None
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Estimate the first moment by a Nesterov form of the bias-corrected average.
+    """Estimate the first moment by a Nesterov form of the bias-corrected average.
+
+    ::
+
+        m = b m + (1 - b) g
+        "nadam"       m_hat = b m / (1 - b^(t+1)) + (1 - b) g / (1 - b^t)
+        "classical"   m_hat = (b m + (1 - b) g) / (1 - b^(t+1))
+        "hybrid"      m_hat = the mean of "nadam" and m / (1 - b^t)
+
+    "nadam" is that of Dozat (2016). "classical" is the corrected average after one more step with
+    the same g.
 
     Args:
-      decay: :math:`b`, in [0, 1).
-      variant: "nadam", "classical" or "hybrid": see the functions of these names.
+      decay: b, in [0, 1).
+      variant: "nadam", "classical" or "hybrid".
       dtype: dtype that stores `mu`; `None` is the dtype of the parameters.
 
     Raises:
@@ -99,7 +106,7 @@ class ScheduledNesterovState(NamedTuple):
     Attributes:
       count: number of updates done.
       mu: the uncorrected average, one leaf per parameter.
-      momentum_product: :math:`P_t`, the product of the scheduled momenta so far.
+      momentum_product: P, the product of the scheduled momenta so far.
     """
 
     count: jax.Array
@@ -108,26 +115,26 @@ class ScheduledNesterovState(NamedTuple):
 
 
 def scheduled_momentum(b: ArrayLike, t: jax.Array, dtype: DTypeLike) -> jax.Array:
-    r"""Return :math:`\mu_t = b\,(1 - \tfrac12\, 0.96^{0.004 t})` (Dozat 2016).
-
-    It rises from b/2 to b.
-    """
+    """Return μ(t) of `scheduled_nesterov_ema`, which rises from b/2 to b."""
     return jnp.asarray(b, dtype) * (1 - 0.5 * 0.96 ** (0.004 * t.astype(dtype)))
 
 
 def scheduled_nesterov_ema(
     *, decay: ArrayLike, dtype: DTypeLike | None = None
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Estimate the first moment by `nadam` with a momentum that warms up.
+    """Estimate the first moment by "nadam" of `nesterov_ema`, with a momentum that warms up.
 
-    .. math:: \hat m = \mu_{t+1}\, \frac{m}{1 - P_{t+1}} + (1 - \mu_t)\, \frac{g}{1 - P_t},
-      \qquad P_t = \prod_{i \le t} \mu_i
+    ::
 
-    Here :math:`\mu_t` is that of `scheduled_momentum`. The average m itself has the constant decay,
-    as in PyTorch's NAdam.
+        μ(t) = b (1 - 0.5 · 0.96^(0.004 t))
+        P(t) = μ(1) μ(2) … μ(t)
+        m_hat = μ(t+1) m / (1 - P(t+1)) + (1 - μ(t)) g / (1 - P(t))
+
+    The momentum μ is that of Dozat (2016). The average m itself has the constant decay, as in
+    PyTorch's NAdam.
 
     Args:
-      decay: :math:`b`, in [0, 1).
+      decay: b, in [0, 1).
       dtype: dtype that stores `mu`; `None` is the dtype of the parameters.
 
     Raises:

@@ -1,4 +1,4 @@
-r"""The trust ratio: it makes the step of each tensor proportional to the tensor's parameters."""
+"""The trust ratio: it makes the step of each tensor proportional to the tensor's parameters."""
 
 from typing import NamedTuple
 
@@ -23,15 +23,17 @@ class TrustRatioState(NamedTuple):
 
 
 def scale_by_trust_ratio(*, max_ratio: ArrayLike) -> optax.GradientTransformationExtraArgs:
-    r"""Scale each tensor of the update to the norm of its parameters, by at most `max_ratio`.
+    """Scale each tensor of the update to the norm of its parameters, by at most `max_ratio`.
 
-    .. math:: u \leftarrow \min(\lVert \theta \rVert / \lVert u \rVert, r_{max})\, u
+    ::
+
+        u = min(‖θ‖ / ‖u‖, max_ratio) u
 
     The ratio is 1 where one of the norms is 0. Unlike in `optax.scale_by_trust_ratio`, the ratio is
     bounded, and it can be read from the state.
 
     Args:
-      max_ratio: :math:`r_{max}`, in (0, inf).
+      max_ratio: the largest ratio, in (0, inf).
 
     Raises:
       ValueError: `max_ratio` is out of its range, or `params` is missing from the update.

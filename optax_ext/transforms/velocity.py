@@ -1,4 +1,4 @@
-r"""Velocity regularization: a rate that falls as the momentum grows.
+"""Velocity regularization: a rate that falls as the momentum grows.
 
 VRAdam (2505.13196) damps fast motion as a relativistic kinetic energy would: it divides the rate of
 the whole step by one plus a penalty on the velocity.
@@ -21,6 +21,7 @@ from optax_ext._numerics import (
     scale,
     scale_each,
     tree_map,
+    unshared,
     upcast,
 )
 from optax_ext.transforms.bias_correction import total_weight
@@ -52,25 +53,27 @@ def velocity_regularized(
     norm_reduction: str = "sum",
     b1: ArrayLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Scale the whole update of `inner`, decay included, by a factor that falls with the velocity.
+    """Scale the whole update of `inner`, decay included, by a factor that falls with the velocity.
 
-    .. math:: u \leftarrow \frac{u}{1 + \min(\beta_3 \sum_i |x_i|^p, c)}
+    ::
 
-    This factor is the gate. The velocity is the first moment in the state of `inner`: the field
+        update = gate update,   gate = 1 / (1 + min(beta3 Σ |x|^p, c))
+
+    Here x is the velocity. The velocity is the first moment in the state of `inner`: the field
     `mu`, as stored and without bias correction. `inner` can be any transformation with such a
     field, for example Optax's `adamw` or `lion`.
 
-    The penalty is a sum over coordinates, so the right :math:`\beta_3` depends on the size of the
+    The penalty is a sum over coordinates, so the right beta3 depends on the size of the
     model and on the scale of the loss. The mean does not depend on the size. With gradients clipped
-    to a global norm of 1 and :math:`\beta_3 = 1`, the gate is never below 1/2. A tensor without a
+    to a global norm of 1 and beta3 = 1, the gate is never below 1/2. A tensor without a
     gradient (`None`) is left out of the sum, as in the authors' code, but keeps its velocity.
 
     Args:
       inner: transformation to regularize, with its learning rate.
-      beta3: :math:`\beta_3`, in [0, inf); 0 does not change the updates of `inner`.
-      lr_cutoff: :math:`c`, largest penalty, in [0, inf).
-      power: :math:`p`, in (0, inf).
-      norm_of: the quantity x: "velocity", "corrected_velocity" (divided by :math:`1 - b_1^t`) or
+      beta3: weight of the penalty, in [0, inf); 0 does not change the updates of `inner`.
+      lr_cutoff: c, largest penalty, in [0, inf).
+      power: p, in (0, inf).
+      norm_of: the quantity x: "velocity", "corrected_velocity" (divided by `1 - b1^t`) or
         "gradient".
       norm_scope: "global" has one gate for all tensors together, "tensor" one gate per tensor.
       norm_reduction: "sum" or "mean" over the coordinates in scope.
@@ -115,7 +118,7 @@ def velocity_regularized(
         count = next_count(state.count)
         dtype = state.gate.dtype
         step, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
-        moving = updates
+        moving = unshared(updates)
         if norm_of != "gradient":
             moving = _without_absent(_velocities(inner_state), updates)
         sizes = penalty(moving, power, norm_scope, norm_reduction, dtype)
@@ -133,7 +136,7 @@ def velocity_regularized(
 
 
 def penalty(tree: Any, power: ArrayLike, scope: str, reduction: str, dtype: DTypeLike) -> jax.Array:
-    r"""Return :math:`\sum_i |x_i|^p`, or its mean, over all tensors or for each (a vector)."""
+    """Return the sum of `|x|^p`, or its mean, over all tensors or for each (a vector)."""
 
     def powers(x):
         if isinstance(power, (int, float)) and power == 2:

@@ -18,6 +18,8 @@ from pallas_kernels.program import Body, Input, Number, Op, Predicate, Ref, Scal
 _WIDE = {"bfloat16": "float32", "float16": "float32"} | dict.fromkeys(
     ("int8", "uint8", "int16"), "int32"
 )
+# Kernels that a backend keeps, so that `jit` lowers each only once: those of a few steps.
+KERNELS_KEPT = 256
 _MOVES = frozenset(("convert_element_type", "copy", "stop_gradient"))
 
 
@@ -60,10 +62,10 @@ def evaluate(
 
     def value(ref: Ref, row: int) -> jax.Array:
         match ref:
-            case Input(i):
-                x = blocks[i]
-            case Scalar(i):
-                x = scalars[i]
+            case Input():
+                x = blocks[ref.index]
+            case Scalar():
+                x = scalars[ref.index]
             case Number():
                 x = jnp.asarray(ref.value)
             case _:

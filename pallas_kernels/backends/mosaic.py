@@ -13,7 +13,7 @@ shape of a block.
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -22,7 +22,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.backends.evaluate import COMBINE, REDUCE, evaluate, holds, identity_of
+from pallas_kernels.backends.evaluate import (
+    COMBINE,
+    KERNELS_KEPT,
+    REDUCE,
+    evaluate,
+    holds,
+    identity_of,
+)
 from pallas_kernels.backends.tile import LANES, Tile, load, reduce_to, shape_in_memory
 from pallas_kernels.layout import Group, Layout, PartialReduction, Span
 from pallas_kernels.ops import MOSAIC
@@ -37,6 +44,16 @@ def launch(
     layout: Layout, operands: Sequence[jax.Array], *, interpret: bool
 ) -> Sequence[jax.Array]:
     """Run one launch, as `protocol.Kernels` says."""
+    return _make_launch(layout, interpret)(*operands)
+
+
+@lru_cache(KERNELS_KEPT)
+def _make_launch(layout: Layout, interpret: bool) -> Callable[..., Any]:
+    """Return a function of the operands, which `jit` lowers only once for equal layouts."""
+    return jax.jit(lambda *operands: _launch(layout, operands, interpret=interpret))
+
+
+def _launch(layout: Layout, operands: Sequence[jax.Array], *, interpret: bool) -> list[jax.Array]:
     blocks, packs = layout.starts[-1], layout.first_input[0]
     # Mosaic's interpreter can't reshape an array inside of a kernel.
     inputs = [shape_in_memory(leaf, row) for leaf in layout.leaves for row in leaf.body.rows]

@@ -31,6 +31,8 @@ class Kernels(Protocol):
     ) -> jax.Array:
         """Combine the partial statistics that the launches of a phase wrote to memory.
 
+        Return one result for each block of `work.table`.
+
         Args:
           work: the statistics.
           parts: the partial statistics of each launch that has some.

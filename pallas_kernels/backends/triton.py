@@ -17,7 +17,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels.backends.evaluate import COMBINE, REDUCE, evaluate, holds, identity_of
+from pallas_kernels.backends.evaluate import (
+    COMBINE,
+    KERNELS_KEPT,
+    REDUCE,
+    evaluate,
+    holds,
+    identity_of,
+)
 from pallas_kernels.layout import Layout, PartialReduction
 from pallas_kernels.ops import TRITON
 from pallas_kernels.program import Predicate
@@ -27,8 +34,6 @@ from pallas_kernels.program import Predicate
 _PARTS = 4096
 _VECTOR_BYTES = 16
 _PARAMS = plt.CompilerParams(num_warps=4, num_stages=1)
-# Kernels that are kept, so that `jit` lowers each only once: those of a few steps.
-_KEPT = 256
 
 
 def launch(
@@ -47,7 +52,7 @@ def reduce_partials(
     return results
 
 
-@lru_cache(_KEPT)
+@lru_cache(KERNELS_KEPT)
 def _make(layout: Layout, interpret: bool) -> Callable[..., Any]:
     shapes = [shape for shape, _ in layout.results]
     aliases = {operand: i for i, (_, operand) in enumerate(layout.results) if operand is not None}
@@ -180,7 +185,7 @@ class _Block:
         return _search(self.me, self._leaves, self.layout.starts, on)
 
 
-@lru_cache(_KEPT)
+@lru_cache(KERNELS_KEPT)
 def _make_reduction(
     rows: tuple[int, ...], kinds: tuple[str, ...], blocks: int, interpret: bool
 ) -> Callable[..., Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import pytest
 
-from benchmarks import scaling, timing
+from benchmarks import scaling, timing, trace
 from benchmarks.scaling import Point
 
 pytestmark = pytest.mark.slow
@@ -91,6 +91,17 @@ def test_without_matplotlib_it_measures(quick, tmp_path, monkeypatch, capsys):
     assert measure(tmp_path, "--leaves", "1", "--parameters")
     assert not list(tmp_path.glob("*.svg"))
     assert "summary" in capsys.readouterr().out
+
+
+def test_traces_are_timed_apart_from_plans(tmp_path, capsys):
+    trace.main(["--leaves", "2", "--optimizers", "adamw", "--repeats=2", f"--out={tmp_path}"])
+    (case, row), *rest = json.loads((tmp_path / "trace-cpu.json").read_text("utf-8")).items()
+    assert case == "2 leaves / adamw"
+    assert case in capsys.readouterr().out
+    assert not rest
+    assert 0 < min(row["plan_s"]) < max(row["trace_s"])
+    lines = map(json.loads, (tmp_path / "history.jsonl").read_text("utf-8").splitlines())
+    assert [x["case"] for x in lines] == [f"{case}, trace_s", f"{case}, plan_s"]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 
 import optax_ext
@@ -11,6 +12,7 @@ from benchmarks import summary
 from benchmarks.hlo import read_entry, read_kernels
 from benchmarks.optimizers import OPTIMIZERS, QUANTIZED, Optimizer, trained
 from pallas_kernels import fuse
+from tests.support.cases import CASES
 
 pytestmark = pytest.mark.slow
 
@@ -60,6 +62,19 @@ CODED = {
     "novak, 8 bits": Bytes(98.3125, 12.0625),
 }
 
+# XLA stores an update whose norm a trust ratio takes, and squares relative to their largest.
+STORED = dict.fromkeys(
+    (
+        "invadam-scale_free",
+        "dualadam-scale_free",
+        "novak-trust",
+        "novak-trust_decay",
+        "novak-trust_effective",
+        "novak-full",
+    ),
+    4,
+)
+
 
 def compiled(optimizer: Optimizer) -> Bytes:
     params = jax.eval_shape(optimizer.prepare, LEAVES)
@@ -76,6 +91,25 @@ def compiled(optimizer: Optimizer) -> Bytes:
 @pytest.mark.parametrize("name", BY_HAND)
 def test_the_bytes_are_those_of_a_calculation_by_hand(name):
     assert compiled(OPTIMIZERS[name]) == pytest.approx(BY_HAND[name], abs=0.01)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_step_stores_no_further_array_of_a_leafs_size(case):
+    stored = STORED.get(str(case), 0)
+    assert compiled(Optimizer(case.build())).temporary == pytest.approx(stored, abs=0.01)
+
+
+def test_clipping_by_one_factor_stores_nothing():
+    """Optax scales the gradients twice, and XLA stores what is between."""
+
+    def clip(updates, state, params=None):
+        norm = optax.tree.norm(updates)
+        factor = jnp.where(norm < 1.0, 1, 1.0 / norm)
+        return jax.tree.map(lambda g: g * factor, updates), state
+
+    by_one_factor = optax.GradientTransformation(lambda params: optax.EmptyState(), clip)
+    chain = optax.chain(by_one_factor, optax.adamw(1e-3))
+    assert compiled(Optimizer(chain)).temporary == pytest.approx(0, abs=0.01)
 
 
 @pytest.mark.parametrize("name", QUANTIZED)

@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-
-import optax_ext
+from flax import nnx
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SMALL = ["--epochs=1", "--trials=2", "--seeds=2"]
@@ -37,31 +36,28 @@ def write(path: Path, **arrays) -> Path:
 
 
 @pytest.mark.slow
-def test_own_images_with_a_control_as_chain_and_fused(compare, load_module, tmp_path, capsys):
+def test_own_images_with_a_control_as_chain_and_fused(compare, tmp_path, capsys):
     data = write(tmp_path / "own.npz", **some_images())
-    arguments = [f"--data={data}", "--methods=caadam", *SMALL]
+    arguments = [f"--data={data}", "--methods=dualadam", *SMALL]
     compare.main([*arguments, f"--out={tmp_path / 'new'}"])
     printed = capsys.readouterr().out
     assert "own.npz, 30 of 6 × 5 × 3 in 3 classes" in printed
-    assert "(Adam, mean scale)" in printed
+    assert "(Adam, warm-up)" in printed
+    assert not re.search(r"…\s", printed)  # no cell is cut
+    assert max(map(len, printed.splitlines()[:-1])) <= 100  # the last has the path
     assert "Fused:" not in printed
     assert (tmp_path / "new/compare.png").read_bytes().startswith(b"\x89PNG")
 
     results = json.loads((tmp_path / "new/compare.json").read_text())["results"]
-    assert list(results) == ["caadam", "mean_scale"]
-    caadam, control = results.values()
-    tried = caadam["validation_accuracy_by_learning_rate"]
-    assert len(tried) == 2
-    assert tried[f"{caadam['learning_rate']:.3g}"] == max(tried.values())
-    assert caadam["learning_rate_at_edge"]
-    assert len(caadam["test_accuracy"]) == len(caadam["steps_to_target"]) == 2
-
-    _, shapes = load_module("_training").make_network(load_module("_data").load(data))
-    params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), shapes)
-    scales = optax.tree.get(optax_ext.caadam(1.0).init(params), "connection_scale")
-    mean = np.average(scales, weights=[leaf.size for leaf in jax.tree.leaves(params)])
-    assert mean != pytest.approx(1, abs=0.05)
-    assert control["learning_rate"] == pytest.approx(mean * caadam["learning_rate"], rel=1e-2)
+    assert list(results) == ["adamw", "dualadam", "warm_up"]
+    for result in results.values():
+        losses = {
+            float(rate): np.median(runs["validation_loss"])
+            for rate, runs in result["tuning"].items()
+        }
+        assert list(losses) == [5e-3, 1e-2]
+        assert losses[result["learning_rate"]] == min(losses.values())
+        assert len(result["test_accuracy"]) == len(result["test_loss"]) == 2
 
     compare.main([*arguments, f"--out={tmp_path / 'fused.png'}", "--fused"])
     assert "which on this cpu runs the chains themselves" in " ".join(
@@ -76,10 +72,61 @@ def test_own_images_with_a_control_as_chain_and_fused(compare, load_module, tmp_
 @pytest.mark.slow
 def test_one_run_of_a_baseline(compare, tmp_path, capsys):
     data = write(tmp_path / "own.npz", **some_images())
-    options = ["--methods=sgd", "--epochs=1", "--trials=1", "--seeds=1"]
+    options = ["--methods=adamw", "--epochs=1", "--trials=1", "--seeds=1"]
     compare.main([f"--data={data}", f"--out={tmp_path}", *options])
     assert (tmp_path / "compare.png").exists()
     assert "control" not in capsys.readouterr().out
+
+
+def test_rates_are_round_and_around_the_middle(compare):
+    adamw = compare.CONTENDERS["adamw"]
+    assert adamw.rates(8) == [5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1]
+    assert compare.CONTENDERS["invadam"].rates(1) == [1]
+
+
+def test_no_contender_decays_weights(compare):
+    params = {"kernel": jnp.ones((2, 2))}
+    for contender in compare.CONTENDERS.values():
+        tx = contender.factory(optax.constant_schedule(1.0))
+        updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+        np.testing.assert_array_equal(updates["kernel"], 0)
+
+
+def test_table_of_a_made_up_comparison(load_module):
+    def result(label, rate, losses, control_of=None):
+        tuning = {"0.01": {"test_loss": [0.1, 0.1, 0.4]}, "0.02": {"test_loss": [0.3, 0.3, 0.1]}}
+        return {
+            "label": label,
+            "control_of": control_of,
+            "learning_rate": rate,
+            "tuning": {"0.005": {"test_loss": [0.2, 0.2, 0.2]}, **tuning},
+            "test_loss": losses,
+            "test_accuracy": [0.9, 0.97, 0.98],
+            "ms_per_step": 1.26,
+        }
+
+    results = {
+        "adamw": result("AdamW", 0.01, [0.1, 0.2, 0.4]),
+        "warm_up": result("Adam, warm-up", 0.005, [0.05, 0.3, 0.1], control_of="dualadam"),
+    }
+    plan = {"trials": 3, "tuning_seeds": 3, "seeds": 3}
+    comparison = load_module("_comparison")
+    adamw, control = comparison.cells({"plan": plan, "results": results})
+    assert adamw == {
+        "optimizer": "AdamW",
+        "best rate": "0.01",
+        "usable rates": "0.005–0.01",
+        "test loss": "0.20 (0.10–0.40)",
+        "minus AdamW's": "–",
+        "test accuracy": "97 %",
+        "ms per step": "1.3",
+    }
+    assert control["optimizer"] == "(Adam, warm-up)"
+    assert control["best rate"] == "0.005*"
+    assert control["minus AdamW's"] == "−0.05 (−0.30…+0.10)"
+    explained = " ".join(comparison.notes({"plan": plan, "results": results}))
+    assert all(column in explained for column in list(adamw)[1:5])
+    assert "75 % confidence" in explained
 
 
 BAD_ARRAYS = {
@@ -173,7 +220,7 @@ def test_convolution_is_that_of_lax(load_module, strides):
 
 def test_warm_up_is_the_adam_share_of_dualadam(compare):
     # DualAdam's share of the inverse step is 1 - t s, with s = .01 by default.
-    tx = compare.adam_with_warm_up(2.0)
+    tx = compare.adam_with_warm_up(optax.constant_schedule(2.0))
     params = jnp.zeros(())
     state = tx.init(params)
     for step in range(1, 121):
@@ -184,14 +231,40 @@ def test_warm_up_is_the_adam_share_of_dualadam(compare):
 @pytest.mark.slow
 def test_runs_side_by_side_keep_to_themselves(load_module):
     data = load_module("_data").load(None)
-    training = load_module("_training")
-    train = partial(training.train, optax.adam, data=data, epochs=1, on_progress=lambda share: None)
-    curves, swapped = train([1e-2, 1e-3], [4, 5]), train([1e-3, 1e-2], [5, 4])
-    assert curves.steps.tolist() == [5, 10, 15]
+    train = partial(
+        load_module("_training").train,
+        optax.adam,
+        data=data,
+        epochs=1,
+        on_progress=lambda share: None,
+    )
+    runs, swapped = train([1e-2, 1e-3], [4, 5]), train([1e-3, 1e-2], [5, 4], curves=False)
+    assert runs.steps.tolist() == [5, 10, 15]
+    assert swapped.steps.tolist() == [15]
+    np.testing.assert_allclose(
+        runs.validation_loss[:, -1:], swapped.validation_loss[::-1], rtol=1e-4
+    )
+    np.testing.assert_allclose(runs.test_loss, swapped.test_loss[::-1], rtol=1e-4)
     # One image may change sides with the order of a sum.
-    np.testing.assert_allclose(curves.validation, swapped.validation[::-1], atol=1.5 / 360)
-    np.testing.assert_allclose(curves.test, swapped.test[::-1], atol=1.5 / 360)
-    assert abs(curves.test[0] - curves.test[1]) > 5 / 360
+    np.testing.assert_allclose(runs.test_accuracy, swapped.test_accuracy[::-1], atol=1.5 / 360)
+    assert runs.test_loss[1] - runs.test_loss[0] > 0.1
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 6, 3), (1, 5, 3, 2)])
+def test_halving_is_max_pooling(load_module, shape):
+    images = jnp.abs(jax.random.normal(jax.random.key(0), shape))
+    expected = nnx.max_pool(images, (2, 2), strides=(2, 2), padding="SAME")
+    np.testing.assert_array_equal(load_module("_training").halve(images), expected)
+
+
+def test_a_diverged_run_has_the_highest_loss(load_module):
+    training, data = load_module("_training"), load_module("_data").load(None)
+    network, _ = training.make_network(data)
+    params = training.initialize(1, 10, jnp.array([0, 1]))
+    params = jax.tree.map(lambda leaf: leaf.at[1].set(jnp.nan), params)
+    losses, _ = training.evaluate(network, params, data.test)
+    assert losses[0] < 4
+    assert losses[1] == training.HIGHEST_LOSS
 
 
 def test_an_epoch_shows_no_image_twice(load_module):

@@ -3,6 +3,7 @@
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -96,7 +97,37 @@ def test_sharded_run_resumes_in_another_layout(run):
     run("sharded", "run", "--steps=2")
     resumed = run("sharded", "run", "--layout=replicated", "--model-parallel=2")
     assert any(line.startswith("2 steps done") for line in resumed)
-    assert re.fullmatch("parameters [0-9a-f]{16}", resumed[-1])
+    assert re.fullmatch("weights [0-9a-f]{16}", resumed[-1])
+
+
+def test_sharded_accumulates_batches_into_one_step(load_module):
+    module = load_module("sharded")
+    weights = {"kernel": jnp.linspace(0.5, 1, 12).reshape(3, 4), "scale": jnp.ones(4)}
+    params = optax_ext.bfloat16_weights(weights)
+
+    def train(accumulate: int, batches: list[float]) -> Any:
+        """Return the float32 weights after each batch, on gradients of one value each."""
+        options = ["--optimizer=novak", "--bits=32", f"--accumulate={accumulate}"]
+        tx = module.make_optimizer(module.parse([*options, "--decay-steps=5"]))
+
+        def step(carry, value):
+            grads = jax.tree.map(lambda p: jnp.full_like(p, value), params)
+            updates, state = tx.update(grads, carry[1], carry[0])
+            carry = optax.apply_updates(carry[0], updates), state
+            return carry, optax_ext.float32_weights(*carry)
+
+        return jax.lax.scan(step, (params, tx.init(weights)), jnp.array(batches))[1]
+
+    whole, halves = train(1, [0.25, 0.5]), train(2, [0.125, 0.375, 0.75, 0.25])
+    for name, weight in weights.items():
+        np.testing.assert_array_equal(halves[name][0], weight)
+        np.testing.assert_array_equal(halves[name][2], halves[name][1])
+        np.testing.assert_array_equal(halves[name][1::2], whole[name])
+        assert (whole[name][1] < weight).all()
+    # NOVAK's first update is 1 for equal gradients, so the rest is decay.
+    moved = {name: weight - whole[name][0] for name, weight in weights.items()}
+    decay = moved["kernel"] / moved["scale"][0] - 1
+    np.testing.assert_allclose(decay, 0.1 * weights["kernel"], atol=1e-3)
 
 
 def test_train_nnx_has_rates_and_decay_of_groups(load_module):

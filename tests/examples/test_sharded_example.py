@@ -83,5 +83,5 @@ def test_a_process_is_killed_and_the_restarted_run_is_bit_exact(start: Start, tm
     kill_one_after_a_checkpoint(start(tmp_path / "killed"), tmp_path / "killed")
     resumed = finish(start(tmp_path / "killed"))
     assert any(line.startswith(f"{PERIOD} steps done") for line in resumed)
-    assert resumed[-1].startswith("parameters")
+    assert resumed[-1].startswith("weights")
     assert resumed[-1] == whole[-1]

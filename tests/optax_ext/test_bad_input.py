@@ -19,7 +19,7 @@ from support.pieces import PIECES
 
 # What a caller may pass there can't be told by looking at it.
 FREE_FORM = {
-    *("mask", "params", "weights", "state", "shardings", "apply_fn", "example_inputs"),
+    *("params", "weights", "state", "shardings", "apply_fn", "example_inputs"),
     "arguments",
 }
 
@@ -159,12 +159,20 @@ ARCHITECTURE = Range(
     tuple((value, f"got {value!r}") for value in ("deep", {"in/kernel": 3}, 2)),
 )
 
+MASK = Range(
+    (None, {"in": True, "out": False}, lambda params: params, True),
+    tuple(
+        (value, f"must be None, a function of the parameters or a tree of bools, got {got!r}")
+        for value, got in (("kernel", "kernel"), ({"in": 1}, 1), (jnp.ones(2), jnp.ones(2)))
+    ),
+)
 ADAM = {
     "learning_rate": scheduled(SIZE),
     "b1": DECAY,
     "b2": DECAY,
     "eps": SIZE,
     "weight_decay": scheduled(SIZE),
+    "mask": MASK,
     "mu_dtype": DTYPE,
     "nu_dtype": REAL_DTYPE,
 }
@@ -491,6 +499,15 @@ def test_hyperparameters_rounded_to_the_parameters_name_the_remedy():
     ):
         injected(1e-3).init(params)
     optax.inject_hyperparams(optax_ext.fame, hyperparam_dtype=jnp.float32)(1e-3).init(params)
+
+
+def test_an_injected_mask_names_the_remedy():
+    """Optax takes a function for a schedule, and passes what it returns."""
+    injected = optax.inject_hyperparams(optax_ext.fame)(1e-3, mask=lambda count: count > 1)
+    with pytest.raises(ValueError, match=r"mask must be None, .* name mask in its static_args"):
+        injected.init(PARAMS)
+    static = optax.inject_hyperparams(optax_ext.fame, static_args="mask")
+    static(1e-3, mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params)).init(PARAMS)
 
 
 def test_injected_dtypes_name_the_remedy():

@@ -12,10 +12,11 @@ import numpy as np
 import optax
 import pytest
 
-from pallas_kernels import explain, fuse
+from pallas_kernels import explain, fuse, launches
 from support.cases import CASE, CASES, METHODS, PATHS, slow_unless
 from support.fused import (
     ELEMENTWISE,
+    INTERPRETERS,
     RAGGED,
     SMALL,
     SUMMED,
@@ -272,3 +273,26 @@ def test_more_leaves_than_a_launch_holds(monkeypatch):
     monkeypatch.setattr(sys.modules["pallas_kernels.launches"], "LEAVES_PER_LAUNCH", 2)
     run = Race(optax.lamb(0.05), {f"leaf{n}": shape(n) for n in range(2, 7)})
     assert_fused_is_chain(run)
+
+
+@pytest.mark.parametrize("backend", INTERPRETERS)
+@pytest.mark.parametrize("value", [3.0, np.nan])
+def test_tiles_of_a_large_statistic_are_combined(backend, value, monkeypatch):
+    """Each statistic of 8 parts has 4 tiles; a NaN in one of them is not lost."""
+    monkeypatch.setattr(launches, "TILE", 2)
+
+    def scaled(g):
+        return g / (jnp.sum(g) + jnp.max(g) - jnp.min(g))
+
+    tx = optax.stateless(lambda updates, _: jax.tree.map(scaled, updates))
+    grads = {"long": jnp.linspace(-1, 2, 8 * 512).at[1700].set(value), "short": jnp.arange(3.0)}
+    params = jax.tree.map(jnp.zeros_like, grads)
+    expected, _ = jax.jit(tx.update)(grads, tx.init(params), params)
+    once, again = (
+        jax.jit(fuse(tx, backend=backend, strict=True).step)(params, tx.init(params), grads)[0]
+        for _ in range(2)
+    )
+    assert np.isnan(once["long"]).all() == np.isnan(value)
+    for name, result in once.items():
+        np.testing.assert_allclose(result, expected[name], rtol=SUMMED)
+        np.testing.assert_array_equal(result, again[name])

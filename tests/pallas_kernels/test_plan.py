@@ -7,9 +7,10 @@ import pytest
 
 import optax_ext
 import pallas_kernels
-from pallas_kernels import explain, fuse
+from pallas_kernels import explain, fuse, launches
 from pallas_kernels.compile import Compiler, whole_step
-from support.fused import RAGGED, SMALL
+from pallas_kernels.program import Input, Number, Result, Scalar
+from support.fused import RAGGED, SMALL, lowered
 from support.strategies import shape
 
 # Of float32: a parameter, its gradient and two moments are read, all but the gradient written.
@@ -44,6 +45,43 @@ def work(tx, params=SMALL):
 def test_phases_are_cut_at_reductions(tx, phases):
     """Norms that do not wait for each other share a phase."""
     assert work(tx) == ["statistics"] * phases + ["update"]
+
+
+def test_equal_leaves_have_one_body_in_memory():
+    """Bodies are compared often, and the same object is compared at once."""
+    _, plan = planned(optax.adamw(0.1), {name: shape(64) for name in "abc"})
+    bodies = [program.body for phase in plan.phases for program in phase.programs]
+    assert len(bodies) == 3
+    assert all(body is bodies[0] for body in bodies)
+
+
+def test_values_of_different_sources_differ():
+    assert len({Input(0), Scalar(0), Result(0), Number(b"", "float32")}) == 4
+
+
+def test_only_a_large_statistic_among_few_is_cut_into_tiles():
+    large = 8 * launches.TILE
+    assert launches.tile_length([large]) == launches.TILE
+    assert launches.tile_length([1] * 1000 + [launches.TILE]) == launches.TILE
+    assert launches.tile_length([large] * 226) == large
+    assert launches.tile_length([large + 1] * launches.EXTRA_TILES) == large
+    cut = launches.tile_length([75_400] + [4608] * 50)  # GPT-2's
+    assert cut == 2 * launches.TILE
+
+
+def test_tiles_contain_each_part_once(monkeypatch):
+    monkeypatch.setattr(launches, "TILE", 3)
+    params = {"long": shape(7 * 512 + 1), "short": shape(512), "middle": shape(6 * 512)}
+    _, plan = planned(optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1)), params)
+    reduction, statistics = plan.phases[0].reduction, plan.phases[0].statistics
+    assert reduction is not None
+    tiles = sorted(reduction.table, key=lambda tile: tile[3])
+    assert [t[3] for t in tiles] == [*range(len(tiles))]
+    counts = {node.args[0].size: n for node, n in zip(statistics, reduction.tiles, strict=True)}
+    assert counts == {7 * 512 + 1: 3, 512: 1, 6 * 512: 2}
+    parts = [first + i for first, count, _, _ in reduction.table for i in range(count)]
+    assert sorted(parts) == [*range(8 + 1 + 6)]
+    assert reduction.rows == (0, len(tiles))
 
 
 def test_leaves_of_one_form_share_a_body():
@@ -270,3 +308,12 @@ def test_empty_tree():
     assert report.phases == ()
     assert (report.parameters, report.launches, report.bytes_per_parameter) == (0, 0, 0)
     assert isinstance(report, pallas_kernels.Report)
+
+
+@pytest.mark.parametrize("backend", ["triton", "mosaic"])
+def test_equal_launches_are_lowered_once(backend):
+    params = {f"{i:03}": shape(512) for i in range(2 * launches.LEAVES_PER_LAUNCH)}
+    tx = fuse(optax.sgd(0.1), backend=backend)
+    (phase,) = explain(tx, params).phases
+    text = lowered(tx.step, params, jax.eval_shape(tx.init, params), params)
+    assert (phase.launches, text.count("stablehlo.custom_call")) == (2, 1)
