@@ -175,12 +175,13 @@ class Runner:
         ]
         print(f"{self.minutes_left(pairs):.0f} minutes of runs are missing.", flush=True)
         for workload, contender in pairs:
+            if self.study.complete(workload, contender):
+                continue
             self.require_settings(workload, contender)
             if not self.run_one(workload, contender):
                 print("The time is over. The same command continues.")
                 return
-            if self.study.complete(workload, contender):
-                self.show(workload, contender, self.minutes_left(pairs))
+            self.show(workload, contender, self.minutes_left(pairs))
 
     def require_settings(self, workload: str, contender: str) -> None:
         """End the program if settings are to be chosen elsewhere, where trials are missing."""
