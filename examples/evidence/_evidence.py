@@ -48,6 +48,8 @@ CLASSES = 10
 BATCH = 64
 # Rates are chosen on seeds from this one on, and judged on the seeds 0, 1, ….
 SEARCH_SEED = 1000
+# Options that decide where results are written, or how many of them are made now.
+NOT_DECISIVE = {"out", "workloads", "contenders", "minutes", "report"}
 # Returns an optimizer for a learning rate, which is a tracer here.
 Factory = Callable[[Any], optax.GradientTransformation]
 
@@ -488,6 +490,7 @@ def publish(
     tables: Mapping[str, Rows],
     figures: Mapping[str, Figure],
     constants: Mapping[str, ArrayLike],
+    ran: Mapping[str, Any] | None = None,
 ) -> None:
     """Print tables and verdicts, and write them and the figures to files.
 
@@ -498,6 +501,7 @@ def publish(
       tables: the tables by their titles.
       figures: the figures by the names of their files.
       constants: the script's numbers that decide the results, as the options do.
+      ran: seconds, device and versions, if the results are of earlier runs.
     """
     console = Console()
     for title, rows in tables.items():
@@ -514,7 +518,7 @@ def publish(
         "seconds": round(time.monotonic() - _BEGIN),
         "device": jax.devices()[0].device_kind,
         "versions": VERSIONS,
-    }
+    } | dict(ran or {})
     path = options.out / f"{name}.json"
     with writing_to(options.out):
         for figure, drawn in figures.items():
@@ -526,7 +530,7 @@ def publish(
 
 def sizes(options: argparse.Namespace) -> dict[str, int]:
     """Return the options that decide the results."""
-    return {name: value for name, value in vars(options).items() if name != "out"}
+    return {name: value for name, value in vars(options).items() if name not in NOT_DECISIVE}
 
 
 @contextmanager

@@ -25,6 +25,7 @@ PAGE = DOCS / "evidence_results.md"
 FROM_DOCS = "../examples/evidence/results"
 # In the order of the table.
 SCRIPTS = (
+    "study",
     "lag",
     "edge_of_stability",
     "escapes",

@@ -144,6 +144,28 @@ def check_low_precision_training(tables: dict[str, Any]) -> None:
     assert text["Python's standard library"]["bytes"] > 1e6
 
 
+def check_study(tables: dict[str, Any]) -> None:
+    sizes = tables.pop("Workloads")
+    # Layers of 40 × 128, 128 × 128 and 128 × 10 with biases.
+    assert sizes["MNIST-1D, perceptron, 1×"]["parameters"] == f"{5248 + 16512 + 1290:,}"
+    assert sizes["MNIST-1D, perceptron, 4×"]["steps"] == "20"
+    assert len(tables) == 3 * len(sizes)
+    for title, rows in tables.items():
+        if "at the end" in title:
+            assert list(rows) == ["AdamW", "CaAdam"]
+            # No more than a uniform guess knows, because nothing is learnt yet.
+            assert all(1.5 < cells["test loss"][0] < 10 for cells in rows.values())
+            assert rows["CaAdam"]["smallest visible"] > 1e-6
+        elif "8-bit" in title:
+            (cells,) = rows.values()
+            assert abs(cells["difference"][0]) < 0.05 * cells["spread of seeds"] + 1e-3
+            assert cells["bytes a parameter"] < 3
+            assert cells["of float32 state"] == pytest.approx(8, abs=0.01)
+        else:
+            assert {cells["trials"] for cells in rows.values()} == {"8 × 2"}
+            assert rows["AdamW"]["bytes a parameter"] == pytest.approx(8, abs=0.01)
+
+
 class Smoke(NamedTuple):
     """A script in small.
 
@@ -174,6 +196,7 @@ SMOKE = {
         ["--seeds=2", "--steps=10"], check_low_precision_training, ("AdamW", "NOVAK")
     ),
     "plain_depth": Smoke(["--depths=1", "--seeds=2", "--steps=1"], check_plain_depth),
+    "study": Smoke(["--smoke"], check_study),
 }
 
 
