@@ -64,13 +64,17 @@ def load(folder: Path) -> dict[str, Document]:
 
 def table(documents: Mapping[str, Document]) -> str:
     """Return the table of claims in Markdown."""
-    lines = ["| claim | verdict | figure | `python examples/evidence/…` |", "|---|---|---|---|"]
+    lines = [
+        "| claim | verdict | difference from the untuned baseline | from the tuned one | script |",
+        "|---|---|---|---|---|",
+    ]
     for script, found in documents.items():
-        figures = ", ".join(f"[{Path(name).stem}]({FROM_DOCS}/{name})" for name in found["figures"])
         command = f"`{script}.py`, {takes(found['seconds'])}"
         for finding in found["findings"]:
             claim = f"[{finding['claim']}]({FROM_DOCS}/README.md#{script})"
-            lines.append(f"| {claim} | {finding['verdict']} | {figures} | {command} |")
+            differences = (finding.get(key, "–") for key in ("untuned", "tuned"))
+            cells = claim, finding["verdict"], *differences, command
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

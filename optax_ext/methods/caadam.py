@@ -106,8 +106,6 @@ def caadam(
     >>> print(f"loss 6.000 -> {optax.tree.norm(params, squared=True):.3f}, scales {scale}")
     loss 6.000 -> 0.004, scales [1.5 0.5]
 
-    Landscapes: `examples/evidence/results/landscape-caadam.png`.
-
     References:
       Genet, Inzirillo, "CaAdam: Improving Adam optimizer using connection aware methods",
       arXiv 2410.24216.

@@ -70,7 +70,7 @@ def invadam(
     >>> print(f"loss 5.000 -> {jnp.sum(params**2):.3f}")
     loss 5.000 -> 0.000
 
-    Landscapes: `examples/evidence/results/landscape-invadam.png`.
+    Paths on three landscapes: `examples/evidence/results/landscapes.png`.
 
     References:
       Shi, Chen, Jin, Zhou, arXiv 2603.07122.
@@ -149,7 +149,7 @@ def dualadam(
     >>> print(f"loss 5.000 -> {jnp.sum(params**2):.3f}, inverse share {share:.2f}")
     loss 5.000 -> 0.000, inverse share 0.00
 
-    Landscapes: `examples/evidence/results/landscape-dualadam.png`.
+    Paths on three landscapes: `examples/evidence/results/landscapes.png`.
 
     References:
       Shi, Chen, Jin, Zhou, arXiv 2603.07122.

@@ -96,7 +96,7 @@ def fame(
     >>> print(f"loss 5.000 -> {jnp.sum(params**2):.3f}")
     loss 5.000 -> 0.001
 
-    Landscapes: `examples/evidence/results/landscape-fame.png`.
+    Paths on three landscapes: `examples/evidence/results/landscapes.png`.
 
     References:
       Peleg, Smadar, Lazebnik, Hoogi, "Break a Lag: Triple Exponential Moving Average for Enhanced

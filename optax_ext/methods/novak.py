@@ -122,7 +122,7 @@ def novak(
     >>> print(f"loss 5.000 -> {jnp.sum(params**2):.3f}, rectification {r:.2f}")
     loss 5.000 -> 0.000, rectification 0.27
 
-    Landscapes: `examples/evidence/results/landscape-novak.png`.
+    Paths on three landscapes: `examples/evidence/results/landscapes.png`.
 
     References:
       Kavun, "NOVAK: Unified adaptive optimizer for deep neural networks", arXiv 2601.07876.

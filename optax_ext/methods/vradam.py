@@ -94,7 +94,7 @@ def vradam(
     >>> print(f"loss 5.000 -> {jnp.sum(params**2):.3f}, gate {gate:.3f}")
     loss 5.000 -> 0.000, gate 1.000
 
-    Landscapes: `examples/evidence/results/landscape-vradam.png`.
+    Paths on three landscapes: `examples/evidence/results/landscapes.png`.
 
     References:
       Vaidhyanathan, Schorling, Ares, Osborne, "A Physics-Inspired Optimizer: Velocity Regularized
