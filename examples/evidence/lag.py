@@ -6,7 +6,8 @@ Estimators of the first moment follow a step, a ramp and white noise. Their lag 
 measured and compared with closed forms. The untuned baseline is Adam's average with decay .9. The
 tuned control is the plain average that lets as much noise through as FAME's: a plain average with a
 smaller decay lags less too, so a triple average gains only below the curve of all plain ones. A
-claim holds if the lag is smaller than that of both. The numbers are exact, without intervals.
+claim holds if the lag is smaller than that of both; the opposite was seen if it is larger than
+Adam's. The lags are exact, so they have no intervals.
 
 All configurations that the authors published have b3 = .3 and b5 = .7 or .8 (the paper's b5 is .8).
 The defaults of their class, .5 and .5 ("code"), occur in none. The authors' optimizer exists in
@@ -177,8 +178,8 @@ def judge(measured: Mapping[str, Responses]) -> list[Finding]:
             f"Behind a ramp it lags {abs(lags[name]):.1f} steps, Adam's average {lags[PLAIN]:.1f},"
             f" and a plain average that is as noisy {alike[name]:.1f}. Noise comes through with"
             f" {gains[name]:.3f} of its variance, in Adam's average with {gains[PLAIN]:.3f}.",
-            untuned=f"{-from_adam:+.1f} steps of lag",
-            tuned=f"{-from_plain:+.1f} steps of lag",
+            untuned=f"{-from_adam:+.2f} steps of lag",
+            tuned=f"{-from_plain:+.2f} steps of lag",
         )
 
     return [
