@@ -35,7 +35,7 @@ from scipy import stats
 from sklearn.model_selection import train_test_split
 
 RESULTS = Path(__file__).parent / "results"
-# In inches; a page shows 96 pixels in each.
+# The width of a figure in inches; a page shows 96 pixels of an inch.
 WIDTH = 8.4
 CONFIDENCE = 0.95
 VERSIONS = {module.__name__: module.__version__ for module in (jax, optax)}
@@ -53,7 +53,7 @@ Factory = Callable[[Any], optax.GradientTransformation]
 
 
 class Verdict(StrEnum):
-    """The verdict on a claim: one of a gain gets it from `judge`, which never says `REFUTED`."""
+    """The verdict on a claim. `judge` returns all but `REFUTED`, which is for other claims."""
 
     HOLDS = "holds"
     ONLY_UNTUNED = "holds only against an untuned baseline"
@@ -102,14 +102,14 @@ class Estimate(NamedTuple):
 
     @property
     def smallest_seen(self) -> float:
-        """The smallest effect that four of five such studies would tell from 0.
+        """The smallest effect that four of five such studies would distinguish from 0.
 
         It is (t(.975) + t(.8)) / t(.975) half-widths, which is 1.4 for 8 seeds or more.
         """
         return 1.4 * (self.high - self.low) / 2
 
 
-# The rows of a table by name; the cells of each by column: measured, exact or text.
+# The rows of a table by name; the cells of a row by column.
 Rows = Mapping[str, Mapping[str, Estimate | float | str]]
 
 
@@ -238,7 +238,7 @@ def side_by_side(
 ) -> dict[str, Judged]:
     """Judge each contender, two at a time; a bar shows how many are done.
 
-    While one is compiled or leaves a core idle, another one trains.
+    One contender can train while another is compiled.
     """
     judged = {}
     with progress_bar(len(contenders)) as on_progress, ThreadPoolExecutor(2) as pool:
@@ -289,7 +289,7 @@ class Network(NamedTuple):
 
 
 class Runs(NamedTuple):
-    """The results of many runs, in arrays of one entry for each; accuracies are in per cent.
+    """The results of many runs: arrays with an entry for each run; accuracies are in per cent.
 
     Attributes:
       params: the parameters at the end.
@@ -317,7 +317,7 @@ def train(
     steps: int,
     batch: int = BATCH,
 ) -> Runs:
-    """Train a run for each rate and its seed, arrays of one shape, which the results have too.
+    """Train a run for each pair of a rate and a seed; the results have the shape of both arrays.
 
     A seed decides the initial weights and the batches, equally for every optimizer. Calls with the
     same optimizer and the same number of runs are compiled once.
@@ -326,7 +326,7 @@ def train(
     images = len(load_digits().train.labels)
     batches = np.stack([draw_batches(seed, steps, images, batch) for seed in seeds.ravel()])
     params = initialize(network.init, seeds.ravel())
-    # Outside of the compiled training, so that methods that differ only in their initial state can
+    # Made outside of the compiled training: methods that differ only in their initial state then
     # share one entry of the compilation cache.
     states = jax.vmap(lambda rate, params: factory(rate).init(params))(rates.ravel(), params)
     runs = params, states, rates.ravel(), batches

@@ -160,7 +160,7 @@ class Judged(NamedTuple):
     control: Runs
 
 
-# They decide the results, and are recorded with them.
+# The constants that decide the results, which contain them.
 CONSTANTS = {
     "CLASSES": CLASSES,
     "SEARCH_SEED": SEARCH_SEED,

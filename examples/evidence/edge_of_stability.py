@@ -78,9 +78,9 @@ from optax_ext import vradam
 B1, B2, EPS = 0.9, 0.999, 1e-8
 HIDDEN, MEASURED_EVERY = 32, 50
 RATE = 0.02
-# Curvatures that steps of 1 are still stable at: of gradient descent, and of Adam after P.
+# The largest curvatures at which steps of 1 are stable: of gradient descent, and of Adam.
 OF_DESCENT, OF_ADAM = 2, (2 + 2 * B1) / (1 - B1)
-# The default, and one that makes this network's gate bite.
+# The default, and a value at which the gate closes in this network.
 DEFAULT, STRONG = 1.0, 3000.0
 STRENGTHS = (DEFAULT, 50.0, STRONG)
 LOWEST_RATE, HIGHEST_RATE = 2e-3, 0.3
@@ -95,7 +95,7 @@ CROSS_ENTROPY = "AdamW, cross-entropy"
 ABOVE: dict[str, Any] = {"xytext": (5, 4), "ha": "left", "va": "bottom"}
 LABELS: dict[str, dict[str, Any]] = {
     ADAMW: {"xytext": (-5, 4), "ha": "right", "va": "bottom"},
-    MEAN_RATE: {"xytext": (-5, -5), "ha": "right", "va": "top"},
+    MEAN_RATE: {"xytext": (5, -6), "ha": "left", "va": "top"},
 }
 SLOW = {COSINE: "with the cosine", QUARTER: "at a quarter of α", EIGHTH: "at an eighth"}
 # Columns that the findings read.
@@ -132,7 +132,7 @@ class Setting(NamedTuple):
     gate: Gate | None = None
 
 
-# As in the authors' figure of the edge, AdamW first.
+# The two settings of the authors' figure of the edge, and AdamW at the gated one's rate.
 FIGURE_ADAM, SAME_RATE = f"AdamW, rate {UNTUNED}", "AdamW, rate 0.002"
 FIGURE = "VRAdam, rate 0.002, gradient's norm"
 AT_DEFAULTS, CIFAR = f"VRAdam, rate {UNTUNED}", "VRAdam, setting for CIFAR-10"
@@ -234,7 +234,7 @@ class Plan(NamedTuple):
     train: Train | None = None
 
 
-# They decide the results, and are recorded with them.
+# The constants that decide the results, which contain them.
 CONSTANTS = {
     "B1": B1,
     "MEASURED_EVERY": MEASURED_EVERY,
@@ -458,9 +458,9 @@ def judge_edges(edge: Mapping[str, Cells]) -> list[Finding]:
 
 
 def judge_steadiness(edge: Mapping[str, Cells]) -> Finding:
-    """Judge whether VRAdam is steadier than AdamW at its rates, and than slow ones of no less loss.
+    """Judge whether VRAdam is steadier than AdamW at the same rates and than slow AdamW.
 
-    Of slow controls, a gate has to have smaller peaks and a lower loss.
+    Against slow AdamW it needs smaller peaks and a lower loss.
     """
     gated, published = edge[STRONGER], edge[VRADAM]
     measures = PEAKS, LOSS
@@ -504,7 +504,7 @@ def judge_curvature(curvatures: Mapping[str, Mapping[str, Any]]) -> Finding:
         f" {decades(of_both)} of P^-1 H. Neither is near its edge here: Adam at {at[0]} of it,"
         f" VRAdam at {at[1]}. {evidence.sensitivity(of_h, ' decades', 2)}",
         untuned=f"curvature {decades(as_shown)} decades, with two measures",
-        tuned=f"curvature {decades(of_h)} decades",
+        tuned=f"curvature {decades(of_h)} decades of H, {decades(of_both)} of P^-1 H",
     )
 
 
@@ -523,7 +523,7 @@ def judge_losses(losses: Mapping[str, Any], settings: Mapping[str, Setting]) -> 
     """Judge VRAdam tuned, and at two settings of its authors."""
 
     def finding(claim: str, untuned: str, tuned: str) -> Finding:
-        """Judge by the untuned setting of VRAdam and by the one that meets the tuned AdamW."""
+        """Judge one setting of VRAdam against untuned AdamW, and one against tuned AdamW."""
         from_untuned = evidence.mean(losses[untuned] - losses[FIGURE_ADAM])
         from_tuned = evidence.mean(losses[tuned] - losses[BEST_ADAMW])
         extra = ""
@@ -660,7 +660,7 @@ def draw_loss_differences(axes: Axes, losses: Mapping[str, Any]) -> None:
     axes.set_ylim(len(rows) - 0.4, -0.6)
     tidy(axes, grid="x")
     entitle(axes, "loss: VRAdam's difference from AdamW", "decades (left is lower)", "")
-    below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2), "ncols": 2}
+    below = {"loc": "upper center", "bbox_to_anchor": (0.4, -0.2), "ncols": 1}
     axes.legend(fontsize=8, frameon=False, **below)
 
 

@@ -81,7 +81,7 @@ ESCAPING = {
 }
 
 
-# They decide the results, and are recorded with them.
+# The constants that decide the results, which contain them.
 CONSTANTS = {
     "BARRIER": BARRIER,
     "CURVATURES": CURVATURES,
@@ -136,7 +136,7 @@ def escape(method: Escaping, groups: int, trajectories: int, steps: int) -> Esca
     rate = 2 * BATCH * BARRIER / (LONGEST * CURVATURES[0] * gains[0])
     theory = 2 * BATCH * BARRIER / (rate * gains * CURVATURES)
     left, time = leave(method.factory, rate, groups * trajectories, steps)
-    # The mean of exponential times, the long ones of which are cut off.
+    # The estimate of the mean of exponential times that are cut off at `steps`.
     total, count = (np.reshape(x, (-1, groups, trajectories)).sum(-1) for x in (time, left))
     if not count.all():
         raise SystemExit(f"--patience {steps}: of a group of {trajectories}, none left its well")
@@ -235,7 +235,9 @@ def draw(escapes: Mapping[str, Escape]) -> Figure:
     log_ticks(steps.yaxis, at=[1], form="{x:,.0f}")
     log_ticks(barriers.yaxis, at=[1, 1.5, 2, 3, 4, 5])
     entitle(steps, "time in a well", "curvature H of the well", "steps until the escape")
-    entitle(barriers, "barrier (lines: diffusion theory)", "curvature H of the well", "ΔL / T")
+    entitle(
+        barriers, "barrier (lines: diffusion theory)", "curvature H of the well", "barrier ΔL / T"
+    )
     figure.legend(loc="outside upper center", ncols=4, fontsize=8, frameon=False)
     return figure
 

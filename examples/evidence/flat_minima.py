@@ -12,7 +12,8 @@ thousandth of DualAdam's steps, so DualAdam is Adam with a warm-up by constructi
 measures this share: the sum of the norms of the inverse terms in the first phase, divided by the
 same sum plus that of Adam's terms on the same gradients. So the claim is judged a second time where
 the term acts: with a loss that is 30 or 100 times as large, which leaves Adam unchanged, and with
-`scale_free`. The verdicts are on the mean over these variants, seed by seed.
+`scale_free`. The verdicts are on the mean over these variants, seed by seed. There flatness and
+generalization are two claims.
 
 At the end of these trainings the loss still falls, so their sharpness is not a final one.
 `escapes.py` shows what gradient noise alone does.
@@ -67,7 +68,7 @@ RATES = np.geomspace(1e-3, 0.128, 8)
 UNTUNED = 1e-3
 # With the first, the inverse term is about a third of a step; with the second, most of it.
 LARGER, LARGEST = 30.0, 100.0
-# Steps are compared on so many seeds to measure the inverse term.
+# The number of seeds on which the inverse term is measured.
 MEASURED = 4
 DECADES = "difference in decades"
 # From the palette of Okabe and Ito, like those of `_evidence`.
@@ -136,7 +137,7 @@ PLAIN = [f"DualAdam {steps}" for steps in (SHORT, LONG)]
 ACTIVE = [name for name in TRAINING if name.startswith("DualAdam") and name not in PLAIN]
 
 
-# They decide the results, and are recorded with them.
+# The constants that decide the results, which contain them.
 CONSTANTS = {
     "CLASSES": CLASSES,
     "SEARCH_SEED": SEARCH_SEED,
@@ -285,7 +286,7 @@ def row_of_test(name: str, trained: Mapping[str, Judged]) -> dict[str, Estimate 
     }
 
 
-# Of a contender and its control, seed by seed.
+# Returns the differences of a contender from its control, seed by seed.
 Difference = Callable[[Judged, Judged, int], Any]
 
 
@@ -306,24 +307,34 @@ def judge(trained: Mapping[str, Judged]) -> list[Finding]:
         "DualAdam: it ends in flatter minima that generalize better",
         trained,
         PLAIN,
+        (sharper, better),
         f"This is so by construction: the inverse term is {max(shares):.1g} of the steps of the"
         " first phase here, so DualAdam is Adam with a warm-up. InvAdam alone, compared with Adam:"
         f" sharpness × {ratio(evidence.mean(sharper(*alone)))},"
         f" {points(evidence.mean(better(*alone)))}.",
     )
     shares = [trained[name].inverse for name in ACTIVE]
-    active = finding(
-        "DualAdam: where its inverse term acts, it ends in flatter minima that generalize better",
-        trained,
-        ACTIVE,
-        f"With a loss times {LARGER:.0f} or {LARGEST:.0f}, or `scale_free`, the inverse term is"
-        f" {min(shares):.2f} to {max(shares):.2f} of the steps of the first phase.",
+    active = partial(
+        finding,
+        trained=trained,
+        names=ACTIVE,
+        comment=f"With a loss times {LARGER:.0f} or {LARGEST:.0f}, or `scale_free`, the inverse"
+        f" term is {min(shares):.2f} to {max(shares):.2f} of the steps of the first phase.",
     )
-    return [plain, active]
+    where = "DualAdam: where its inverse term acts, it"
+    return [
+        plain,
+        active(f"{where} ends in flatter minima", deciding=[sharper]),
+        active(f"{where} generalizes better", deciding=[better]),
+    ]
 
 
 def finding(
-    claim: str, trained: Mapping[str, Judged], names: Sequence[str], comment: str
+    claim: str,
+    trained: Mapping[str, Judged],
+    names: Sequence[str],
+    deciding: Sequence[Difference],
+    comment: str,
 ) -> Finding:
     """Judge the mean over these contenders, against their controls and against untuned Adam."""
 
@@ -332,18 +343,33 @@ def finding(
         each = [difference(trained[a], trained[b], which) for a, b in others.items()]
         return evidence.mean(np.mean(each, axis=0))
 
-    flat, good = over_all(sharper, TUNED), over_all(better, TUNED)
-    untuned = over_all(sharper, AT_UNTUNED), over_all(better, AT_UNTUNED)
+    def gains(which: int) -> list[Estimate]:
+        found = {difference: over_all(difference, which) for difference in deciding}
+        return [-x if difference is sharper else x for difference, x in found.items()]
+
+    def shown(which: int, differences: Sequence[Difference] = (sharper, better)) -> str:
+        found = {difference: over_all(difference, which) for difference in differences}
+        return ", ".join(
+            in_sharpness(x) if difference is sharper else points(x)
+            for difference, x in found.items()
+        )
+
+    # Without an interval there is nothing to see.
+    seen = over_all(better, TUNED)
+    sensitivity = evidence.sensitivity(seen, " points", 2) if seen.smallest_seen else ""
     return Finding(
         claim,
-        evidence.judge([-flat, good], [-untuned[0], untuned[1]]),
-        f"Compared with Adam and a warm-up of the same length, tuned: sharpness × {ratio(flat)},"
-        f" {points(good)}. Compared with plain Adam, both at rate {UNTUNED}: sharpness"
-        f" × {ratio(untuned[0])}, {points(untuned[1])}. {comment}"
-        f" {evidence.sensitivity(good, ' points', 2)}",
-        untuned=f"sharpness × {ratio(untuned[0])}, {points(untuned[1])}",
-        tuned=f"sharpness × {ratio(flat)}, {points(good)}",
+        evidence.judge(gains(TUNED), gains(AT_UNTUNED)),
+        f"Compared with Adam and a warm-up of the same length, tuned: {shown(TUNED)}. Compared"
+        f" with plain Adam, both at rate {UNTUNED}: {shown(AT_UNTUNED)}."
+        f" {comment} {sensitivity}".rstrip(),
+        untuned=shown(AT_UNTUNED, deciding),
+        tuned=shown(TUNED, deciding),
     )
+
+
+def in_sharpness(x: Estimate) -> str:
+    return f"sharpness × {ratio(x)}"
 
 
 def ratio(decades: Estimate) -> str:

@@ -67,7 +67,7 @@ COLOURS = dict(zip(AVERAGES, ("0.2", ORANGE, ORANGE, PINK, BLUE, BLUE, GREEN, GR
 TITLE = "Lag in steps; noise is the variance of the estimate for noise of variance 1"
 
 
-# They decide the results, and are recorded with them.
+# The constants that decide the results, which contain them.
 CONSTANTS = {"SETTLED": SETTLED}
 
 

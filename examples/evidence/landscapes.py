@@ -1,4 +1,4 @@
-"""Every method on three hard landscapes of two parameters, beside AdamW.
+"""All methods: do they end lower than AdamW on three hard landscapes?
 
     python examples/evidence/landscapes.py
 
@@ -103,7 +103,7 @@ class Outcome(NamedTuple):
     path: Any
 
 
-# They decide the results, and are recorded with them.
+# The constants that decide the results, which contain them.
 CONSTANTS = {"LOWEST_RATE": LOWEST_RATE, "HIGHEST_RATE": HIGHEST_RATE, "REACHED": REACHED}
 
 

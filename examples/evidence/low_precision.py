@@ -51,7 +51,7 @@ MEASURED = 200
 ALLOWED = 0.13
 
 
-# They decide the results, and are recorded with them.
+# The constants that decide the results, which contain them.
 CONSTANTS = {
     "SHAPE": SHAPE,
     "SIZE": SIZE,

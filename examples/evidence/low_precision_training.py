@@ -104,7 +104,7 @@ FACTORIES: dict[str, Factory] = {
     "Lion": optax.lion,
 }
 
-# They decide the results, and are recorded with them.
+# The constants that decide the results, which contain them.
 CONSTANTS = {
     "WIDTH": WIDTH,
     "HEADS": HEADS,

@@ -15,6 +15,10 @@ baseline is AdamW where both have one rate, that of the sweep next to the usual 
 Depths and batches were chosen on the seeds 0 to 11, so that some trainings fail and others do not.
 The results are from seeds from 100 on.
 
+NOVAK's authors published no code. The optimizer here is a reconstruction from the paper's abstract
+and from a summary of its equations, so a verdict is on this reconstruction. Widths are multiples of
+half a decade, the spacing of the rates.
+
 This script shows nothing about networks as large as VGG-16, nor about trainings so long that the
 first steps, which rectification slows, are few of them. It shows little about decay, since the
 deepest of these networks barely fits the images. The claim that decay at the effective rate costs
@@ -193,7 +197,7 @@ class Judged(NamedTuple):
 Outcomes = Mapping[int, Mapping[str, Judged]]
 
 
-# They decide the results, and are recorded with them.
+# The constants that decide the results, which contain them.
 CONSTANTS = {
     "SHALLOWEST": SHALLOWEST,
     "RATES": RATES,
