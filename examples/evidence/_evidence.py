@@ -35,7 +35,7 @@ from scipy import stats
 from sklearn.model_selection import train_test_split
 
 RESULTS = Path(__file__).parent / "results"
-# In inches; a page shows 96 pixels in each.
+# The width of a figure in inches; a page shows 96 pixels of an inch.
 WIDTH = 8.4
 CONFIDENCE = 0.95
 VERSIONS = {module.__name__: module.__version__ for module in (jax, optax)}
@@ -55,11 +55,12 @@ Factory = Callable[[Any], optax.GradientTransformation]
 
 
 class Verdict(StrEnum):
-    """The verdict on a claim."""
+    """The verdict on a claim. `judge` returns all but `REFUTED`, which is for other claims."""
 
     HOLDS = "holds"
     ONLY_UNTUNED = "holds only against an untuned baseline"
     NOT_SEEN = "not seen at this scale"
+    OPPOSITE = "the opposite was seen"
     REFUTED = "does not hold"
 
 
@@ -67,14 +68,18 @@ class Finding(NamedTuple):
     """The finding about a claim.
 
     Attributes:
-      claim: in one sentence that begins with the method.
-      verdict: the verdict on it.
-      shown: the numbers that decide, including the control's, in a sentence or two.
+      claim: one sentence that begins with the method.
+      verdict: the verdict on the claim.
+      shown: the numbers that decide, including those of the controls.
+      untuned: the difference from an untuned baseline, for the table; empty without one.
+      tuned: the difference from the tuned control, likewise.
     """
 
     claim: str
     verdict: Verdict
     shown: str
+    untuned: str = ""
+    tuned: str = ""
 
 
 class Estimate(NamedTuple):
@@ -89,8 +94,24 @@ class Estimate(NamedTuple):
             return f"{self.mean:.3g}"
         return f"{self.mean:.3g} [{self.low:.3g}, {self.high:.3g}]"
 
+    def __neg__(self) -> "Estimate":
+        return Estimate(-self.mean, -self.high, -self.low)
 
-# The rows of a table by name; the cells of each by column: measured, exact or text.
+    def minus(self, other: "Estimate") -> "Estimate":
+        """Return the difference, with an interval that excludes 0 where the two are disjoint."""
+        ends = self.low - other.high, self.high - other.low
+        return Estimate(self.mean - other.mean, *ends)
+
+    @property
+    def smallest_seen(self) -> float:
+        """The smallest effect that four of five such studies would distinguish from 0.
+
+        It is (t(.975) + t(.8)) / t(.975) half-widths, which is 1.4 for 8 seeds or more.
+        """
+        return 1.4 * (self.high - self.low) / 2
+
+
+# The rows of a table by name; the cells of a row by column.
 Rows = Mapping[str, Mapping[str, Estimate | float | str]]
 
 
@@ -113,6 +134,37 @@ def share(successes: ArrayLike) -> Estimate:
     found = stats.binomtest(int(successes.sum()), len(successes))
     interval = found.proportion_ci(CONFIDENCE, method="wilson")
     return Estimate(float(successes.mean()), interval.low, interval.high)
+
+
+def exact(x: float) -> Estimate:
+    """Return a number that was not estimated: its interval is the number itself."""
+    return Estimate(x, x, x)
+
+
+def judge(gains: Sequence[Estimate], untuned: Sequence[Estimate] = ()) -> Verdict:
+    """Return the verdict on the claim of a gain, which is positive in the claim's favour.
+
+    Args:
+      gains: differences from each tuned control; the claim needs all of them.
+      untuned: differences from untuned baselines; none if there is no such comparison.
+    """
+    if all(x.low > 0 for x in gains):
+        return Verdict.HOLDS
+    if untuned and all(x.low > 0 for x in untuned):
+        return Verdict.ONLY_UNTUNED
+    if all(x.high < 0 for x in gains):
+        return Verdict.OPPOSITE
+    return Verdict.NOT_SEEN
+
+
+def signed(x: Estimate, digits: int = 3) -> str:
+    """Return a difference in words, with its sign."""
+    return f"{x.mean:+.{digits}f} [{x.low:+.{digits}f}, {x.high:+.{digits}f}]"
+
+
+def sensitivity(x: Estimate, unit: str = "", digits: int = 3) -> str:
+    """Return a sentence that says how large an effect the comparison can see."""
+    return f"The smallest effect that it would see: {x.smallest_seen:.{digits}f}{unit}."
 
 
 def make_parser(description: str | None, **sizes: tuple[int, str]) -> argparse.ArgumentParser:
@@ -188,7 +240,7 @@ def side_by_side(
 ) -> dict[str, Judged]:
     """Judge each contender, two at a time; a bar shows how many are done.
 
-    While one is compiled or leaves a core idle, another one trains.
+    One contender can train while another is compiled.
     """
     judged = {}
     with progress_bar(len(contenders)) as on_progress, ThreadPoolExecutor(2) as pool:
@@ -239,7 +291,7 @@ class Network(NamedTuple):
 
 
 class Runs(NamedTuple):
-    """The results of many runs, in arrays of one entry for each; accuracies are in per cent.
+    """The results of many runs: arrays with an entry for each run; accuracies are in per cent.
 
     Attributes:
       params: the parameters at the end.
@@ -267,7 +319,7 @@ def train(
     steps: int,
     batch: int = BATCH,
 ) -> Runs:
-    """Train a run for each rate and its seed, arrays of one shape, which the results have too.
+    """Train a run for each pair of a rate and a seed; the results have the shape of both arrays.
 
     A seed decides the initial weights and the batches, equally for every optimizer. Calls with the
     same optimizer and the same number of runs are compiled once.
@@ -276,7 +328,7 @@ def train(
     images = len(load_digits().train.labels)
     batches = np.stack([draw_batches(seed, steps, images, batch) for seed in seeds.ravel()])
     params = initialize(network.init, seeds.ravel())
-    # Outside of the compiled training, so that methods that differ only in their initial state can
+    # Made outside of the compiled training: methods that differ only in their initial state then
     # share one entry of the compilation cache.
     states = jax.vmap(lambda rate, params: factory(rate).init(params))(rates.ravel(), params)
     runs = params, states, rates.ravel(), batches
@@ -509,7 +561,10 @@ def publish(
     for finding in findings:
         console.print(f"{finding.claim}\n  [bold]{finding.verdict}[/bold]: {finding.shown}")
     document = {
-        "findings": [finding._asdict() for finding in findings],
+        "findings": [
+            {key: value for key, value in finding._asdict().items() if value}
+            for finding in findings
+        ],
         "tables": {title: _rounded(rows) for title, rows in tables.items()},
         "figures": [f"{figure}.png" for figure in figures],
         "options": sizes(options),

@@ -5,35 +5,40 @@
 A small network is trained on all of its images at once. Adam's steps α with momentum b1 are stable
 while the curvature that they see, the largest eigenvalue of the preconditioned Hessian P^-1 H, is
 below (2 + 2 b1) / ((1 - b1) α): 38 / α at b1 = .9 (Cohen et al. 2022, arXiv 2207.14484). Training
-drives it up to there. VRAdam divides α by 1 + min(beta3 |u|², 10).
+increases the curvature up to there. VRAdam divides α by 1 + min(beta3 |u|², cutoff). No optimizer
+decays weights.
 
-Its controls that start at the same rate are AdamW, AdamW at the gated run's mean rate, and AdamW
-that replays the rates that the gate made in the training of another seed: the same schedule without
-the feedback. Three more are slow late: AdamW with a cosine decay from the same rate to 0, and at a
-quarter and an eighth of it. Then both are tuned by as many trials, on other seeds than they are
-judged by; and both are run at the default rate, which is not tuned. There is no weight decay.
+*At one α.* Three controls start at the rate of the gated run: AdamW, AdamW at the gated run's mean
+rate, and AdamW with the rates that the gate made in the training of another seed, which is the
+schedule without the feedback. Three more controls have a low rate late in training: AdamW with a
+cosine decay from α to 0, and AdamW at a quarter and at an eighth of α.
 
-In the tables, a curvature is the largest eigenvalue of P^-1 H divided by the edge, 38 / α, or by
-its own edge, 38 / the run's rate at that time, gate and schedule included: at 1 it is at the edge.
-The highest is of the whole training. That of H is the eigenvalue itself. A peak is how far the
-worst of 50 steps is above their median, in decades (1 is ten times the loss), on average. Steps
-uphill are the share of those in which the loss rises. All this is of the second half of the steps,
-the loss of the last tenth.
+*The loss.* AdamW and VRAdam are tuned by the same number of trials, on other seeds than they are
+judged by. The untuned baseline is AdamW at the default rate. VRAdam runs at its defaults, at the
+setting that its authors published for CIFAR-10 (rate .0846, cutoff 29, beta3 1.015), and as in
+their figure of the edge.
 
-The rate, the squared error and the larger beta3 were chosen to make an edge and a gate visible:
-with cross-entropy, in the table too, the curvature falls instead. Of the two measures of
-steadiness, how often the loss rises came first; how far it peaks was added on seeing curves, and
-the slow controls on seeing results. So what is shown is of seeds that nothing was chosen by.
+*The authors' figure of the edge.* It compares VRAdam at rate .002, with cutoff 19 and the
+gradient's norm in the gate, with Adam at rate .001. For VRAdam it shows the largest eigenvalue of
+H, for Adam that of P^-1 H. This script repeats that comparison, and makes it again with one rate
+and one measure for both.
 
-What so small a network can't show is how far the gate of a large one closes: beta3 weighs a sum
-over all parameters. The authors' code takes one norm for each group of parameters, which is
-`optax.partition` with one `vradam` for each.
+In the tables, a curvature is the largest eigenvalue of P^-1 H divided by the edge 38 / α, or by the
+run's own edge, 38 / its rate at that time, gate and schedule included. The highest is that of the
+whole training. The curvature of H is the eigenvalue itself. A peak is the distance in decades from
+the median loss of 50 steps to the largest, on average. Steps uphill are the share of steps at which
+the loss rises. All these are of the second half of the steps; the loss is of the last tenth.
 
-What the authors compared differs. Their sweeps searched the rate, beta3, the cutoff and the measure
-of the gate for VRAdam, and the rate alone for Adam. Their baseline is torch's Adam with an L2 decay
-of 1e-5, where the paper says AdamW. Their figure of the edge compares VRAdam at lr .002, gated by
-the gradient (`normgrad`) with cutoff 19, with Adam at lr .001; and of VRAdam it shows the largest
-eigenvalue of H, of Adam that of P^-1 H.
+The rate α, the squared error and the larger beta3 were chosen to make an edge and a gate visible.
+With cross-entropy the curvature falls instead, which the tables show. The share of steps uphill was
+the first measure of steadiness. Peaks were added after curves were seen, and the slow controls
+after results were seen. So all results are from seeds that were not used for these choices.
+
+In a larger network the same beta3 closes the gate further, because the norm is a sum over all
+parameters. The authors' code takes one norm for each group of parameters, which is
+`optax.partition` with one `vradam` for each. Their sweeps searched the rate, beta3, the cutoff and
+the measure of the gate for VRAdam, and only the rate for Adam. Their baseline is torch's Adam with
+an L2 decay of 1e-5, where the paper says AdamW.
 """
 
 import argparse
@@ -73,46 +78,82 @@ from optax_ext import vradam
 B1, B2, EPS = 0.9, 0.999, 1e-8
 HIDDEN, MEASURED_EVERY = 32, 50
 RATE = 0.02
-# Curvatures that steps of 1 are still stable at: of gradient descent, and of Adam after P.
+# The largest curvatures at which steps of 1 are stable: of gradient descent, and of Adam.
 OF_DESCENT, OF_ADAM = 2, (2 + 2 * B1) / (1 - B1)
-# The default, and one that makes this network's gate bite.
+# The default, and a value at which the gate closes in this network.
 DEFAULT, STRONG = 1.0, 3000.0
 STRENGTHS = (DEFAULT, 50.0, STRONG)
 LOWEST_RATE, HIGHEST_RATE = 2e-3, 0.3
-# What one takes who doesn't tune.
+# The rate of those who do not tune: the default of both.
 UNTUNED = 1e-3
 FIRST_SEED, FIRST_SEARCH_SEED = 200, 1000
 ADAMW, VRADAM, STRONGER = "AdamW", "VRAdam", f"VRAdam, beta3 {STRONG:.0f}"
 MEAN_RATE, REPLAYED = "AdamW, mean rate", "AdamW, replayed gate"
 COSINE, QUARTER, EIGHTH = "AdamW, cosine", "AdamW, α / 4", "AdamW, α / 8"
 CROSS_ENTROPY = "AdamW, cross-entropy"
+# Where the labels of points are, in points from them.
+ABOVE: dict[str, Any] = {"xytext": (5, 4), "ha": "left", "va": "bottom"}
+LABELS: dict[str, dict[str, Any]] = {
+    ADAMW: {"xytext": (-5, 4), "ha": "right", "va": "bottom"},
+    MEAN_RATE: {"xytext": (5, -6), "ha": "left", "va": "top"},
+}
 SLOW = {COSINE: "with the cosine", QUARTER: "at a quarter of α", EIGHTH: "at an eighth"}
 # Columns that the findings read.
 OF_EDGE, OF_OWN_EDGE, HIGHEST = "curvature / edge", "curvature / own edge", "highest / edge"
 OF_H = "curvature of H"
 CURVATURES = (OF_EDGE, OF_OWN_EDGE, HIGHEST, OF_H)
-PEAKS, LOSS, LESS = "peaks, decades", "log10 of loss", "less AdamW's"
+PEAKS, LOSS = "peaks, decades", "log10 of loss"
+FROM_UNTUNED, FROM_TUNED = f"from AdamW at {UNTUNED}", "from AdamW at its best"
 STYLES: dict[str, dict[str, Any]] = {
     ADAMW: {"color": "0.2", "marker": "o"},
     VRADAM: {"color": BLUE, "marker": "o", "linestyle": "--"},
     STRONGER: {"color": ORANGE, "marker": "o"},
     MEAN_RATE: {"color": GREEN, "marker": "s"},
     REPLAYED: {"color": PINK, "marker": "s", "linestyle": "--"},
-    COSINE: {"color": "0.55", "marker": "^", "linestyle": "-."},
-    QUARTER: {"color": "0.55", "marker": "<", "linestyle": "none"},
-    EIGHTH: {"color": "0.55", "marker": "v", "linestyle": "none"},
+    COSINE: {"color": "0.4", "marker": "^", "linestyle": "-."},
+    QUARTER: {"color": "0.4", "marker": "<", "linestyle": "none"},
+    EIGHTH: {"color": "0.4", "marker": "v", "linestyle": "none"},
 }
 Cells = dict[str, Estimate]
+
+
+class Gate(NamedTuple):
+    """The arguments of VRAdam's gate."""
+
+    beta3: float
+    cutoff: float = 10.0
+    norm_of: str = "velocity"
+
+
+class Setting(NamedTuple):
+    """A rate, and a gate for VRAdam; without one it is AdamW."""
+
+    rate: float
+    gate: Gate | None = None
+
+
+# The two settings of the authors' figure of the edge, and AdamW at the gated one's rate.
+FIGURE_ADAM, SAME_RATE = f"AdamW, rate {UNTUNED}", "AdamW, rate 0.002"
+FIGURE = "VRAdam, rate 0.002, gradient's norm"
+AT_DEFAULTS, CIFAR = f"VRAdam, rate {UNTUNED}", "VRAdam, setting for CIFAR-10"
+BEST_ADAMW, BEST_VRADAM = "AdamW, best trial", "VRAdam, best trial"
+SETTINGS = {
+    FIGURE_ADAM: Setting(UNTUNED),
+    SAME_RATE: Setting(2e-3),
+    FIGURE: Setting(2e-3, Gate(1.0, 19.0, "gradient")),
+    AT_DEFAULTS: Setting(UNTUNED, Gate(DEFAULT)),
+    CIFAR: Setting(0.0846, Gate(1.015, 29.0)),
+}
 
 
 class Run(NamedTuple):
     """The curves of one run.
 
     Attributes:
-      loss: before each step.
-      rate: of each step, the gate's factor included.
-      sharpness: largest eigenvalue of the Hessian, after every `MEASURED_EVERY` steps.
-      preconditioned: likewise of P^-1 H.
+      loss: the loss before each step.
+      rate: the rate of each step, the gate's factor included.
+      sharpness: the largest eigenvalue of the Hessian, after every `MEASURED_EVERY` steps.
+      preconditioned: the largest eigenvalue of P^-1 H, likewise.
     """
 
     loss: Any
@@ -122,7 +163,7 @@ class Run(NamedTuple):
 
     @property
     def late_loss(self) -> float:
-        """Decimal logarithm; the mean over the last tenth, since a loss at the edge jumps."""
+        """Mean logarithm of the loss over the last tenth, because a loss at the edge jumps."""
         return float(np.log10(self.loss[-len(self.loss) // 10 :]).mean())
 
 
@@ -145,20 +186,22 @@ def trainer(error: Callable[[Any, Any], jax.Array], options: argparse.Namespace)
     def loss(params):
         return error(apply_smooth(params, x), labels)
 
-    run = jax.jit(partial(run_training, loss), static_argnames=("gated", "measured"))
+    run = jax.jit(partial(run_training, loss), static_argnames=("norm_of", "measured"))
 
-    def train(seed: int, rates: ArrayLike, beta3: float | None = None, measured=True) -> Run:
+    def train(seed: int, rates: ArrayLike, gate: Gate | None = None, measured=True) -> Run:
         params = initialize_smooth(jax.random.key(seed), [x.shape[1], HIDDEN, HIDDEN, 10])
         rates = jnp.broadcast_to(jnp.asarray(rates, jnp.float32), (options.steps,))
-        gated = beta3 is not None
-        found = run(params, rates, beta3 or 0.0, gated=gated, measured=measured)
+        beta3, cutoff, norm_of = gate or (0.0, 0.0, None)
+        found = run(params, rates, beta3, cutoff, norm_of=norm_of, measured=measured)
         return jax.tree.map(np.asarray, found)
 
     return train
 
 
-def run_training(loss, params, rates, beta3, *, gated: bool, measured: bool) -> Run:
-    make = partial(vradam, beta3=beta3) if gated else optax.adamw
+def run_training(loss, params, rates, beta3, cutoff, *, norm_of: str | None, measured: bool) -> Run:
+    make = optax.adamw
+    if norm_of:
+        make = partial(vradam, beta3=beta3, lr_cutoff=cutoff, norm_of=norm_of)
     tx = make(lambda count: rates[count], b1=B1, b2=B2, eps=EPS, weight_decay=0.0)
 
     def step(run, rate):
@@ -184,22 +227,14 @@ def run_training(loss, params, rates, beta3, *, gated: bool, measured: bool) -> 
 
 
 class Plan(NamedTuple):
-    """Planned runs: for each seed one rate, or one for each step; gated if there is a beta3."""
+    """Planned runs: for each seed one rate, or one for each step; with a gate or without."""
 
     rates: Sequence[ArrayLike]
-    beta3: float | None = None
+    gate: Gate | None = None
     train: Train | None = None
 
 
-class Tuned(NamedTuple):
-    """The best of a search, and the late losses of the seeds that judge it."""
-
-    rate: float
-    beta3: float | None
-    losses: Any
-
-
-# They decide the results, and are recorded with them.
+# The constants that decide the results, which contain them.
 CONSTANTS = {
     "B1": B1,
     "MEASURED_EVERY": MEASURED_EVERY,
@@ -211,6 +246,7 @@ CONSTANTS = {
     "LOWEST_RATE": LOWEST_RATE,
     "HIGHEST_RATE": HIGHEST_RATE,
     "UNTUNED": UNTUNED,
+    "SETTINGS": [[rate, *(gate[:2] if gate else (0, 0))] for rate, gate in SETTINGS.values()],
     "FIRST_SEED": FIRST_SEED,
     "FIRST_SEARCH_SEED": FIRST_SEARCH_SEED,
 }
@@ -224,16 +260,30 @@ def main(argv: Sequence[str] | None = None) -> None:
     train, train_other = trainer(squared_error, options), trainer(cross_entropy, options)
     runs = at_the_edge(train, train_other, options)
     edge = {name: row(found) for name, found in runs.items()}
-    tuned, untuned = tune(train, options)
-    best, default = compare(*tuned), compare(*untuned)
+    compared, settings = compare(train, options)
+    losses = {name: np.array([run.late_loss for run in x]) for name, x in compared.items()}
+    curvatures = {name: curvatures_of(compared[name]) for name in (FIGURE_ADAM, SAME_RATE, FIGURE)}
     tables = {
         f"Curvature and rate, at α = {RATE}": columns(edge, "mean rate / α", *CURVATURES),
         f"Loss, at α = {RATE}": columns(edge, "steps uphill", PEAKS, LOSS),
-        f"At the best of {len(STRENGTHS) * options.rates} trials": best,
-        f"At the default rate, {UNTUNED}": default,
+        "Curvature, as in the authors' figure and at one rate": {
+            name: {key: evidence.mean(x) for key, x in found.items()}
+            for name, found in curvatures.items()
+        },
+        f"Loss at published settings, and at the best of {len(STRENGTHS) * options.rates} trials": {
+            name: row_of_loss(settings[name], losses, name) for name in losses
+        },
     }
-    figures = {"edge_of_stability": draw(runs, edge)}
-    findings = [*judge_edges(edge), judge_steadiness(edge), judge_losses(best, default)]
+    figures = {
+        "edge_of_stability": draw_curves(runs),
+        "edge_of_stability-comparisons": draw_comparisons(edge, curvatures, losses),
+    }
+    findings = [
+        *judge_edges(edge),
+        judge_steadiness(edge),
+        judge_curvature(curvatures),
+        *judge_losses(losses, settings),
+    ]
     evidence.publish("edge_of_stability", options, findings, tables, figures, CONSTANTS)
 
 
@@ -241,10 +291,14 @@ def make_parser() -> argparse.ArgumentParser:
     return evidence.make_parser(
         __doc__,
         seeds=(10, "initial weights"),
-        trials=(10, "seeds apart on which each rate is tried"),
-        steps=(2000, "of each training"),
-        images=(256, "to train on"),
-        rates=(6, f"that VRAdam tries with {len(STRENGTHS)} strengths; AdamW as many in all"),
+        trials=(10, "other seeds, on which each rate is tried"),
+        steps=(2000, "steps of each training"),
+        images=(256, "images to train on"),
+        rates=(
+            6,
+            f"rates that VRAdam tries with {len(STRENGTHS)} strengths; AdamW tries thrice as"
+            " many rates",
+        ),
     )
 
 
@@ -255,7 +309,7 @@ def at_the_edge(
     seeds = range(FIRST_SEED, FIRST_SEED + options.seeds)
 
     def run(plan: Plan) -> list[Run]:
-        of_one = partial(plan.train or train, beta3=plan.beta3)
+        of_one = partial(plan.train or train, gate=plan.gate)
         return [of_one(seed, rates) for seed, rates in zip(seeds, plan.rates, strict=True)]
 
     def alike(rates: ArrayLike, *args: Any) -> Plan:
@@ -264,8 +318,8 @@ def at_the_edge(
     cosine = optax.cosine_decay_schedule(RATE, options.steps)(np.arange(options.steps))
     plans = {
         ADAMW: alike(RATE),
-        VRADAM: alike(RATE, DEFAULT),
-        STRONGER: alike(RATE, STRONG),
+        VRADAM: alike(RATE, Gate(DEFAULT)),
+        STRONGER: alike(RATE, Gate(STRONG)),
         COSINE: alike(cosine),
         QUARTER: alike(RATE / 4),
         EIGHTH: alike(RATE / 8),
@@ -281,33 +335,39 @@ def at_the_edge(
     return {name: runs[name] for name in (*STYLES, CROSS_ENTROPY)}
 
 
-def tune(
+def compare(
     train: Train, options: argparse.Namespace
-) -> tuple[tuple[Tuned, Tuned], tuple[Tuned, Tuned]]:
-    """Return AdamW and VRAdam at the best trial of each, then both without a search."""
+) -> tuple[dict[str, list[Run]], dict[str, Setting]]:
+    """Return the runs at the published settings and at the best trials, and all settings."""
+    settings = SETTINGS | tune(train, options)
+    seeds = range(FIRST_SEED, FIRST_SEED + options.seeds)
 
-    def late_losses(first_seed: int, seeds: int, trial: tuple[float, float | None]) -> Any:
-        rate, beta3 = trial
-        runs = (train(first_seed + i, rate, beta3, measured=False) for i in range(seeds))
-        return np.array([run.late_loss for run in runs])
+    def run(setting: Setting) -> list[Run]:
+        # Only the authors' figure is about curvatures.
+        measured = setting in (SETTINGS[FIGURE_ADAM], SETTINGS[SAME_RATE], SETTINGS[FIGURE])
+        return [train(seed, *setting, measured=measured) for seed in seeds]
 
-    without = [(x, None) for x in grid(len(STRENGTHS) * options.rates)]
-    gated = [(x, beta3) for beta3 in STRENGTHS for x in grid(options.rates)]
-    trials = {f"trial {i}": trial for i, trial in enumerate(without + gated)}
-    search = partial(late_losses, FIRST_SEARCH_SEED, options.trials)
-    losses = [found.mean() for found in evidence.side_by_side(search, trials).values()]
-    best = (
-        without[int(np.nanargmin(losses[: len(without)]))],
-        gated[int(np.nanargmin(losses[len(without) :]))],
-    )
+    return evidence.side_by_side(run, settings), settings
 
-    def judged(rate: float, beta3: float | None) -> Tuned:
-        return Tuned(rate, beta3, late_losses(FIRST_SEED, options.seeds, (rate, beta3)))
 
-    return (
-        (judged(*best[0]), judged(*best[1])),
-        (judged(UNTUNED, None), judged(UNTUNED, DEFAULT)),
-    )
+def tune(train: Train, options: argparse.Namespace) -> dict[str, Setting]:
+    """Return the best trial of AdamW and of VRAdam, by seeds that judge nothing."""
+    seeds = range(FIRST_SEARCH_SEED, FIRST_SEARCH_SEED + options.trials)
+
+    def late_loss(setting: Setting) -> float:
+        runs = (train(seed, *setting, measured=False) for seed in seeds)
+        return float(np.mean([run.late_loss for run in runs]))
+
+    trials = {
+        BEST_ADAMW: [Setting(x) for x in grid(len(STRENGTHS) * options.rates)],
+        BEST_VRADAM: [Setting(x, Gate(beta3)) for beta3 in STRENGTHS for x in grid(options.rates)],
+    }
+    best = {}
+    for name, settings in trials.items():
+        numbered = {f"{name}, {i}": setting for i, setting in enumerate(settings)}
+        losses = list(evidence.side_by_side(late_loss, numbered).values())
+        best[name] = settings[int(np.nanargmin(losses))]
+    return best
 
 
 def grid(rates: int) -> list[float]:
@@ -346,16 +406,29 @@ def peaks(loss: Any) -> Any:
     return parts.max(axis=1) - np.median(parts, axis=1)
 
 
-def compare(adamw: Tuned, vradam: Tuned) -> dict[str, dict[str, Any]]:
-    """Return the table of both; differences are paired, seed by seed."""
+def curvatures_of(runs: Sequence[Run]) -> dict[str, Any]:
+    """Return the medians over the second half, for each seed; those of loss are logarithms."""
+    late = slice(len(runs[0].sharpness) // 2, None)
+    of_own = [run.preconditioned * thin(run.rate) / OF_ADAM for run in runs]
     return {
-        name: {
-            "rate": in_words(found.rate),
-            "beta3": "-" if found.beta3 is None else f"{found.beta3:g}",
-            LOSS: evidence.mean(found.losses),
-            LESS: evidence.mean(found.losses - adamw.losses),
-        }
-        for name, found in {ADAMW: adamw, VRADAM: vradam}.items()
+        "mean rate": [float(run.rate.mean()) for run in runs],
+        "log10 of H's": np.array([np.log10(np.median(run.sharpness[late])) for run in runs]),
+        "log10 of P^-1 H's": np.array(
+            [np.log10(np.median(run.preconditioned[late])) for run in runs]
+        ),
+        OF_OWN_EDGE: [float(np.median(x[late])) for x in of_own],
+        LOSS: [run.late_loss for run in runs],
+    }
+
+
+def row_of_loss(setting: Setting, losses: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return the row of one setting; differences are paired, seed by seed."""
+    return {
+        "rate": in_words(setting.rate) if "best" in name else f"{setting.rate:g}",
+        "beta3": f"{setting.gate.beta3:g}" if setting.gate else "-",
+        LOSS: evidence.mean(losses[name]),
+        FROM_UNTUNED: evidence.mean(losses[name] - losses[FIGURE_ADAM]),
+        FROM_TUNED: evidence.mean(losses[name] - losses[BEST_ADAMW]),
     }
 
 
@@ -385,58 +458,103 @@ def judge_edges(edge: Mapping[str, Cells]) -> list[Finding]:
 
 
 def judge_steadiness(edge: Mapping[str, Cells]) -> Finding:
-    """Judge whether VRAdam is steadier than its controls, and than slow ones of no higher loss."""
+    """Judge whether VRAdam is steadier than AdamW at the same rates and than slow AdamW.
+
+    Against slow AdamW it needs smaller peaks and a lower loss.
+    """
     gated, published = edge[STRONGER], edge[VRADAM]
-
-    def beats(one: Cells, other: Cells, columns: Sequence[str] = (PEAKS, LOSS)) -> bool:
-        return all(one[column].high < other[column].low for column in columns)
-
-    steadier = all(beats(gated, edge[name], [PEAKS]) for name in (ADAMW, MEAN_RATE, REPLAYED))
-    beaten = [name for name in SLOW if beats(gated, edge[name])]
-    better = [name for name in SLOW if beats(edge[name], gated)]
-    verdict = Verdict.NOT_SEEN
-    if steadier:
-        verdict = Verdict.HOLDS if len(beaten) == len(SLOW) else Verdict.ONLY_UNTUNED
+    measures = PEAKS, LOSS
+    slow = {name: [edge[name][x].minus(gated[x]) for x in measures] for name in SLOW}
+    alike = [edge[name][PEAKS].minus(gated[PEAKS]) for name in (ADAMW, MEAN_RATE, REPLAYED)]
 
     def shown(name: str) -> str:
         return f"{edge[name][PEAKS].mean:.2g} ({edge[name][LOSS].mean:.2f})"
 
-    slow = ", ".join(f"{how} {shown(name)}" for name, how in SLOW.items())
+    def less(name: str) -> str:
+        return f"peaks {gated[PEAKS].mean - edge[name][PEAKS].mean:+.2f} decades"
+
+    said = ", ".join(f"{how} {shown(name)}" for name, how in SLOW.items())
+    worse = sum(all(x.low > 0 for x in differences) for differences in slow.values())
+    better = sum(all(x.high < 0 for x in differences) for differences in slow.values())
     return Finding(
         "VRAdam: a gate below 1 makes training at that edge steadier, and a lower rate does not",
-        verdict,
-        f"With beta3 = {STRONG:.0f} the loss peaks by {gated[PEAKS].mean:.2g} decades (its"
-        f" logarithm is {gated[LOSS].mean:.2f} in the end), at {gated[OF_OWN_EDGE].mean:.2f} of"
-        f" the edge of the gated rate; as published, where the gate's mean is"
-        f" {published['mean rate / α'].mean:.3f} here, by {shown(VRADAM)}. AdamW at α peaks by"
-        f" {shown(ADAMW)}, at the gated run's mean rate {shown(MEAN_RATE)}, at the rates of"
-        f" another seed's gate {shown(REPLAYED)}. AdamW that is slow late: {slow}. In both"
-        f" peaks and loss the gate is better than {len(beaten)} of these {len(SLOW)}, and"
-        f" {len(better)} better than the gate.",
+        evidence.judge([x for differences in slow.values() for x in differences], alike),
+        f"Peaks of the loss in decades, and the logarithm of the loss in the end: VRAdam with"
+        f" beta3 = {STRONG:.0f} {shown(STRONGER)}, at {gated[OF_OWN_EDGE].mean:.2f} of the edge of"
+        f" its gated rate; VRAdam as published, where the gate's mean is"
+        f" {published['mean rate / α'].mean:.3f}, {shown(VRADAM)}; AdamW at α {shown(ADAMW)}, at"
+        f" the gated run's mean rate {shown(MEAN_RATE)}, at the rates of another seed's gate"
+        f" {shown(REPLAYED)}. AdamW that is slow late: {said}. In both measures {worse} of these"
+        f" {len(SLOW)} are worse than the gate, and {better} better.",
+        untuned=less(ADAMW),
+        tuned=f"{less(COSINE)} (AdamW with a cosine)",
     )
 
 
-def judge_losses(best: Mapping[str, Any], default: Mapping[str, Any]) -> Finding:
-    verdict = Verdict.NOT_SEEN
-    if best[VRADAM][LESS].high < 0:
-        verdict = Verdict.HOLDS
-    elif default[VRADAM][LESS].high < 0:
-        verdict = Verdict.ONLY_UNTUNED
-
-    def shown(cells: Mapping[str, Any]) -> str:
-        return f"{cells[LOSS].mean:.2f} at rate {cells['rate']}"
-
-    def less(cells: Mapping[str, Any]) -> str:
-        return f"{cells[LESS].mean:+.3f} [{cells[LESS].low:+.3f}, {cells[LESS].high:+.3f}]"
-
+def judge_curvature(curvatures: Mapping[str, Mapping[str, Any]]) -> Finding:
+    as_shown, fair = compare_curvatures(curvatures)
+    of_h, of_both = fair.values()
+    seen = curvatures[FIGURE_ADAM][OF_OWN_EDGE], curvatures[FIGURE][OF_OWN_EDGE]
+    at = [f"{evidence.mean(x).mean:.2g}" for x in seen]
     return Finding(
-        "VRAdam: it trains to a lower loss than AdamW",
-        verdict,
-        f"Logarithm of the loss, each at the best of as many trials: AdamW {shown(best[ADAMW])},"
-        f" VRAdam {shown(best[VRADAM])} and beta3 {best[VRADAM]['beta3']}, a difference of"
-        f" {less(best[VRADAM])}. Both at the default rate: AdamW {shown(default[ADAMW])}, VRAdam's"
-        f" difference {less(default[VRADAM])}.",
+        "VRAdam: it trains at a lower curvature than Adam",
+        evidence.judge([-of_h, -of_both], [-as_shown]),
+        f"Difference from Adam in decades. As in the authors' figure, VRAdam's H at rate .002"
+        f" and Adam's P^-1 H at .001: {decades(as_shown)}. Both at .002: {decades(of_h)} of H,"
+        f" {decades(of_both)} of P^-1 H. Neither is near its edge here: Adam at {at[0]} of it,"
+        f" VRAdam at {at[1]}. {evidence.sensitivity(of_h, ' decades', 2)}",
+        untuned=f"curvature {decades(as_shown)} decades, with two measures",
+        tuned=f"curvature {decades(of_h)} decades of H, {decades(of_both)} of P^-1 H",
     )
+
+
+def compare_curvatures(
+    curvatures: Mapping[str, Mapping[str, Any]],
+) -> tuple[Estimate, dict[str, Estimate]]:
+    """Return VRAdam's difference from Adam as the authors show it, and at one rate by measure."""
+    of_h, of_both = "log10 of H's", "log10 of P^-1 H's"
+    gated = curvatures[FIGURE]
+    as_shown = evidence.mean(gated[of_h] - curvatures[FIGURE_ADAM][of_both])
+    fair = {x: evidence.mean(gated[x] - curvatures[SAME_RATE][x]) for x in (of_h, of_both)}
+    return as_shown, fair
+
+
+def judge_losses(losses: Mapping[str, Any], settings: Mapping[str, Setting]) -> list[Finding]:
+    """Judge VRAdam tuned, and at two settings of its authors."""
+
+    def finding(claim: str, untuned: str, tuned: str) -> Finding:
+        """Judge one setting of VRAdam against untuned AdamW, and one against tuned AdamW."""
+        from_untuned = evidence.mean(losses[untuned] - losses[FIGURE_ADAM])
+        from_tuned = evidence.mean(losses[tuned] - losses[BEST_ADAMW])
+        extra = ""
+        if untuned == FIGURE:
+            at_one = evidence.mean(losses[FIGURE] - losses[SAME_RATE])
+            extra = f" From AdamW at the same rate: {decades(at_one)}."
+        if tuned == BEST_VRADAM:
+            found = settings[BEST_VRADAM]
+            beta3 = found.gate.beta3 if found.gate else 0.0
+            extra = f" VRAdam's best trial is rate {in_words(found.rate)} with beta3 {beta3:g}."
+        return Finding(
+            claim,
+            evidence.judge([-from_tuned], [-from_untuned]),
+            f"Difference in decades of the loss: {decades(from_untuned)} from AdamW at rate"
+            f" {UNTUNED}; {decades(from_tuned)} from AdamW at its best rate,"
+            f" {in_words(settings[BEST_ADAMW].rate)}.{extra}"
+            f" {evidence.sensitivity(from_tuned, ' decades', 2)}",
+            untuned=f"loss {decades(from_untuned)} decades",
+            tuned=f"loss {decades(from_tuned)} decades",
+        )
+
+    claim = "VRAdam: it trains to a lower loss than AdamW"
+    return [
+        finding(claim, AT_DEFAULTS, BEST_VRADAM),
+        finding(f"{claim}, at twice Adam's rate as in the authors' figure", FIGURE, FIGURE),
+        finding(f"{claim}, at the authors' setting for CIFAR-10", CIFAR, CIFAR),
+    ]
+
+
+def decades(x: Estimate) -> str:
+    return evidence.signed(x, 2)
 
 
 def thin(curve: Any) -> Any:
@@ -444,19 +562,18 @@ def thin(curve: Any) -> Any:
     return curve.reshape(*curve.shape[:-1], -1, MEASURED_EVERY).mean(axis=-1)
 
 
-def draw(runs: Mapping[str, Sequence[Run]], edge: Mapping[str, Cells]) -> Figure:
-    """Draw medians over the seeds with their range, and points with intervals."""
-    figure = Figure(figsize=(evidence.WIDTH, 7.8), layout="constrained")
-    panels: Any = figure.subplot_mosaic(
-        [["edge", "H"], ["rate", "loss"], ["peaks", "peaks"]], height_ratios=[1, 1, 1.15]
-    )
-    for name, style in STYLES.items():
+def draw_curves(runs: Mapping[str, Sequence[Run]]) -> Figure:
+    """Draw medians over the seeds with their range."""
+    figure = Figure(figsize=(evidence.WIDTH, 5.8), layout="constrained")
+    panels: Any = figure.subplot_mosaic([["edge", "H"], ["rate", "loss"]])
+    for name in STYLES:
+        if name in (QUARTER, EIGHTH):
+            continue
         curves = Run(*(np.stack(curve) for curve in zip(*runs[name], strict=True)))
         draw_curve(panels["edge"], name, curves.preconditioned)
         draw_curve(panels["H"], name, curves.sharpness)
         draw_curve(panels["rate"], name, thin(curves.rate))
         draw_curve(panels["loss"], name, thin(curves.loss))
-        draw_point(panels["peaks"], edge[name], style)
     for axes, level, text in (
         (panels["edge"], OF_ADAM, "38 / α"),
         (panels["H"], OF_DESCENT, "2 / α"),
@@ -464,28 +581,91 @@ def draw(runs: Mapping[str, Sequence[Run]], edge: Mapping[str, Cells]) -> Figure
         axes.axhline(level / RATE, color="black", linestyle=":", linewidth=1)
         beside = {"xycoords": axes.get_yaxis_transform(), "ha": "left", "va": "center"}
         axes.annotate(text, (1.01, level / RATE), fontsize=9, **beside)
-    entitle(panels["edge"], "curvature that Adam sees", "steps", "top eigenvalue of $P^{-1} H$")
-    entitle(panels["H"], "curvature of the loss", "steps", "top eigenvalue of H")
+    title = "curvature that Adam sees, and its edge"
+    entitle(panels["edge"], title, "steps", "top eigenvalue of $P^{-1} H$")
+    title = "curvature of the loss, and gradient descent's edge"
+    entitle(panels["H"], title, "steps", "top eigenvalue of H")
     entitle(panels["rate"], "rate, with gate and schedule", "steps", "rate")
     entitle(panels["loss"], f"loss, means of {MEASURED_EVERY} steps", "steps", "squared error")
-    title = "lower is steadier, left is a lower loss (means and intervals over seeds)"
-    entitle(panels["peaks"], title, "log10 of the loss in the end", "peaks of the loss, decades")
     for name, axes in panels.items():
         axes.set_yscale("log")
         tidy(axes)
         log_ticks(axes.yaxis, (1,) if name == "loss" else (1, 2, 5))
     panels["rate"].set_ylim(bottom=RATE / 20)
     handles, _ = panels["edge"].get_legend_handles_labels()
-    figure.legend(handles=handles, loc="outside upper center", ncols=4, fontsize=8.5, frameon=False)
+    figure.legend(handles=handles, loc="outside upper center", ncols=3, fontsize=8.5, frameon=False)
     return figure
 
 
+def draw_comparisons(
+    edge: Mapping[str, Cells],
+    curvatures: Mapping[str, Mapping[str, Any]],
+    losses: Mapping[str, Any],
+) -> Figure:
+    """Draw peaks against losses, and the differences from AdamW that decide."""
+    figure = Figure(figsize=(evidence.WIDTH, 6.6), layout="constrained")
+    panels: Any = figure.subplot_mosaic([["peaks", "peaks"], ["H", "loss"]], height_ratios=(1.3, 1))
+    draw_peaks(panels["peaks"], edge)
+    draw_loss_differences(panels["loss"], losses)
+    axes = panels["H"]
+    as_shown, fair = compare_curvatures(curvatures)
+    rows = {
+        "as in the authors' figure:\nVRAdam's H, Adam's $P^{-1} H$": as_shown,
+        "at one rate: both H": fair["log10 of H's"],
+        "at one rate: both $P^{-1} H$": fair["log10 of P^-1 H's"],
+    }
+    axes.axvline(0, color="0.6", linewidth=1)
+    evidence.draw_estimates(axes, [0], [as_shown], across=True, color=ORANGE)
+    evidence.draw_estimates(
+        axes, [1, 2], list(fair.values()), across=True, color=BLUE, linestyle="", fillstyle="none"
+    )
+    axes.set_yticks(range(len(rows)), list(rows))
+    axes.set_ylim(2.6, -0.6)
+    tidy(axes, grid="x")
+    entitle(axes, "curvature: VRAdam's difference from Adam", "decades (left is lower)", "")
+    return figure
+
+
+def draw_peaks(axes: Axes, edge: Mapping[str, Cells]) -> None:
+    for name, style in STYLES.items():
+        draw_point(axes, edge[name], style)
+        at = edge[name][LOSS].mean, edge[name][PEAKS].mean
+        place = {"textcoords": "offset points", "fontsize": 8, "color": style["color"]}
+        axes.annotate(name, at, **place, **LABELS.get(name, ABOVE))
+    axes.set_yscale("log")
+    tidy(axes)
+    log_ticks(axes.yaxis)
+    axes.margins(0.1, 0.15)
+    title = f"steadiness and loss at α = {RATE}: lower is steadier, left is a lower loss"
+    entitle(axes, title, "log10 of the loss in the end", "peaks of the loss (decades)")
+
+
+def draw_loss_differences(axes: Axes, losses: Mapping[str, Any]) -> None:
+    rows = {
+        "both tuned, or\nboth at the default rate": (AT_DEFAULTS, BEST_VRADAM),
+        "as in the authors' figure": (FIGURE, FIGURE),
+        "setting for CIFAR-10": (CIFAR, CIFAR),
+    }
+    axes.axvline(0, color="0.6", linewidth=1)
+    kinds = (
+        (FIGURE_ADAM, ORANGE, "full", f"from AdamW at {UNTUNED}"),
+        (BEST_ADAMW, BLUE, "none", "from AdamW at its best"),
+    )
+    for which, (baseline, colour, fill, label) in enumerate(kinds):
+        found = [evidence.mean(losses[x[which]] - losses[baseline]) for x in rows.values()]
+        places = np.arange(len(rows)) + 0.3 * (which - 0.5)
+        look = {"color": colour, "fillstyle": fill, "linestyle": "", "label": label}
+        evidence.draw_estimates(axes, places, found, across=True, **look)
+    axes.set_yticks(range(len(rows)), list(rows))
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    tidy(axes, grid="x")
+    entitle(axes, "loss: VRAdam's difference from AdamW", "decades (left is lower)", "")
+    below = {"loc": "upper center", "bbox_to_anchor": (0.4, -0.2), "ncols": 1}
+    axes.legend(fontsize=8, frameon=False, **below)
+
+
 def draw_curve(axes: Axes, name: str, each: Any) -> None:
-    """Draw a line, or only the entry of the legend for a style without one."""
     style = STYLES[name]
-    if style.get("linestyle") == "none":
-        axes.plot([], [], label=name, markersize=4, **style)
-        return
     steps = MEASURED_EVERY * np.arange(1, each.shape[1] + 1)
     axes.plot(
         steps,

@@ -3,23 +3,23 @@
     python examples/evidence/low_precision.py
 
 Gradients are lognormal over rows and over columns, so that elements that share a scale differ by
-orders of magnitude. In a second phase half of the columns fall tenfold, which an average of
-b2 = .999 follows slowly: it changes by .1 % in a step, less than 8 bits can tell apart. Each
+orders of magnitude. In a second phase half of the columns fall tenfold. An average of b2 = .999
+follows slowly: it changes by .1 % in a step, and two neighbouring 8-bit codes differ by more. Each
 optimizer takes the same gradients twice, with its state in float32 and with its state stored in a
 format. An error is the RMS of the difference of their updates, divided by the RMS of float32's
 updates, over the last steps of a phase. "Largest" is the largest element of the updates, divided by
 the largest of float32's.
 
-The published formats, as they stand here, round the state after each step:
+In this script, the published formats round the state after each step:
 
 - *FlashOptim* (arXiv 2602.23349): m in int8 by a softsign, sqrt(v) in uint8 with linear codes,
-  groups of 32 elements with scales in float16. One row has its scales in float32, which tells what
-  the codes alone cost.
+  groups of 32 elements with scales in float16. One row has its scales in float32, which shows the
+  error of the codes alone.
 - *bitsandbytes* (Dettmers et al., arXiv 2110.02861): the 256 numbers of the "dynamic" map, for m
   and for v, blocks of 256 elements with scales in float32.
 
-Not to be seen here: how much of an error a training forgives. Gradients do not depend on the
-updates, and the parameters stay 0.
+This script does not show how an error of the update changes a training: its gradients do not depend
+on the updates, and the parameters stay 0.
 """
 
 import argparse
@@ -43,15 +43,15 @@ from optax_ext import caadam, dualadam, fame, formats, invadam, novak, quantize_
 SHAPE = 32, 256
 # Typical size of a gradient, and the deviations of its logarithm over rows and over columns.
 SIZE, ROWS, COLUMNS = 1e-4, 1.5, 1.0
-# What half of the columns are multiplied by in the second phase.
+# The factor of half of the columns in the second phase.
 FALL = 0.1
-# Errors are measured in so many steps at the end of a phase.
+# The number of steps at the end of a phase in which errors are measured.
 MEASURED = 200
 # The error that the claim allows.
 ALLOWED = 0.13
 
 
-# They decide the results, and are recorded with them.
+# The constants that decide the results, which contain them.
 CONSTANTS = {
     "SHAPE": SHAPE,
     "SIZE": SIZE,
@@ -62,7 +62,7 @@ CONSTANTS = {
     "ALLOWED": ALLOWED,
 }
 
-# From an array to what is left of it after it was stored.
+# A function from an array to the array that is read after it was stored.
 Rounding = Callable[[jax.Array], jax.Array]
 
 

@@ -5,7 +5,7 @@
 A transformer learns the bytes of Python's standard library, and a convnet learns scikit-learn's
 digits. Each optimizer trains twice from the same initial weights on the same batches: with its
 state in float32, and with its state stored by `quantize_state`. The loss at the end is that of
-text, or of images, that no training saw. The claim is that the mean difference is less than half of
+held-out text or images. The claim is that the mean difference is less than half of
 the spread, the standard deviation over seeds with state in float32.
 
 Differences of single seeds are as large as the spread, because two trainings drift apart; so the
@@ -21,7 +21,7 @@ rounding. They compute in float32.
 Learning rates were chosen for float32 state, by another seed and a fourth of the steps. They warm
 up and then follow a cosine.
 
-Not to be seen here: trainings of more parameters or of more steps.
+This script shows nothing about larger networks or longer trainings.
 """
 
 import argparse
@@ -72,17 +72,17 @@ WIDTH, HEADS, LENGTH = 64, 4, 32
 CHANNELS = 32, 64, 64
 # Sequences or images in a step.
 BATCHES = {"transformer": 8, "convnet": 32}
-# The share of the text, at its end, that is not trained on, and how many sequences of it are used.
+# The share of the text, at its end, that is held out, and the number of its sequences in use.
 HELD_OUT, HELD_OUT_SEQUENCES = 0.05, 512
 WARM_UP = 0.1
 # The largest mean difference that the claim allows, in spreads.
 ALLOWED = 0.5
-# How many times as many seeds decide where the difference of the first ones is larger.
+# The factor of the number of seeds that decide if the first seeds' difference is larger.
 MORE_SEEDS = 4
-# Curves are averages over so many steps.
+# The number of steps that a point of a curve averages.
 SMOOTHED = 50
 
-# The best of a grid of ratio 3 for float32 state, with a seed apart and 500 steps.
+# The best of a grid of ratio 3 for float32 state, with another seed and 500 steps.
 RATES = {
     "AdamW": {"transformer": 1e-2, "convnet": 3e-3},
     "FAME": {"transformer": 1e-2, "convnet": 1e-2},
@@ -104,7 +104,7 @@ FACTORIES: dict[str, Factory] = {
     "Lion": optax.lion,
 }
 
-# They decide the results, and are recorded with them.
+# The constants that decide the results, which contain them.
 CONSTANTS = {
     "WIDTH": WIDTH,
     "HEADS": HEADS,

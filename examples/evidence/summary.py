@@ -100,12 +100,17 @@ def with_rates(readme: str, comparison: Document, training: Document) -> str:
 
 def table(documents: Mapping[str, Document]) -> str:
     """Return the table of claims in Markdown."""
-    lines = ["| claim | verdict | `python examples/evidence/…` |", "|---|---|---|"]
+    lines = [
+        "| claim | verdict | difference from the untuned baseline | from the tuned one | script |",
+        "|---|---|---|---|---|",
+    ]
     for script, found in documents.items():
         command = f"`{script}.py`, {takes(found['seconds'])}"
         for finding in found["findings"]:
             claim = f"[{finding['claim']}]({PAGE.name}#{anchor(title_of(script))})"
-            lines.append(f"| {claim} | {finding['verdict']} | {command} |")
+            differences = (finding.get(key, "–") for key in ("untuned", "tuned"))
+            cells = claim, finding["verdict"], *differences, command
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
