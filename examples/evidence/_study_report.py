@@ -23,7 +23,7 @@ from _contenders import (
 )
 from _evidence import BLUE, ORANGE, SEARCH_SEED, Estimate, Finding, Rows, Verdict, entitle, tidy
 from _protocol import BASELINE, Comparison, Study
-from _training import describe
+from _trainer import describe
 from _workloads import Workload, library_files
 
 SEEN_BELOW = 0.05

@@ -44,7 +44,7 @@ import _study_report as report
 from _contenders import CONTENDERS
 from _evidence import RESULTS, Split
 from _protocol import Contender, Run, Setting, Study
-from _training import Trainer, definition, environment
+from _trainer import Trainer, definition, environment
 from _workloads import ON_CPU, ON_GPU, Data, Workload
 
 WORKLOADS = ON_CPU | ON_GPU

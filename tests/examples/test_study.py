@@ -180,7 +180,7 @@ def test_holm(load_module):
 
 
 def test_schedule(load_module):
-    protocol, training = load_module("_protocol"), load_module("_training")
+    protocol, training = load_module("_protocol"), load_module("_trainer")
     setting = protocol.Setting(2.0, 0.0, 0.25)
     rates = np.array([training.make_schedule(setting, 40)(count) for count in range(40)])
     np.testing.assert_allclose(rates[:10], 2 * np.arange(1, 11) / 10, rtol=1e-6)
@@ -192,7 +192,7 @@ def test_schedule(load_module):
 
 @pytest.mark.slow
 def test_every_decay_is_decoupled(load_module):
-    contenders, script = load_module("_contenders"), load_module("_training")
+    contenders, script = load_module("_contenders"), load_module("_trainer")
     setting = load_module("_protocol").Setting(0.1, 0.5, 0.0)
     x = {"dense": {"kernel": jnp.arange(1.0, 4097).reshape(64, 64)}}
     for name, contender in contenders.CONTENDERS.items():
@@ -223,7 +223,7 @@ def small(load_module) -> tuple[Any, Any]:
 def test_a_seed_decides_a_training(load_module, small):
     workload, make_runs = small
     factory = load_module("_contenders").CONTENDERS["AdamW"].factory
-    trainer = load_module("_training").Trainer(workload, factory)
+    trainer = load_module("_trainer").Trainer(workload, factory)
     names = "validation", "test", "accuracy"
     first, second = trainer.train(make_runs(0, 1))
     assert first["test"] != second["test"]
