@@ -2,10 +2,10 @@
 
 A search tries points of a cube: learning rate, decay of a step, share of warm-up. The ranges of
 rates have the same width in decades, each around the contender's own center. The setting with the
-least validation loss is chosen, on a seed that decides nothing else, and another seed judges it.
+lowest validation loss is chosen, on a seed used only for the search, and another seed judges it.
 Every contender does so as many times as there are seeds, each time at the same other points of the
 cube and from the same initial weights on the same batches. So differences between contenders vary
-by the luck of the search as well as by that of the seed, and their interval covers both.
+with the points of the search and with the seed, and their interval covers both.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import optax
 from numpy.typing import ArrayLike
-from scipy import stats
+from scipy import optimize, stats
 from scipy.stats import qmc
 
 import _evidence as evidence
@@ -245,28 +245,31 @@ class Comparison(NamedTuple):
     p: float
 
 
-def compare(losses: ArrayLike, others: ArrayLike) -> Comparison:
-    """Compare losses of the same seeds."""
+def compare(losses: ArrayLike, others: ArrayLike, comparisons: int = 1) -> Comparison:
+    """Compare losses of the same seeds; `comparisons` is for `smallest_effect`."""
     differences = np.asarray(losses, np.float64) - np.asarray(others, np.float64)
     if not differences.any():
         return Comparison(Estimate(0.0, 0.0, 0.0), 0.0, 1.0)
     found = evidence.mean(differences)
     statistic = abs(found.mean) / float(stats.sem(differences))
     p = 2 * float(stats.t.sf(statistic, len(differences) - 1))
-    return Comparison(found, smallest_effect(differences), p)
+    return Comparison(found, smallest_effect(differences, comparisons), p)
 
 
-def smallest_effect(differences: ArrayLike) -> float:
-    """Return the true mean difference that a paired t-test sees with a probability of 80 %.
+def smallest_effect(differences: ArrayLike, comparisons: int = 1) -> float:
+    """Return the true mean difference that a paired t-test detects with a probability of 80 %.
 
-    With the standard deviation s of n differences it is (t(.975) + t(.8)) s / sqrt(n), where t(q)
-    is Student's quantile for n - 1 degrees of freedom. The interval has a half width of t(.975) s /
-    sqrt(n), and it excludes 0 in 80 % of all studies if the true mean is t(.8) s / sqrt(n) farther
-    from 0 than that.
+    The level of the test is 5 %, divided by the number of comparisons: the first step of Holm's
+    method. Later steps detect smaller differences. The standard deviation is that of the sample.
     """
     differences = np.asarray(differences, np.float64)
-    quantiles = stats.t.ppf([(1 + evidence.CONFIDENCE) / 2, POWER], len(differences) - 1)
-    return float(quantiles.sum() * stats.sem(differences))
+    freedom = len(differences) - 1
+    critical = stats.t.isf((1 - evidence.CONFIDENCE) / comparisons / 2, freedom)
+    # The true mean in standard errors, which decides the distribution of the statistic.
+    found = optimize.brentq(
+        lambda mean: stats.nct.sf(critical, freedom, mean) - POWER, 0, 10 * critical
+    )
+    return found * float(stats.sem(differences))
 
 
 def holm(p: Sequence[float]) -> np.ndarray:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -29,6 +30,8 @@ from _workloads import Workload, library_files
 SEEN_BELOW = 0.05
 # Panels reach so many times as far as the largest interval of most contenders.
 ROOM = 1.3
+# Losses that are so many times the least one are drawn alike.
+FAR = 4.0
 # They decide the results, and are recorded with them.
 CONSTANTS = {
     "SEARCH_SEED": SEARCH_SEED,
@@ -109,8 +112,8 @@ def write_library(options: argparse.Namespace) -> None:
 
 def compare(study: Study, workload: str, title: str, judged: list[str]) -> Outcome:
     losses = {name: study.losses(workload, name) for name in judged}
-    found = {name: protocol.compare(x, losses[BASELINE]) for name, x in losses.items()}
     own = [name for name in judged if name != BASELINE and not study.contenders[name].form_of]
+    found = {name: protocol.compare(x, losses[BASELINE], len(own)) for name, x in losses.items()}
     p = dict(zip(own, protocol.holm([found[name].p for name in own]).tolist(), strict=True))
     return Outcome(title, judged, found, p)
 
@@ -152,8 +155,8 @@ def make_tables(
             if not study.contenders[contender].form_of
         }
     tables["Workloads"] = {
-        outcome.title: sizes(workloads[name]) | absent(study, name, outcome)
-        for name, outcome in outcomes.items()
+        workload.title: sizes(workload) | absent(study, name, outcomes.get(name))
+        for name, workload in workloads.items()
     }
     return tables
 
@@ -235,8 +238,10 @@ def sizes(workload: Workload) -> dict[str, Estimate | float | str]:
     }
 
 
-def absent(study: Study, workload: str, outcome: Outcome) -> dict[str, str]:
+def absent(study: Study, workload: str, outcome: Outcome | None) -> dict[str, str]:
     """Return which contenders can't be judged yet; p-values don't allow for their number."""
+    if outcome is None:
+        return {"not judged yet": "all"}
     names = [name for name in study.entered(workload) if name not in outcome.judged]
     return {"not judged yet": ", ".join(names) or "none"}
 
@@ -248,23 +253,33 @@ def finding(study: Study, outcomes: Mapping[str, Outcome], method: str) -> Findi
         return None
     seen = [outcome.seen(method) for outcome in found.values()]
     shown = "; ".join(
-        f"{outcome.title} {difference(outcome.from_baseline[method])}" for outcome in found.values()
+        f"{outcome.title} {difference(outcome.from_baseline[method])}"
+        f"{of_diverged(study, name, method)}"
+        for name, outcome in found.items()
     )
     control = study.contenders[method].control
     explained = control is not None and not all(
         beats(study, name, method, control) for name, x in found.items() if x.seen(method) < 0
     )
+    means = [outcome.from_baseline[method].difference.mean for outcome in found.values()]
     return Finding(
-        f"{method}: tuned as hard as AdamW, it ends at a lower loss",
+        f"{method}: with as many trials as AdamW, it ends at a lower loss",
         judge(seen, explained),
         f"Test loss less AdamW's, and the smallest difference that would have been seen: {shown}."
         f" Lower in {seen.count(-1)} of {len(seen)}, higher in {seen.count(1)}.",
+        tuned=f"test loss {min(means):+.3f} to {max(means):+.3f} at {len(means)} workloads",
     )
 
 
 def difference(compared: Comparison) -> str:
     x = compared.difference
     return f"{x.mean:+.3f} [{x.low:+.3f}, {x.high:+.3f}] ({compared.smallest:.3f})"
+
+
+def of_diverged(study: Study, workload: str, method: str) -> str:
+    """Return how many trainings diverged, if any."""
+    number = sum(x["test"] is None for x in study.judge(workload, method))
+    return f", where {number} of {study.rules[workload].seeds} diverged" if number else ""
 
 
 def beats(study: Study, workload: str, method: str, control: str) -> bool:
@@ -276,12 +291,15 @@ def beats(study: Study, workload: str, method: str, control: str) -> bool:
 
 
 def judge(seen: Sequence[int], explained: bool) -> Verdict:
-    """Return the verdict: what was seen at most workloads, if the opposite was seen at none."""
+    """Return the verdict: what was seen at most workloads, if the opposite was seen at none.
+
+    A gain that the method's control explains does not count.
+    """
     lower, higher = seen.count(-1), seen.count(1)
-    if 2 * lower > len(seen) and not higher:
-        return Verdict.ONLY_UNTUNED if explained else Verdict.HOLDS
+    if 2 * lower > len(seen) and not higher and not explained:
+        return Verdict.HOLDS
     if 2 * higher > len(seen) and not lower:
-        return Verdict.REFUTED
+        return Verdict.OPPOSITE
     return Verdict.NOT_SEEN
 
 
@@ -325,14 +343,17 @@ def draw_panel(axes: Axes, study: Study, outcome: Outcome, names: Sequence[str])
     looks["8-bit state"] = {"color": ORANGE, "marker": "D", "markersize": 3}
     for shift, (label, look) in zip((-0.15, 0.2), looks.items(), strict=True):
         shown = names if shift < 0 else [forms.get(name, "") for name in names]
-        rows = [row for row, name in enumerate(shown) if name in outcome.judged]
-        found = [outcome.from_baseline[shown[row]].difference for row in rows]
-        if rows:
-            places = np.array(rows) + shift
-            evidence.draw_estimates(
-                axes, places, found, across=True, linestyle="", label=label, **look
-            )
-            point_outside(axes, places, found, limit, look["color"])
+        found = {
+            row + shift: outcome.from_baseline[name].difference
+            for row, name in enumerate(shown)
+            if name in outcome.judged
+        }
+        inside = {row: x for row, x in found.items() if abs(x.mean) <= limit}
+        if inside:
+            look = {"linestyle": "", "label": label, **look}
+            evidence.draw_estimates(axes, list(inside), list(inside.values()), across=True, **look)
+        for row in found.keys() - inside.keys():
+            point_outside(axes, row, found[row].mean, limit)
     axes.set_xlim(-limit, limit)
     axes.xaxis.set_major_locator(MaxNLocator(5))
     entitle(axes, outcome.title, "test loss, less AdamW's", "")
@@ -349,23 +370,11 @@ def reach(outcome: Outcome, names: Sequence[str]) -> float:
     return ROOM * min(max(ends, default=1), 3 * float(np.median(ends or [1]))) or 1.0
 
 
-def point_outside(
-    axes: Axes, places: np.ndarray, found: Sequence[Estimate], limit: float, colour: str
-) -> None:
-    """Write the differences that lie outside of the panel at its edge."""
-    for row, x in zip(places, found, strict=True):
-        if abs(x.mean) > limit:
-            right = x.mean > 0
-            text = f"{x.mean:+.2g} →" if right else f"← {x.mean:+.2g}"
-            axes.text(
-                limit if right else -limit,
-                row,
-                text,
-                ha="right" if right else "left",
-                va="center",
-                fontsize=7,
-                color=colour,
-            )
+def point_outside(axes: Axes, row: float, mean: float, limit: float) -> None:
+    """Write a difference that lies outside of the panel at its edge."""
+    side, text = ("right", f"{mean:+.2g} →") if mean > 0 else ("left", f"← {mean:+.2g}")
+    place = math.copysign(limit, mean)
+    axes.text(place, row, text, ha=side, va="center", fontsize=8, color=BLUE)
 
 
 def draw_sensitivity(
@@ -394,15 +403,13 @@ def by_rate(study: Study, workload: str, contender: str) -> np.ndarray:
 
 
 def draw_losses(axes: Axes, losses: np.ndarray, title: str) -> None:
-    least = np.nanmin(losses)
-    # Doubling the best loss is as bad as anything.
+    least, most = np.nanmin(losses), np.nanmax(losses)
     half = protocol.RATE_DECADES / 2
     image = axes.imshow(
         losses,
         aspect="auto",
         cmap="cividis_r",
-        vmin=least,
-        vmax=min(2 * least, np.nanmax(losses)),
+        norm=LogNorm(least, min(FAR * least, most)),
         extent=(-half, half, len(losses) - 0.5, -0.5),
         interpolation="nearest",
     )
@@ -412,6 +419,7 @@ def draw_losses(axes: Axes, losses: np.ndarray, title: str) -> None:
             best = (np.argmin(of_one) + 0.5) * width - half
             axes.plot(best, row, marker="o", color="white", markersize=3.5, markeredgecolor="black")
     bar = axes.figure.colorbar(image, ax=axes, location="bottom", extend="max", shrink=0.9)
+    evidence.log_ticks(bar.ax.xaxis, at=[1, 1.5, 2, 3, 5])
     bar.ax.tick_params(labelsize=8)
     entitle(axes, f"{title}\nvalidation loss", "rate / center of the range", "")
     axes.set_xticks([-1, 0, 1], ["0.1", "1", "10"])

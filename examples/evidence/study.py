@@ -1,33 +1,38 @@
-"""The study: tuned alike, does any method end at a lower loss than AdamW?
+"""The study: with as many trials, does any method end at a lower loss than AdamW?
 
     python examples/evidence/study.py
 
-What it can show: whether a method, searched as hard as AdamW, ends at another loss on networks of
-5 thousand to 0.25 million parameters, in trainings of minutes at most. A difference that is not
-seen may still be there: beside each stands the smallest one that four of five such studies would
-see. What it cannot show: large networks, long trainings, other kinds of data, or what more trials
-would find.
+What it can show: whether a method ends at another loss than AdamW, if both get the same number of
+trials, on networks of 5 thousand to 0.25 million parameters. The table "Workloads" lists those that
+have been run. A difference that is not seen may exist. The tables give the smallest true difference
+that a study like this detects with a probability of 80 %. What it cannot show: large networks, long
+trainings, other kinds of data, or what more trials would find.
 
 A transformer learns the bytes of Python's standard library, and a perceptron and a convnet learn
-MNIST-1D. A contender searches eight times, each time at other points of learning rate, decay and
-warm-up, which are the same for all contenders; the least validation loss chooses. Each choice is
-judged by a seed that no search saw, so the intervals cover the luck of the search too. (AlgoPerf
-does so with five searches.) Rates span three decades for all, around ten times the default one;
-Lion's are a tenth of Adam's, and InvAdam's, per unit of squared gradient, a thousand times. The
-schedule is a warm-up and a cosine to 0, over one horizon, and over four of them at the settings of
-the first. Only losses at the end count, on data that neither training nor search saw. A difference
-is seen if its p-value, of a paired t-test and multiplied for the number of contenders (Holm), is
-below 5 %.
+MNIST-1D. Each contender is searched eight times. Every search tries other points of learning rate,
+decay and warm-up; the points are the same for all contenders. The setting with the lowest
+validation loss is chosen, and judged by a seed that no search used. So the intervals include the
+variance of the search. (AlgoPerf repeats its search five times, too, but scores the chosen trials
+themselves.)
 
-Controls are RAdam with lookahead, of which NOVAK is made, and AdamW with the warm-up that Adam's
-share has in DualAdam. CaAdam's would be AdamW at another rate, which its search contains. FAME has
-decoupled decay here, unlike the released one. 8-bit forms try nothing: they run at the settings of
-their float32 form, which favours that.
+Each range of rates has three decades. On MNIST-1D and for the small transformer its center is ten
+times the default rate: 1e-2 for methods like Adam, 1e-3 for Lion, 10 for InvAdam, whose rate is per
+unit of squared gradient. The tables say how many searches chose a rate at an end of its range. The
+arguments of the methods, such as beta3, have their defaults. The rate warms up and then follows a
+cosine to 0, for a number of steps, and for four times as many with the same settings. Only losses
+at the end count, on data that neither training nor search used. A difference is seen if its p-value
+is below 5 %. It is that of a paired t-test, corrected by Holm's method for the number of
+contenders. The intervals are not corrected.
+
+The control of NOVAK is RAdam with lookahead, of which it is made. That of DualAdam is AdamW with an
+additional linear warm-up of as many steps. CaAdam has none, because AdamW's search contains other
+rates. FAME has decoupled decay here, and L2 decay elsewhere. 8-bit state is not searched. It uses
+the settings of float32 state, which favors float32.
 
 Runs are added to study.jsonl as they end. Ctrl-C or `--minutes` interrupts, and the same command
-continues. The text depends on Python's version, and results of another one do not count. For a GPU
-there are transformers of 10 and 124 million parameters: `--workloads text-10M text-10M-4x`. Those
-of 124 million take the settings of 10 million.
+continues. The text depends on Python's version, and results from another version are ignored. For a
+GPU there are transformers of 10 and 124 million parameters: `--workloads text-10M text-10M-4x`.
+Those of 124 million take the settings of 10 million.
 """
 
 import argparse
