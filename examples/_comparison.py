@@ -58,8 +58,8 @@ def notes(found: Mapping[str, Any]) -> list[str]:
     ]
     if any(result["control_of"] for result in results.values()):
         texts.append(
-            "Row in parentheses: the control of the row above, Adam with a linear warm-up that is as"
-            " long as DualAdam's switch."
+            "Row in parentheses: the control of the row above, Adam with a linear warm-up as long"
+            " as DualAdam's switch."
         )
     if any("*" in row["best rate"] for row in cells(found)):
         texts.append("*: the lowest or highest rate tried; a better one may lie beyond.")

@@ -266,10 +266,10 @@ def smallest_effect(differences: ArrayLike, comparisons: int = 1) -> float:
     freedom = len(differences) - 1
     critical = stats.t.isf((1 - evidence.CONFIDENCE) / comparisons / 2, freedom)
     # The true mean in standard errors, which decides the distribution of the statistic.
-    found = optimize.brentq(
+    found: Any = optimize.brentq(
         lambda mean: stats.nct.sf(critical, freedom, mean) - POWER, 0, 10 * critical
     )
-    return found * float(stats.sem(differences))
+    return float(found * stats.sem(differences))
 
 
 def holm(p: Sequence[float]) -> np.ndarray:
