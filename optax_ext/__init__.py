@@ -47,7 +47,7 @@ __version__ = "0.1.0"
 
 def __dir__() -> list[str]:
     """Return the public names, without the modules that define them."""
-    return [*__all__, "__version__"]
+    return [*__all__, "__version__", "testing"]
 
 
 __all__ = [

@@ -90,7 +90,7 @@ def one_of(choices: Sequence[str], **arguments: Any) -> None:
     for name, value in arguments.items():
         if not (isinstance(value, str) and value in choices):
             listed = ", ".join(map(repr, choices))
-            nearest = difflib.get_close_matches(str(value).lower(), choices, n=1, cutoff=0.75)
+            nearest = difflib.get_close_matches(str(value).lower(), choices, n=1, cutoff=0.8)
             hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
             raise ValueError(f"{name} must be one of {listed}, got {value!r}{hint}")
 
@@ -135,15 +135,15 @@ def mask(**arguments: Any) -> None:
     """Require `None`, a function of the parameters, or a tree of Python bools."""
     for name, value in arguments.items():
         leaves = [] if callable(value) else jax.tree.leaves(value)
-        if not all(isinstance(x, (bool, np.bool_)) for x in leaves):
-            got = next(x for x in leaves if not isinstance(x, (bool, np.bool_)))
-            hint = ""
-            if isinstance(got, jax.Array):  # inject_hyperparams called the mask as a schedule
-                hint = f"; under optax.inject_hyperparams, name {name} in its static_args"
-            raise ValueError(
-                f"{name} must be None, a function of the parameters or a tree of bools, got"
-                f" {got!r}{hint}"
-            )
+        for got in leaves:
+            if not isinstance(got, (bool, np.bool_)):
+                hint = ""
+                if isinstance(value, jax.Array):  # inject_hyperparams called it as a schedule
+                    hint = f"; under optax.inject_hyperparams, name {name} in its static_args"
+                raise ValueError(
+                    f"{name} must be None, a function of the parameters or a tree of Python bools,"
+                    f" got {got!r}{hint}"
+                )
 
 
 def flag(**arguments: Any) -> None:

@@ -139,8 +139,8 @@ def norm(x: jax.Array, dtype: DTypeLike) -> jax.Array:
     return root(jnp.sum(abs_sq(upcast(x)), dtype=dtype))
 
 
-def unshared(tree: Any) -> Any:
-    """Return `tree` such that XLA shares no arithmetic on the result with arithmetic on `tree`.
+def without_cse(tree: Any) -> Any:
+    """Return `tree`, but prevent XLA from sharing arithmetic on it (eliminating subexpressions).
 
     A gradient's square is needed for its norm and again for its second moment. XLA would compute it
     once, and its CPU backend would store it. Computing it twice needs no memory, and no other

@@ -11,6 +11,8 @@ import optax
 try:
     import chex
 except ModuleNotFoundError as error:
+    if error.name != "chex":
+        raise
     raise ModuleNotFoundError("optax_ext.testing needs chex: pip install chex") from error
 
 Step = Callable[[Any, Any, Any], tuple[Any, Any]]

@@ -198,7 +198,7 @@ class Graph:
             self._parent[newer] = older
 
 
-_OF_DEVICES = ("sharding", "out_sharding")
+_SHARDING_PARAMS = ("sharding", "out_sharding")
 
 
 def _hashable(params: dict[str, Any]) -> Any:
@@ -208,7 +208,7 @@ def _hashable(params: dict[str, Any]) -> Any:
     """
     if not params:
         return ()
-    key = tuple([item for item in sorted(params.items()) if item[0] not in _OF_DEVICES])
+    key = tuple([item for item in sorted(params.items()) if item[0] not in _SHARDING_PARAMS])
     try:
         hash(key)
     except TypeError:

@@ -20,9 +20,9 @@ LEAVES_PER_LAUNCH = 33
 # We accept this many extra launches if fewer different kernels are compiled then.
 EXTRA_LAUNCHES = 1
 
-# Partial statistics that one block combines, at least; and how many more blocks than statistics a
-# phase has, at most. A device would wait for one block with all parts of a large leaf. Many large
-# leaves occupy it without being cut.
+# One block for all partial statistics of a large leaf would leave the GPU idle, so they are split
+# into tiles of at least this many. With many large leaves the GPU is busy anyway, so a phase has at
+# most so many blocks more than statistics.
 TILE = 4096
 EXTRA_TILES = 64
 

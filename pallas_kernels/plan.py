@@ -204,7 +204,9 @@ def _reason_against_rows(node: Node, largest: Node) -> str | None:
     if node.size == largest.size:
         return None
     row, rest = divmod(largest.size, node.size)
-    if rest or row > LONGEST_ROW or row & (row - 1):
+    if rest:
+        return f"{largest.size} elements are not rows of {node.size} values"
+    if row > LONGEST_ROW or row & (row - 1):
         return (
             f"no kernel for rows of {row}: their length must be a power of 2, {LONGEST_ROW} at most"
         )

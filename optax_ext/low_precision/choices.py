@@ -9,8 +9,8 @@ import optax
 from jax.sharding import NamedSharding
 
 from optax_ext import _checks
-from optax_ext.low_precision.boxes import is_box
 from optax_ext.low_precision.formats import Format, FourthRoot, SignedRoot, Split
+from optax_ext.low_precision.nnx_variables import is_variable
 from optax_ext.transforms.cascades import CascadeOfSquaresState
 
 Path = tuple[Any, ...]
@@ -140,7 +140,7 @@ def leaves(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> Iterator[
 
 def _with_names(node: Any, path: Path) -> Iterator[Any]:
     for key in path:
-        if is_box(node):  # has one array, and no name that a format depends on
+        if is_variable(node):  # has one array, and no name that a format depends on
             yield key
             node = None
         elif isinstance(key, jax.tree_util.GetAttrKey):

@@ -8,7 +8,7 @@ import optax
 
 from optax_ext import _checks
 from optax_ext._numerics import first_count, next_count
-from optax_ext.low_precision import boxes
+from optax_ext.low_precision import nnx_variables
 from optax_ext.low_precision.bits import random_bits
 from optax_ext.low_precision.choices import ByPath, Choose, Formats, Path, chooser, leaves
 from optax_ext.low_precision.formats import is_encoded
@@ -96,9 +96,9 @@ def quantize_state(
             if not is_encoded(node):
                 return x
             (inside, _), *_ = leaves(node[0])
-            path, array = (*path, *inside), boxes.unboxed(x)
+            path, array = (*path, *inside), nnx_variables.array_of(x)
             bits = _random_bits(path, array, gradient_of, step) if node.is_dithered else None
-            return boxes.encode(node, x, bits)
+            return nnx_variables.encode(node, x, bits)
 
         structure = jax.tree.structure(old, is_leaf=is_whole)
         pairs = zip(leaves(old, is_whole), structure.flatten_up_to(new), strict=True)
@@ -157,11 +157,11 @@ def _encode(state: Any, params: optax.Params, choose: Choose) -> Any:
     choices = choose(leaves(state, is_whole), params)
     encoded = [c.leaf if c.format is None else c.format.encode(c.leaf) for c in choices]
     structure = jax.tree.structure(state, is_leaf=is_whole)
-    return boxes.put_nodes_outside(structure.unflatten(encoded))
+    return nnx_variables.put_nodes_outside(structure.unflatten(encoded))
 
 
 def _decode(x: Any) -> Any:
-    return boxes.decode(x) if is_encoded(x) else x
+    return nnx_variables.decode(x) if is_encoded(x) else x
 
 
 def is_whole(x: Any) -> bool:

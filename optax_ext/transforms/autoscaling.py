@@ -15,7 +15,7 @@ from optax_ext._numerics import (
     scalar_dtype,
     scale,
     tree_map,
-    unshared,
+    without_cse,
 )
 from optax_ext.transforms.averages import average
 from optax_ext.transforms.bias_correction import total_weight
@@ -77,7 +77,7 @@ def autoscale(
     def update(updates, state, params=None, **extra_args):
         count = next_count(state.count)
         dtype = state.norm_ema.dtype
-        norm = jnp.minimum(global_norm(unshared(updates), dtype), jnp.finfo(dtype).max ** 0.5)
+        norm = jnp.minimum(global_norm(without_cse(updates), dtype), jnp.finfo(dtype).max ** 0.5)
         norm_ema = average(norm, state.norm_ema, decay).astype(dtype)
         mean = norm_ema / total_weight(decay, count, dtype)
         factor = 1 / (1 + jnp.log(jnp.maximum(1, mean)))

@@ -21,8 +21,8 @@ from optax_ext._numerics import (
     scale,
     scale_each,
     tree_map,
-    unshared,
     upcast,
+    without_cse,
 )
 from optax_ext.transforms.bias_correction import total_weight
 
@@ -59,9 +59,9 @@ def velocity_regularized(
 
         update = gate update,   gate = 1 / (1 + min(beta3 Σ |x|^p, c))
 
-    Here x is the velocity. The velocity is the first moment in the state of `inner`: the field
-    `mu`, as stored and without bias correction. `inner` can be any transformation with such a
-    field, for example Optax's `adamw` or `lion`.
+    x is what `norm_of` names, by default the velocity: the first moment in the state of `inner`,
+    which is the field `mu`, as stored and without bias correction. `inner` can be any
+    transformation with such a field, for example Optax's `adamw` or `lion`.
 
     The penalty is a sum over coordinates, so the right beta3 depends on the size of the
     model and on the scale of the loss. The mean does not depend on the size. With gradients clipped
@@ -118,7 +118,7 @@ def velocity_regularized(
         count = next_count(state.count)
         dtype = state.gate.dtype
         step, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
-        moving = unshared(updates)
+        moving = without_cse(updates)
         if norm_of != "gradient":
             moving = _without_absent(_velocities(inner_state), updates)
         sizes = penalty(moving, power, norm_scope, norm_reduction, dtype)

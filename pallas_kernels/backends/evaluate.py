@@ -19,7 +19,7 @@ _WIDE = {"bfloat16": "float32", "float16": "float32"} | dict.fromkeys(
     ("int8", "uint8", "int16"), "int32"
 )
 # Kernels that a backend keeps, so that `jit` lowers each only once: those of a few steps.
-KERNELS_KEPT = 256
+KERNEL_CACHE_SIZE = 256
 _MOVES = frozenset(("convert_element_type", "copy", "stop_gradient"))
 
 

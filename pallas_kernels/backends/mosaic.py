@@ -24,7 +24,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.backends.evaluate import (
     COMBINE,
-    KERNELS_KEPT,
+    KERNEL_CACHE_SIZE,
     REDUCE,
     evaluate,
     holds,
@@ -47,7 +47,7 @@ def launch(
     return _make_launch(layout, interpret)(*operands)
 
 
-@lru_cache(KERNELS_KEPT)
+@lru_cache(KERNEL_CACHE_SIZE)
 def _make_launch(layout: Layout, interpret: bool) -> Callable[..., Any]:
     """Return a function of the operands, which `jit` lowers only once for equal layouts."""
     return jax.jit(lambda *operands: _launch(layout, operands, interpret=interpret))

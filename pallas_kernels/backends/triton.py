@@ -19,7 +19,7 @@ from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.backends.evaluate import (
     COMBINE,
-    KERNELS_KEPT,
+    KERNEL_CACHE_SIZE,
     REDUCE,
     evaluate,
     holds,
@@ -52,7 +52,7 @@ def reduce_partials(
     return results
 
 
-@lru_cache(KERNELS_KEPT)
+@lru_cache(KERNEL_CACHE_SIZE)
 def _make(layout: Layout, interpret: bool) -> Callable[..., Any]:
     shapes = [shape for shape, _ in layout.results]
     aliases = {operand: i for i, (_, operand) in enumerate(layout.results) if operand is not None}
@@ -185,7 +185,7 @@ class _Block:
         return _search(self.me, self._leaves, self.layout.starts, on)
 
 
-@lru_cache(KERNELS_KEPT)
+@lru_cache(KERNEL_CACHE_SIZE)
 def _make_reduction(
     rows: tuple[int, ...], kinds: tuple[str, ...], blocks: int, interpret: bool
 ) -> Callable[..., Any]:

@@ -162,7 +162,10 @@ ARCHITECTURE = Range(
 MASK = Range(
     (None, {"in": True, "out": False}, lambda params: params, True),
     tuple(
-        (value, f"must be None, a function of the parameters or a tree of bools, got {got!r}")
+        (
+            value,
+            f"must be None, a function of the parameters or a tree of Python bools, got {got!r}",
+        )
         for value, got in (("kernel", "kernel"), ({"in": 1}, 1), (jnp.ones(2), jnp.ones(2)))
     ),
 )

@@ -74,6 +74,22 @@ def test_variables_of_the_state_keep_the_metadata_of_parameters():
     assert [array.get_metadata("role") for array in codes] == ["kernel"] * len(codes)
 
 
+@pytest.mark.parametrize("width", [128, 100])
+def test_sharded_variables(width):
+    """Scales have another shape than the parameter, so its sharding does not fit them."""
+    mesh = jax.make_mesh((4,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+    names = nnx.with_partitioning(nnx.initializers.lecun_normal(), (None, "model"))
+    with jax.set_mesh(mesh):
+        model = nnx.Linear(64, width, kernel_init=names, rngs=nnx.Rngs(0))
+        optimizer = nnx.Optimizer(model, TX, wrt=nnx.Param)
+        kernel = model.kernel[...]
+        codes, *_ = optax.tree.get(optimizer.opt_state, "mu")["kernel"]
+        assert codes[...].sharding.spec == kernel.sharding.spec
+        for _ in range(2):
+            optimizer.update(model, jax.tree.map(jnp.ones_like, nnx.state(model)))
+    assert jnp.all(model.kernel[...] < kernel)
+
+
 def test_parameters_in_variables_train_as_plain_arrays_do():
     graph, params = nnx.split(make_model(), nnx.Param)
     state = TX.init(params)
