@@ -25,22 +25,22 @@ from optax_ext.architecture import Architecture
 
 
 def additive(s: ArrayLike, x: NDArray[Any]) -> Any:
-    """Return S of "additive": 1 - s for the most connected unit, 1 + s for the least."""
+    """Return the scale 1 + s x: 1 - s for the most connected unit, 1 + s for the least."""
     return 1 + s * x
 
 
 def multiplicative(s: ArrayLike, x: NDArray[Any]) -> Any:
-    """Return S of "multiplicative": s for the least *and* the most connected unit."""
+    """Return the scale s^|x|, which is s for the least *and* the most connected unit."""
     return s ** abs(x)
 
 
 def signed(s: ArrayLike, x: NDArray[Any]) -> Any:
-    """Return S of "signed", from 1/s for the most connected unit to s for the least."""
+    """Return the scale s^x, from 1/s for the most connected unit to s for the least."""
     return s**x
 
 
 def by_depth(s: ArrayLike, x: NDArray[Any]) -> Any:
-    """Return S of "depth", which is larger for early units."""
+    """Return the scale (1 + s)^x, which is larger for early units."""
     return (1 + s) ** x
 
 

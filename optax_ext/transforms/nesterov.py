@@ -33,18 +33,18 @@ Weights = tuple[ArrayLike, ArrayLike]
 
 
 def nadam(b: ArrayLike, t: jax.Array, dtype: DTypeLike) -> Weights:
-    """Return the weights of "nadam"."""
+    """Return the weights of average and gradient: b / (1 - b^(t+1)) and (1 - b) / (1 - b^t)."""
     return b / total_weight(b, next_count(t), dtype), (1 - b) / total_weight(b, t, dtype)
 
 
 def classical(b: ArrayLike, t: jax.Array, dtype: DTypeLike) -> Weights:
-    """Return the weights of "classical"."""
+    """Return the weights of "nadam", but with 1 - b^(t+1) as both denominators."""
     ahead = total_weight(b, next_count(t), dtype)
     return b / ahead, (1 - b) / ahead
 
 
 def hybrid(b: ArrayLike, t: jax.Array, dtype: DTypeLike) -> Weights:
-    """Return the weights of "hybrid"."""
+    """Return the means of the weights of "nadam" and of the corrected average, 1 / (1 - b^t)."""
     of_average, of_gradient = nadam(b, t, dtype)
     return (of_average + 1 / total_weight(b, t, dtype)) / 2, of_gradient / 2
 
@@ -115,7 +115,7 @@ class ScheduledNesterovState(NamedTuple):
 
 
 def scheduled_momentum(b: ArrayLike, t: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """Return μ(t) of `scheduled_nesterov_ema`, which rises from b/2 to b."""
+    """Return the momentum b (1 - 0.5 · 0.96^(0.004 t)), which rises from b/2 to b."""
     return jnp.asarray(b, dtype) * (1 - 0.5 * 0.96 ** (0.004 * t.astype(dtype)))
 
 

@@ -70,7 +70,7 @@ def is_tractable(rho: jax.Array) -> jax.Array:
 
 
 def rectification_term(rho: jax.Array, b2: ArrayLike) -> jax.Array:
-    """Return r of `rectify`."""
+    """Return the factor r of the update, which is 1 while ρ < 5; `rectify` has the equation."""
     longest = longest_sma(b2)
     safe = jnp.where(is_tractable(rho), rho, 5)
     square = (safe - 4) * (safe - 2) * longest / ((longest - 4) * (longest - 2) * safe)
