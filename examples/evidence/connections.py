@@ -354,7 +354,9 @@ def draw_searches(axes: Axes, judged: Mapping[str, Judged]) -> dict[str, Any]:
         # On a logarithmic axis an interval cannot reach 0.
         drawn = [x._replace(low=max(x.low, LEAST_LOSS)) for x in losses]
         places, look = RATES * found.mean_scale, {"color": COLOURS.get(how, "0.2"), "markersize": 3}
-        evidence.draw_estimates(axes, places, drawn, linestyle="", elinewidth=0.7, **look)
+        evidence.draw_estimates(
+            axes, places, drawn, linestyle="", alpha=0.45, elinewidth=0.7, **look
+        )
         (lines[how],) = axes.plot(places, [x.mean for x in losses], marker="o", **look)
     axes.set_xscale("log")
     axes.set_yscale("log")

@@ -478,7 +478,7 @@ def judge_steadiness(edge: Mapping[str, Cells]) -> Finding:
     better = sum(all(x.high < 0 for x in differences) for differences in slow.values())
     return Finding(
         "VRAdam: a gate below 1 makes training at that edge steadier, and a lower rate does not",
-        evidence.judge([x for differences in slow.values() for x in differences], alike),
+        evidence.judge([*alike, *(x for each in slow.values() for x in each)], alike),
         f"Peaks of the loss in decades, and the logarithm of the loss in the end: VRAdam with"
         f" beta3 = {STRONG:.0f} {shown(STRONGER)}, at {gated[OF_OWN_EDGE].mean:.2f} of the edge of"
         f" its gated rate; VRAdam as published, where the gate's mean is"
