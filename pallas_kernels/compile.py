@@ -112,7 +112,8 @@ class Compiler:
     def trace(self, arguments: tuple[Any, ...]) -> tuple[Any, Any, tuple[str, ...], list[Any]]:
         """Return the function's jaxpr, the shapes of its result, and paths and arrays of arguments.
 
-        Equal calls trace once, unless an argument is a function, for example.
+        Equal calls trace once, except those with arguments that are not hashed by value, such as
+        functions.
         """
         static, values = split(arguments)
         make = self._on_arrays if static.is_plain else self._make_on_arrays
@@ -152,7 +153,7 @@ class Static:
 
     @property
     def is_plain(self) -> bool:
-        """True if equal values mean equal steps: no option is a function, for example."""
+        """Whether equal values mean equal steps; with a function among the options they do not."""
         try:
             hash(self.structure)
         except TypeError:

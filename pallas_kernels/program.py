@@ -1,7 +1,8 @@
 """The program of one leaf in one launch: straight-line code for its blocks.
 
-The code itself, a `Body`, contains no nodes of the graph: equal bodies share a kernel. Its parts
-are tuples, which Python compares fast, because a step has a body for each leaf.
+The code itself, a `Body`, contains no nodes of the graph, so leaves with equal bodies share a
+kernel. A step compares the bodies of all its leaves. They consist of tuples, which Python compares
+fast.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -16,8 +17,8 @@ from jax.extend.core import Primitive
 from pallas_kernels.graph import Kind, Node, dtype_name, number_of
 from pallas_kernels.ops import REDUCTIONS, SAME_ORDER
 
-# Bodies that are kept: those of a few steps.
-_KEPT = 256
+# The bodies of a few steps.
+BODY_CACHE_SIZE = 256
 
 
 class Input(NamedTuple):
@@ -220,7 +221,7 @@ def make(
     return Program(body, size, tuple(code.inputs), tuple(code.scalars), tuple(results))
 
 
-@lru_cache(_KEPT)
+@lru_cache(BODY_CACHE_SIZE)
 def _body(
     inputs: tuple[str, ...],
     rows: tuple[int, ...],

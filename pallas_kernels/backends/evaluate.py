@@ -18,7 +18,7 @@ from pallas_kernels.program import Body, Input, Number, Op, Predicate, Ref, Scal
 _WIDE = {"bfloat16": "float32", "float16": "float32"} | dict.fromkeys(
     ("int8", "uint8", "int16"), "int32"
 )
-# Kernels that a backend keeps, so that `jit` lowers each only once: those of a few steps.
+# A backend caches the kernels of a few steps, so that `jit` lowers each kernel only once.
 KERNEL_CACHE_SIZE = 256
 _MOVES = frozenset(("convert_element_type", "copy", "stop_gradient"))
 
