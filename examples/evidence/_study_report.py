@@ -30,7 +30,7 @@ from _workloads import Workload, library_files
 SEEN_BELOW = 0.05
 # Panels reach so many times as far as the largest interval of most contenders.
 ROOM = 1.3
-# Losses that are so many times the least one are drawn alike.
+# Losses above this many times the lowest one have the same color.
 FAR = 4.0
 # They decide the results, and are recorded with them.
 CONSTANTS = {

@@ -1,4 +1,4 @@
-"""The trainings of the study: what a run trains, and what is recorded of it."""
+"""The training of one run of the study, and the record of its results."""
 
 import hashlib
 import json
@@ -49,7 +49,7 @@ class Trainer:
         self.compiled: dict[int, Callable[..., Any]] = {}
 
     def train(self, runs: Sequence[Run]) -> list[dict[str, Any]]:
-        """Return what is recorded of each run."""
+        """Train the runs, and return the record of each."""
         arguments = self._arguments(runs)
         if len(runs) not in self.compiled:
             self.compiled[len(runs)] = jax.jit(self._descend).lower(*arguments).compile()
@@ -70,8 +70,8 @@ class Trainer:
         params = parameters(self.workload)
         tx = self._optimizer(Setting(1e-3, 0.0, 0.0))
         state = jax.eval_shape(tx.init, params)
-        held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-        return float(f"{held / number_of(params):.4g}")
+        bytes_ = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+        return float(f"{bytes_ / number_of(params):.4g}")
 
     def _optimizer(self, setting: Setting) -> optax.GradientTransformation:
         return self.factory(make_schedule(setting, self.workload.steps), setting.decay)

@@ -31,7 +31,7 @@ LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2t
 }
 # Of twenty files one is for validation and one for testing.
 FILES, VALIDATION_FILE, TEST_FILE = 20, 7, 17
-# Of the held-out text.
+# The size of the held-out text.
 HELD_OUT_BYTES = 2**15
 # Of MNIST-1D, as it is published, and as a test set of other examples.
 PUBLISHED_SEED = 42
@@ -89,7 +89,7 @@ def library_files() -> list[Path]:
 
 @cache
 def load_text(length: int) -> Data:
-    """Return sequences of so many bytes; files are either trained on or held out."""
+    """Return sequences of bytes, in which each file is either in the training set or held out."""
     files = [np.frombuffer(path.read_bytes(), np.uint8) for path in library_files()]
     groups: list[list[np.ndarray]] = [[], [], []]
     for i, file in enumerate(files):
@@ -168,7 +168,7 @@ def _normalize(x: jax.Array) -> jax.Array:
 def load_mnist1d() -> Data:
     """Return the published training set, its test set for validation, and a new, larger test set.
 
-    Data are generated, so those of another seed are as good as those that were held out.
+    The data are generated, so another seed gives new examples of the same distribution.
     """
     # Not needed by other scripts; it takes a second to import.
     from mnist1d.data import get_dataset_args, make_dataset
@@ -245,6 +245,25 @@ def make_text_workload(size: str, **numbers: Any) -> Workload:
     return Workload(f"Text, {size}", make_transformer(SIZES[size]), load, **numbers)
 
 
+# Small networks need larger rates than the published ones.
+SMALL = Rules(center=10.0)
+
+
+def make_mnist1d_workload(
+    title: str, network: Network, *, step_ms: float, forms: bool = True
+) -> Workload:
+    return Workload(
+        f"MNIST-1D, {title}",
+        network,
+        load_mnist1d,
+        batch=64,
+        steps=1000,
+        step_ms=step_ms,
+        together=8,
+        rules=SMALL._replace(trials=16, forms=forms),
+    )
+
+
 def with_horizons(**workloads: Workload) -> dict[str, Workload]:
     """Return each workload, and one of four times as many steps at the same settings."""
     found = {}
@@ -258,29 +277,15 @@ def with_horizons(**workloads: Workload) -> dict[str, Workload]:
     return found
 
 
-# Networks of this size take larger rates than those that rates are published for.
-SMALL = Rules(center=10.0)
 ON_CPU = with_horizons(
-    mlp=Workload(
-        "MNIST-1D, perceptron",
-        Network(init_perceptron, apply_perceptron),
-        load_mnist1d,
-        batch=64,
-        steps=1000,
-        step_ms=0.15,
-        together=8,
-        rules=SMALL._replace(trials=16),
+    mlp=make_mnist1d_workload(
+        "perceptron", Network(init_perceptron, apply_perceptron), step_ms=0.15
     ),
-    convnet=Workload(
-        "MNIST-1D, convnet",
+    convnet=make_mnist1d_workload(
+        "convnet",
         Network(init_convnet, apply_convnet),
-        load_mnist1d,
-        batch=64,
-        steps=1000,
         step_ms=0.5,
-        together=8,
-        # Its tensors are too small to be stored in 8 bits.
-        rules=SMALL._replace(trials=16, forms=False),
+        forms=False,  # its tensors are too small to be stored in 8 bits
     ),
     text=make_text_workload("0.25M", batch=16, steps=160, step_ms=32, rules=SMALL),
 )

@@ -5,8 +5,8 @@
 Convnets of three depths, without skip connections or normalization, are trained on the digits. A
 training succeeds if the network classifies more than half of its training images in the end. Those
 that fail stay at a tenth. AdamW, RAdam and NOVAK train each network from the same seeds at the same
-rates, from rates too small for 500 steps to rates too large. In the deepest network so does NOVAK
-with one part changed. All decay weights alike.
+rates, from rates too small for 500 steps to rates too large. Variants of NOVAK
+with one part changed train only the deepest network. All use the same weight decay.
 
 "Reliably" is measured by the width of the range of rates that succeed, in decades. Accuracy is
 measured at the best rate: that of a seed is the rate that is best on all other seeds. The untuned
