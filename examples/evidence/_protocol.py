@@ -10,6 +10,7 @@ with the points of the search and with the seed, and their interval covers both.
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,8 +30,6 @@ DECAYS = 1e-5, 1e-2
 # The largest share of the steps that warms up; the smallest is 0.
 WARM_UP = 0.4
 FEWEST_SEEDS = 8
-# In nats. A larger loss counts as this one, and so does a training that diverged.
-LARGEST_LOSS = 10.0
 POWER = 0.8
 BASELINE = "AdamW"
 
@@ -66,16 +65,22 @@ class Rules(NamedTuple):
     """The protocol's numbers for a workload.
 
     Attributes:
+      guess: the loss of a uniform guess, in nats. A larger loss counts as this one, and so does a
+        training that diverged.
       trials: how many settings each search tries, a power of 2.
       seeds: how many searches there are, each judged by a seed, a power of 2.
       center: the center of all rates, in published rates.
+      moved: factors of that center, for contenders of which at least two searches chose the same
+        end of the first range. All their trials are repeated, so their number stays equal.
       settings_from: the workload at which settings are chosen; this one if `None`.
       forms: whether forms of other contenders take part.
     """
 
+    guess: float
     trials: int = 8
     seeds: int = FEWEST_SEEDS
     center: float = 1.0
+    moved: Mapping[str, float] = MappingProxyType({})
     settings_from: str | None = None
     forms: bool = True
 
@@ -151,12 +156,16 @@ class Study:
         """
         workload = self.rules[workload].settings_from or workload
         contender = self.contenders[contender].form_of or contender
-        rules = self.rules[workload]
-        center = rules.center * self.contenders[contender].rate
+        rules, center = self.rules[workload], self.center(workload, contender)
         return [
             [Run(workload, contender, scale(point, center), SEARCH_SEED + seed) for point in points]
             for seed, points in enumerate(cube(rules.trials, rules.seeds))
         ]
+
+    def center(self, workload: str, contender: str) -> float:
+        """Return the center of a contender's rates at a workload where settings are chosen."""
+        rules = self.rules[workload]
+        return rules.center * rules.moved.get(contender, 1.0) * self.contenders[contender].rate
 
     def own_trials(self, workload: str, contender: str) -> list[Run]:
         """Return the trials that this contender runs at this workload itself."""
@@ -167,7 +176,8 @@ class Study:
         """Return the validation losses of each search; raise unless all trials are there."""
         rows = self.trials(workload, contender)
         self._require([run for row in rows for run in row])
-        return np.array([[bounded(self.results[x]["validation"]) for x in row] for row in rows])
+        losses = [[self.results[run]["validation"] for run in row] for row in rows]
+        return bounded(losses, self.rules[workload].guess)
 
     def chosen(self, workload: str, contender: str) -> list[Setting]:
         """Return the best setting of each search; raise unless all trials are there."""
@@ -188,7 +198,8 @@ class Study:
 
     def losses(self, workload: str, contender: str) -> np.ndarray:
         """Return the test losses that decide; raise unless all trials and all seeds are there."""
-        return np.array([bounded(x["test"]) for x in self.judge(workload, contender)])
+        losses = [x["test"] for x in self.judge(workload, contender)]
+        return bounded(losses, self.rules[workload].guess)
 
     def missing(self, workload: str, contender: str) -> list[Run]:
         """Return the trainings to run next: trials, and when these are there, what decides."""
@@ -226,9 +237,9 @@ class Study:
             )
 
 
-def bounded(loss: float | None) -> float:
-    """Return a loss that a mean can be taken of; that of a training that diverged is `None`."""
-    return LARGEST_LOSS if loss is None else min(loss, LARGEST_LOSS)
+def bounded(losses: Any, largest: float) -> np.ndarray:
+    """Return losses that a mean can be taken of; that of a training that diverged is `None`."""
+    return np.fmin(np.array(losses, np.float64), largest)
 
 
 class Comparison(NamedTuple):

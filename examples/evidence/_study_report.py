@@ -39,7 +39,6 @@ CONSTANTS = {
     "DECAYS": protocol.DECAYS,
     "WARM_UP": protocol.WARM_UP,
     "FEWEST_SEEDS": protocol.FEWEST_SEEDS,
-    "LARGEST_LOSS": protocol.LARGEST_LOSS,
     "POWER": protocol.POWER,
     "SEEN_BELOW": SEEN_BELOW,
     "RATE": RATE,
@@ -207,6 +206,7 @@ def settings_and_cost(
     rates, decays, warm_ups = settings.T
     searched = study.searched(workload, contender)
     return {
+        "range of rates": range_of_rates(study, workload, contender),
         "rates": spread(rates),
         "rate × decay": spread(rates * decays),
         "warm-up": spread(warm_ups),
@@ -215,6 +215,12 @@ def settings_and_cost(
         "validation loss": float(searched.min(axis=1).mean()),
         **cost(study, workload, contender),
     }
+
+
+def range_of_rates(study: Study, workload: str, contender: str) -> str:
+    center = study.center(study.rules[workload].settings_from or workload, contender)
+    half = 10 ** (protocol.RATE_DECADES / 2)
+    return f"{center / half:.2g} to {center * half:.2g}"
 
 
 def spread(values: np.ndarray) -> str:
@@ -234,7 +240,8 @@ def sizes(workload: Workload) -> dict[str, Estimate | float | str]:
     described = describe(workload)
     texts = {name: described[name] for name in ("parameters", "steps", "batch")}
     return {name: f"{value:,}" for name, value in texts.items()} | {
-        "SHA-256 of the data": described["data"]
+        "loss of a guess": workload.rules.guess,
+        "SHA-256 of the data": described["data"],
     }
 
 

@@ -159,10 +159,17 @@ def environment() -> dict[str, str]:
     """Return what the results may depend on besides."""
     return {
         "device": jax.devices()[0].device_kind,
-        "processor": f"{os.cpu_count()} × {_processor()}",
+        "processor": f"{_cores()} × {_processor()}",
         "python": platform.python_version(),
         **evidence.VERSIONS,
     }
+
+
+def _cores() -> int | None:
+    """Return how many cores this process may use, or how many there are where only Linux tells."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
 
 
 def _processor() -> str:

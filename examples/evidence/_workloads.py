@@ -56,8 +56,8 @@ class Workload(NamedTuple):
       batch: examples in a step.
       steps: of a training.
       step_ms: milliseconds of AdamW's step on two idle cores or on a GPU, to estimate times by.
-      together: how many trainings run in one call.
       rules: the protocol's numbers.
+      together: how many trainings run in one call.
     """
 
     title: str
@@ -66,8 +66,8 @@ class Workload(NamedTuple):
     batch: int
     steps: int
     step_ms: float
+    rules: Rules
     together: int = 1
-    rules: Rules = Rules()
 
 
 class Size(NamedTuple):
@@ -246,11 +246,12 @@ def make_text_workload(size: str, **numbers: Any) -> Workload:
 
 
 # Small networks need larger rates than the published ones.
-SMALL = Rules(center=10.0)
+SMALL = 10.0
+TEXT, IMAGES = Rules(math.log(BYTES)), Rules(math.log(CLASSES), center=SMALL, trials=16)
 
 
 def make_mnist1d_workload(
-    title: str, network: Network, *, step_ms: float, forms: bool = True
+    title: str, network: Network, *, step_ms: float, rules: Rules = IMAGES
 ) -> Workload:
     return Workload(
         f"MNIST-1D, {title}",
@@ -259,8 +260,8 @@ def make_mnist1d_workload(
         batch=64,
         steps=1000,
         step_ms=step_ms,
+        rules=rules,
         together=8,
-        rules=SMALL._replace(trials=16, forms=forms),
     )
 
 
@@ -285,16 +286,25 @@ ON_CPU = with_horizons(
         "convnet",
         Network(init_convnet, apply_convnet),
         step_ms=0.5,
-        forms=False,  # its tensors are too small to be stored in 8 bits
+        # Its tensors are too small to be stored in 8 bits.
+        rules=IMAGES._replace(
+            forms=False, moved={"RAdam, lookahead": 10.0, "NOVAK": 10.0, "CaAdam": 10.0}
+        ),
     ),
-    text=make_text_workload("0.25M", batch=16, steps=160, step_ms=32, rules=SMALL),
+    text=make_text_workload(
+        "0.25M", batch=16, steps=160, step_ms=32, rules=TEXT._replace(center=SMALL)
+    ),
 )
 # Times of steps are guesses.
 ON_GPU = with_horizons(
     **{
-        "text-10M": make_text_workload("10M", batch=64, steps=500, step_ms=20),
+        "text-10M": make_text_workload("10M", batch=64, steps=500, step_ms=20, rules=TEXT),
         "text-124M": make_text_workload(
-            "124M", batch=64, steps=500, step_ms=150, rules=Rules(settings_from="text-10M")
+            "124M",
+            batch=64,
+            steps=500,
+            step_ms=150,
+            rules=TEXT._replace(settings_from="text-10M"),
         ),
     }
 )

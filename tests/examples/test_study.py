@@ -18,7 +18,7 @@ TRIALS, SEEDS = 2, 8
 
 def rules(protocol: ModuleType) -> dict[str, Any]:
     """Return the rules of a workload, and of a longer one."""
-    short = protocol.Rules(trials=TRIALS, seeds=SEEDS)
+    short = protocol.Rules(guess=9.5, trials=TRIALS, seeds=SEEDS)
     return {"short": short, "long": short._replace(settings_from="short")}
 
 
@@ -63,8 +63,9 @@ def test_a_contender_without_its_seeds_is_refused(load_module):
 def test_few_seeds_and_other_numbers_of_trials_are_refused(load_module):
     protocol = load_module("_protocol")
     with pytest.raises(ValueError, match="at least 8 seeds must decide, got 7"):
-        protocol.Study({}, {"short": protocol.Rules(seeds=7)})
-    both = rules(protocol) | {"long": protocol.Rules(seeds=16, settings_from="short")}
+        protocol.Study({}, {"short": protocol.Rules(guess=1.0, seeds=7)})
+    short = protocol.Rules(guess=1.0)
+    both = rules(protocol) | {"long": short._replace(seeds=16, settings_from="short")}
     with pytest.raises(ValueError, match="16 seeds can't be judged by 8 searches"):
         protocol.Study({}, both)
     for trials in (1, 12):
@@ -90,12 +91,17 @@ def test_each_search_chooses_among_its_own_trials(load_module):
     ]
 
 
-def test_a_trial_that_diverged_is_not_chosen(load_module):
+def test_a_training_that_diverged_counts_as_a_guess(load_module):
     study = make_study(load_module("_protocol"))
     record(study, study.missing("short", "method"), validation=None)
     best = [row[1] for row in study.trials("short", "method")]
     record(study, best, validation=9.0)
     assert study.chosen("short", "method") == [run.setting for run in best]
+    seeds = study.missing("short", "method")
+    record(study, seeds)
+    diverged, bad = {"validation": None, "test": None}, {"validation": 1.0, "test": 1e30}
+    study.results.update({seeds[0]: diverged, seeds[1]: bad})
+    np.testing.assert_array_equal(study.losses("short", "method"), [9.5, 9.5] + 6 * [2.0])
 
 
 def test_forms_and_longer_horizons_have_no_trials(load_module):
@@ -132,7 +138,8 @@ def test_all_contenders_try_the_same_points(load_module):
             seeds = np.array([run.seed for run in runs]).reshape(of_one.seeds, -1)
             np.testing.assert_array_equal(seeds.T, [1000 + np.arange(of_one.seeds)] * of_one.trials)
             rate, decay, warm_up = np.array([run.setting for run in runs]).T
-            points = np.log10(rate / (of_one.center * contenders[name].rate)), rate * decay, warm_up
+            center = of_one.center * of_one.moved.get(name, 1) * contenders[name].rate
+            points = np.log10(rate / center), rate * decay, warm_up
             expected = expected or points
             np.testing.assert_allclose(points, expected, rtol=2e-3, atol=2e-3, err_msg=name)
             check_search(points, of_one.trials)
