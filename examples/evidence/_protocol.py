@@ -19,8 +19,9 @@ from numpy.typing import ArrayLike
 from scipy import optimize, stats
 from scipy.stats import qmc
 
-import _evidence as evidence
-from _evidence import SEARCH_SEED, Estimate
+import _estimates as estimates
+from _estimates import CONFIDENCE, Estimate
+from _training import SEARCH_SEED
 
 # Decades between the lowest and the highest rate of a contender.
 RATE_DECADES = 3.0
@@ -261,7 +262,7 @@ def compare(losses: ArrayLike, others: ArrayLike, comparisons: int = 1) -> Compa
     differences = np.asarray(losses, np.float64) - np.asarray(others, np.float64)
     if not differences.any():
         return Comparison(Estimate(0.0, 0.0, 0.0), 0.0, 1.0)
-    found = evidence.mean(differences)
+    found = estimates.mean(differences)
     statistic = abs(found.mean) / float(stats.sem(differences))
     p = 2 * float(stats.t.sf(statistic, len(differences) - 1))
     return Comparison(found, smallest_effect(differences, comparisons), p)
@@ -275,7 +276,7 @@ def smallest_effect(differences: ArrayLike, comparisons: int = 1) -> float:
     """
     differences = np.asarray(differences, np.float64)
     freedom = len(differences) - 1
-    critical = stats.t.isf((1 - evidence.CONFIDENCE) / comparisons / 2, freedom)
+    critical = stats.t.isf((1 - CONFIDENCE) / comparisons / 2, freedom)
     # The true mean in standard errors, which decides the distribution of the statistic.
     found: Any = optimize.brentq(
         lambda mean: stats.nct.sf(critical, freedom, mean) - POWER, 0, 10 * critical

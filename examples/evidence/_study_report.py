@@ -11,8 +11,9 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-import _evidence as evidence
+import _estimates as estimates
 import _protocol as protocol
+import _results as results
 from _contenders import (
     METHODS,
     RATE,
@@ -22,9 +23,13 @@ from _contenders import (
     SWITCH_RATE,
     SYNC_PERIOD,
 )
-from _evidence import BLUE, ORANGE, SEARCH_SEED, Estimate, Finding, Rows, Verdict, entitle, tidy
+from _drawing import BLUE, FIGURE_WIDTH, ORANGE, draw_estimates, entitle, log_ticks, tidy
+from _estimates import Estimate
 from _protocol import BASELINE, Comparison, Study
+from _results import Rows
 from _trainer import describe
+from _training import SEARCH_SEED
+from _verdicts import Finding, Verdict
 from _workloads import Workload, library_files
 
 SEEN_BELOW = 0.05
@@ -88,7 +93,7 @@ def publish(study: Study, workloads: Mapping[str, Workload], options: argparse.N
         "study-sensitivity": draw_sensitivity(study, workloads, outcomes),
     }
     findings = [finding(study, outcomes, name) for name in METHODS if name in study.contenders]
-    evidence.publish(
+    results.publish(
         "study",
         options,
         [x for x in findings if x],
@@ -97,7 +102,7 @@ def publish(study: Study, workloads: Mapping[str, Workload], options: argparse.N
         CONSTANTS,
         describe_runs(study, workloads),
     )
-    with evidence.writing_to(options.out):
+    with results.writing_to(options.out):
         write_library(options)
 
 
@@ -168,11 +173,11 @@ def quality(
     is_baseline = contender == BASELINE
     diverged = sum(x["test"] is None for x in results)
     return {
-        "test loss": evidence.mean(study.losses(workload, contender)),
+        "test loss": estimates.mean(study.losses(workload, contender)),
         "− AdamW": "" if is_baseline else compared.difference,
         "smallest visible": "" if is_baseline else compared.smallest,
         "p, Holm": "" if is_baseline else outcome.p[contender],
-        "accuracy, %": evidence.mean([x["accuracy"] or math.nan for x in results]),
+        "accuracy, %": estimates.mean([x["accuracy"] or math.nan for x in results]),
         "diverged": f"{diverged} of {len(results)}",
     }
 
@@ -313,7 +318,7 @@ def judge(seen: Sequence[int], explained: bool) -> Verdict:
 def draw_differences(study: Study, outcomes: Mapping[str, Outcome]) -> Figure:
     """Draw the differences from AdamW, a panel for each workload."""
     rows = math.ceil(len(outcomes) / 2)
-    figure = Figure(figsize=(evidence.WIDTH, 0.6 + 2.7 * rows), layout="constrained")
+    figure = Figure(figsize=(FIGURE_WIDTH, 0.6 + 2.7 * rows), layout="constrained")
     panels: Any = figure.subplots(rows, 2, sharey=True, squeeze=False)
     names = [
         name
@@ -358,7 +363,7 @@ def draw_panel(axes: Axes, study: Study, outcome: Outcome, names: Sequence[str])
         inside = {row: x for row, x in found.items() if abs(x.mean) <= limit}
         if inside:
             look = {"linestyle": "", "label": label, **look}
-            evidence.draw_estimates(axes, list(inside), list(inside.values()), across=True, **look)
+            draw_estimates(axes, list(inside), list(inside.values()), across=True, **look)
         for row in found.keys() - inside.keys():
             point_outside(axes, row, found[row].mean, limit)
     axes.set_xlim(-limit, limit)
@@ -390,7 +395,7 @@ def draw_sensitivity(
     """Draw validation losses of trials: a row for each contender, a column for rates."""
     own = [name for name in outcomes if study.own_trials(name, BASELINE)]
     names = [name for name, contender in study.contenders.items() if not contender.form_of]
-    figure = Figure(figsize=(evidence.WIDTH, 0.9 + 0.24 * len(names)), layout="constrained")
+    figure = Figure(figsize=(FIGURE_WIDTH, 0.9 + 0.24 * len(names)), layout="constrained")
     panels: Any = figure.subplots(1, len(own), sharey=True, squeeze=False)
     for axes, name in zip(panels.flat, own, strict=True):
         losses = np.full((len(names), study.rules[name].trials), np.nan)
@@ -426,7 +431,7 @@ def draw_losses(axes: Axes, losses: np.ndarray, title: str) -> None:
             best = (np.argmin(of_one) + 0.5) * width - half
             axes.plot(best, row, marker="o", color="white", markersize=3.5, markeredgecolor="black")
     bar = axes.figure.colorbar(image, ax=axes, location="bottom", extend="max", shrink=0.9)
-    evidence.log_ticks(bar.ax.xaxis, at=[1, 1.5, 2, 3, 5])
+    log_ticks(bar.ax.xaxis, at=[1, 1.5, 2, 3, 5])
     bar.ax.tick_params(labelsize=8)
     entitle(axes, f"{title}\nvalidation loss", "rate / center of the range", "")
     axes.set_xticks([-1, 0, 1], ["0.1", "1", "10"])

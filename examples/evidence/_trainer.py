@@ -17,8 +17,9 @@ import numpy as np
 import optax
 from jax import lax
 
-import _evidence as evidence
+import _training as training
 from _protocol import SEARCH_SEED, Factory, Run, Setting
+from _results import VERSIONS
 from _workloads import Data, Workload
 
 
@@ -81,11 +82,11 @@ class Trainer:
         seeds = np.array([run.seed for run in runs])
         images = len(self.data.train.labels)
         batches = [
-            evidence.draw_batches(seed, self.workload.steps, images, self.workload.batch)
+            training.draw_batches(seed, self.workload.steps, images, self.workload.batch)
             for seed in seeds
         ]
         columns = np.array([run.setting for run in runs], np.float32).T
-        params = evidence.initialize(self.workload.network.init, seeds)
+        params = training.initialize(self.workload.network.init, seeds)
         return (params, Setting(*columns), np.stack(batches).astype(np.int32)), self.data
 
     def _descend(self, runs: Any, data: Data) -> dict[str, jax.Array]:
@@ -100,7 +101,7 @@ class Trainer:
         def step(run: Any, batch: jax.Array) -> tuple[Any, None]:
             params, state = run
             drawn = jax.tree.map(lambda x: x[batch], data.train)
-            gradient = jax.grad(partial(evidence.cross_entropy, apply))(params, drawn)
+            gradient = jax.grad(partial(training.cross_entropy, apply))(params, drawn)
             updates, state = tx.update(gradient, state, params)
             return (optax.apply_updates(params, updates), state), None
 
@@ -108,8 +109,8 @@ class Trainer:
         logits = apply(params, data.test.images)
         right = logits.argmax(-1) == data.test.labels
         return {
-            "validation": evidence.cross_entropy(apply, params, data.validation),
-            "test": evidence.cross_entropy(apply, params, data.test),
+            "validation": training.cross_entropy(apply, params, data.validation),
+            "test": training.cross_entropy(apply, params, data.test),
             "accuracy": 100 * jnp.mean(right),
         }
 
@@ -161,7 +162,7 @@ def environment() -> dict[str, str]:
         "device": jax.devices()[0].device_kind,
         "processor": f"{_cores()} × {_processor()}",
         "python": platform.python_version(),
-        **evidence.VERSIONS,
+        **VERSIONS,
     }
 
 

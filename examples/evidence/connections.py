@@ -35,25 +35,26 @@ import optax
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-import _evidence as evidence
-from _evidence import (
+import _command_line as command_line
+import _estimates as estimates
+import _results as results
+import _training as training
+import _verdicts as verdicts
+from _command_line import side_by_side
+from _drawing import (
     BLUE,
-    CLASSES,
+    FIGURE_WIDTH,
     GREEN,
     ORANGE,
     PINK,
-    SEARCH_SEED,
-    Estimate,
-    Factory,
-    Finding,
-    Network,
-    Runs,
-    best,
+    draw_estimates,
     entitle,
     log_ticks,
     tidy,
-    train,
 )
+from _estimates import Estimate
+from _training import CLASSES, SEARCH_SEED, Factory, Network, Runs, best, train
+from _verdicts import Finding
 from optax_ext import architecture, caadam, connection_table
 
 RATES = np.geomspace(5e-4, 6.4e-2, 8)
@@ -97,7 +98,7 @@ def apply(params: Any, images: jax.Array) -> jax.Array:
         kernel, bias = params[name]["kernel"], params[name]["bias"]
         around = (window // 2, window // 2)
         return (
-            evidence.convolve(x, kernel, (stride, stride), (around, around))
+            training.convolve(x, kernel, (stride, stride), (around, around))
             + bias[None, None, None]
         )
 
@@ -122,7 +123,7 @@ FROM_ADAM, FROM_CONTROL = "difference from Adam", "from control"
 CONTROL_LABEL = "from the control: Adam at the rate times the mean scale"
 # The limits of the drawn validation losses.
 LEAST_LOSS, LARGEST_LOSS = 0.1, 10.0
-# From the palette of Okabe and Ito, like those of `_evidence`.
+# From the palette of Okabe and Ito, like those of `_drawing`.
 AMBER = "#E69F00"
 LEGEND: dict[str, Any] = {"fontsize": 8, "frameon": False}
 COLOURS = {
@@ -175,7 +176,7 @@ CONSTANTS = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = make_parser().parse_args(argv)
-    judged = evidence.side_by_side(partial(judge_one, options), make_contenders())
+    judged = side_by_side(partial(judge_one, options), make_contenders())
     tables = {
         f"{title}; differences of the test loss are seed by seed": {
             name: row(found, judged[ADAM], which) for name, found in judged.items()
@@ -183,11 +184,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         for which, title in enumerate(("Tuned", f"At rate {UNTUNED}"))
     }
     figures = {"connections": draw(judged)}
-    evidence.publish("connections", options, judge(judged), tables, figures, CONSTANTS)
+    results.publish("connections", options, judge(judged), tables, figures, CONSTANTS)
 
 
 def make_parser() -> argparse.ArgumentParser:
-    return evidence.make_parser(
+    return command_line.make_parser(
         __doc__,
         seeds=(16, "initial weights and orders of the images"),
         trials=(4, f"other seeds, on which each of {len(RATES)} rates is tried"),
@@ -250,10 +251,10 @@ def row(found: Judged, adam: Judged, which: int) -> dict[str, Estimate | float |
     return {
         "mean scale": found.mean_scale,
         "rate": (found.rate, UNTUNED)[which],
-        "test loss": evidence.mean(found.runs.test[which]),
-        "accuracy, %": evidence.mean(found.runs.accuracy[which]),
-        FROM_ADAM: evidence.mean(differences(found.runs, adam.runs, which)),
-        FROM_CONTROL: evidence.mean(differences(found.runs, found.control, which)),
+        "test loss": estimates.mean(found.runs.test[which]),
+        "accuracy, %": estimates.mean(found.runs.accuracy[which]),
+        FROM_ADAM: estimates.mean(differences(found.runs, adam.runs, which)),
+        FROM_CONTROL: estimates.mean(differences(found.runs, found.control, which)),
     }
 
 
@@ -289,25 +290,25 @@ def finding(
         return differences(mine[how].runs, mine[how].control, which)
 
     def over_deciding(difference: Callable[[str, int], Any], which: int) -> Estimate:
-        return evidence.mean(np.mean([difference(how, which) for how in deciding], axis=0))
+        return estimates.mean(np.mean([difference(how, which) for how in deciding], axis=0))
 
     def listed(difference: Callable[[str, int], Any], which: int) -> str:
-        each = {how: evidence.mean(difference(how, which)) for how in dict.fromkeys(shown)}
-        return ", ".join(f"{how} {evidence.signed(x)}" for how, x in each.items())
+        each = {how: estimates.mean(difference(how, which)) for how in dict.fromkeys(shown)}
+        return ", ".join(f"{how} {estimates.signed(x)}" for how, x in each.items())
 
     tuned, control = (over_deciding(x, TUNED) for x in (from_adam, from_control))
     untuned = over_deciding(from_adam, AT_UNTUNED)
     return Finding(
         claim,
-        evidence.judge([-tuned, -control], [-untuned]),
+        verdicts.judge([-tuned, -control], [-untuned]),
         f"Differences of the test loss. From Adam, both at rate {UNTUNED}"
         f" ({adam.test[AT_UNTUNED].mean():.3f}): {listed(from_adam, AT_UNTUNED)}; from Adam at"
         f" that rate times the mean scale: {listed(from_control, AT_UNTUNED)}. From Adam, both"
         f" tuned ({adam.test[TUNED].mean():.3f}): {listed(from_adam, TUNED)}; from Adam at the"
         f" tuned rate times the mean scale: {listed(from_control, TUNED)}."
-        f" {evidence.sensitivity(tuned)}",
-        untuned=f"test loss {evidence.signed(untuned)}",
-        tuned=f"test loss {evidence.signed(tuned)}",
+        f" {estimates.sensitivity(tuned)}",
+        untuned=f"test loss {estimates.signed(untuned)}",
+        tuned=f"test loss {estimates.signed(tuned)}",
     )
 
 
@@ -323,7 +324,7 @@ def with_scaling(judged: Mapping[str, Judged], scaling: str) -> dict[str, Judged
 
 
 def draw(judged: Mapping[str, Judged]) -> Figure:
-    figure = Figure(figsize=(evidence.WIDTH, 8.2), layout="constrained")
+    figure = Figure(figsize=(FIGURE_WIDTH, 8.2), layout="constrained")
     rows: Any = figure.subfigures(2, 1, height_ratios=(1, 1.25))
     above, below = rows
     panels: Any = above.subplots(1, 3, sharey=True)
@@ -350,13 +351,11 @@ def draw_searches(axes: Axes, judged: Mapping[str, Judged]) -> dict[str, Any]:
     """
     lines = {}
     for how, found in judged.items():
-        losses = [evidence.mean(np.minimum(x, LARGEST_LOSS)) for x in found.search.validation]
+        losses = [estimates.mean(np.minimum(x, LARGEST_LOSS)) for x in found.search.validation]
         # On a logarithmic axis an interval cannot reach 0.
         drawn = [x._replace(low=max(x.low, LEAST_LOSS)) for x in losses]
         places, look = RATES * found.mean_scale, {"color": COLOURS.get(how, "0.2"), "markersize": 3}
-        evidence.draw_estimates(
-            axes, places, drawn, linestyle="", alpha=0.45, elinewidth=0.7, **look
-        )
+        draw_estimates(axes, places, drawn, linestyle="", alpha=0.45, elinewidth=0.7, **look)
         (lines[how],) = axes.plot(places, [x.mean for x in losses], marker="o", **look)
     axes.set_xscale("log")
     axes.set_yscale("log")
@@ -375,9 +374,9 @@ def draw_differences(axes: Axes, judged: Mapping[str, Judged], which: int) -> No
     for i, name in enumerate(names):
         found, colour = judged[name], COLOURS[name.partition(", ")[2]]
         for shift, other, fill in ((-0.17, adam, "full"), (0.17, found.control, "none")):
-            gain = [evidence.mean(differences(found.runs, other, which))]
+            gain = [estimates.mean(differences(found.runs, other, which))]
             look = {"color": colour, "fillstyle": fill}
-            evidence.draw_estimates(axes, [i + shift], gain, across=True, **look)
+            draw_estimates(axes, [i + shift], gain, across=True, **look)
     for fill, label in (("full", "from Adam"), ("none", CONTROL_LABEL)):
         axes.plot([], [], "o", color="0.2", markersize=4, fillstyle=fill, label=label)
     axes.set_yticks(range(len(names)), names)

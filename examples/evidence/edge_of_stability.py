@@ -55,24 +55,26 @@ from jax.typing import ArrayLike
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-import _evidence as evidence
-from _evidence import (
+import _command_line as command_line
+import _estimates as estimates
+import _results as results
+import _verdicts as verdicts
+from _command_line import side_by_side
+from _curvature import apply_smooth, initialize_smooth, scale_of_adam, sharpness
+from _drawing import (
     BLUE,
+    FIGURE_WIDTH,
     GREEN,
     ORANGE,
     PINK,
-    Estimate,
-    Finding,
-    Verdict,
-    apply_smooth,
+    draw_estimates,
     entitle,
-    initialize_smooth,
-    load_digits,
     log_ticks,
-    scale_of_adam,
-    sharpness,
     tidy,
 )
+from _estimates import Estimate
+from _training import load_digits
+from _verdicts import Finding, Verdict
 from optax_ext import vradam
 
 B1, B2, EPS = 0.9, 0.999, 1e-8
@@ -267,7 +269,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"Curvature and rate, at α = {RATE}": columns(edge, "mean rate / α", *CURVATURES),
         f"Loss, at α = {RATE}": columns(edge, "steps uphill", PEAKS, LOSS),
         "Curvature, as in the authors' figure and at one rate": {
-            name: {key: evidence.mean(x) for key, x in found.items()}
+            name: {key: estimates.mean(x) for key, x in found.items()}
             for name, found in curvatures.items()
         },
         f"Loss at published settings, and at the best of {len(STRENGTHS) * options.rates} trials": {
@@ -284,11 +286,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         judge_curvature(curvatures),
         *judge_losses(losses, settings),
     ]
-    evidence.publish("edge_of_stability", options, findings, tables, figures, CONSTANTS)
+    results.publish("edge_of_stability", options, findings, tables, figures, CONSTANTS)
 
 
 def make_parser() -> argparse.ArgumentParser:
-    return evidence.make_parser(
+    return command_line.make_parser(
         __doc__,
         seeds=(10, "initial weights"),
         trials=(10, "other seeds, on which each rate is tried"),
@@ -325,13 +327,13 @@ def at_the_edge(
         EIGHTH: alike(RATE / 8),
         CROSS_ENTROPY: alike(RATE, None, train_other),
     }
-    runs = evidence.side_by_side(run, plans)
+    runs = side_by_side(run, plans)
     gated = [found.rate for found in runs[STRONGER]]
     plans = {
         MEAN_RATE: Plan([rates.mean() for rates in gated]),
         REPLAYED: Plan(gated[-1:] + gated[:-1]),
     }
-    runs |= evidence.side_by_side(run, plans)
+    runs |= side_by_side(run, plans)
     return {name: runs[name] for name in (*STYLES, CROSS_ENTROPY)}
 
 
@@ -347,7 +349,7 @@ def compare(
         measured = setting in (SETTINGS[FIGURE_ADAM], SETTINGS[SAME_RATE], SETTINGS[FIGURE])
         return [train(seed, *setting, measured=measured) for seed in seeds]
 
-    return evidence.side_by_side(run, settings), settings
+    return side_by_side(run, settings), settings
 
 
 def tune(train: Train, options: argparse.Namespace) -> dict[str, Setting]:
@@ -365,7 +367,7 @@ def tune(train: Train, options: argparse.Namespace) -> dict[str, Setting]:
     best = {}
     for name, settings in trials.items():
         numbered = {f"{name}, {i}": setting for i, setting in enumerate(settings)}
-        losses = list(evidence.side_by_side(late_loss, numbered).values())
+        losses = list(side_by_side(late_loss, numbered).values())
         best[name] = settings[int(np.nanargmin(losses))]
     return best
 
@@ -380,14 +382,14 @@ def row(runs: Sequence[Run]) -> Cells:
     of_edge = np.array([run.preconditioned * RATE / OF_ADAM for run in runs])
     of_own = np.array([run.preconditioned * thin(run.rate) / OF_ADAM for run in runs])
     return {
-        "mean rate / α": evidence.mean([run.rate.mean() / RATE for run in runs]),
-        OF_EDGE: evidence.mean(np.median(of_edge[:, late], axis=1)),
-        OF_OWN_EDGE: evidence.mean(np.median(of_own[:, late], axis=1)),
-        HIGHEST: evidence.mean(of_edge.max(axis=1)),
-        OF_H: evidence.mean([np.median(run.sharpness[late]) for run in runs]),
-        "steps uphill": evidence.mean([rises(run.loss) for run in runs]),
-        PEAKS: evidence.mean([peaks(run.loss)[late].mean() for run in runs]),
-        LOSS: evidence.mean([run.late_loss for run in runs]),
+        "mean rate / α": estimates.mean([run.rate.mean() / RATE for run in runs]),
+        OF_EDGE: estimates.mean(np.median(of_edge[:, late], axis=1)),
+        OF_OWN_EDGE: estimates.mean(np.median(of_own[:, late], axis=1)),
+        HIGHEST: estimates.mean(of_edge.max(axis=1)),
+        OF_H: estimates.mean([np.median(run.sharpness[late]) for run in runs]),
+        "steps uphill": estimates.mean([rises(run.loss) for run in runs]),
+        PEAKS: estimates.mean([peaks(run.loss)[late].mean() for run in runs]),
+        LOSS: estimates.mean([run.late_loss for run in runs]),
     }
 
 
@@ -426,9 +428,9 @@ def row_of_loss(setting: Setting, losses: Mapping[str, Any], name: str) -> dict[
     return {
         "rate": in_words(setting.rate) if "best" in name else f"{setting.rate:g}",
         "beta3": f"{setting.gate.beta3:g}" if setting.gate else "-",
-        LOSS: evidence.mean(losses[name]),
-        FROM_UNTUNED: evidence.mean(losses[name] - losses[FIGURE_ADAM]),
-        FROM_TUNED: evidence.mean(losses[name] - losses[BEST_ADAMW]),
+        LOSS: estimates.mean(losses[name]),
+        FROM_UNTUNED: estimates.mean(losses[name] - losses[FIGURE_ADAM]),
+        FROM_TUNED: estimates.mean(losses[name] - losses[BEST_ADAMW]),
     }
 
 
@@ -478,7 +480,7 @@ def judge_steadiness(edge: Mapping[str, Cells]) -> Finding:
     better = sum(all(x.high < 0 for x in differences) for differences in slow.values())
     return Finding(
         "VRAdam: a gate below 1 makes training at that edge steadier, and a lower rate does not",
-        evidence.judge([*alike, *(x for each in slow.values() for x in each)], alike),
+        verdicts.judge([*alike, *(x for each in slow.values() for x in each)], alike),
         f"Peaks of the loss in decades, and the logarithm of the loss in the end: VRAdam with"
         f" beta3 = {STRONG:.0f} {shown(STRONGER)}, at {gated[OF_OWN_EDGE].mean:.2f} of the edge of"
         f" its gated rate; VRAdam as published, where the gate's mean is"
@@ -495,14 +497,14 @@ def judge_curvature(curvatures: Mapping[str, Mapping[str, Any]]) -> Finding:
     as_shown, fair = compare_curvatures(curvatures)
     of_h, of_both = fair.values()
     seen = curvatures[FIGURE_ADAM][OF_OWN_EDGE], curvatures[FIGURE][OF_OWN_EDGE]
-    at = [f"{evidence.mean(x).mean:.2g}" for x in seen]
+    at = [f"{estimates.mean(x).mean:.2g}" for x in seen]
     return Finding(
         "VRAdam: it trains at a lower curvature than Adam",
-        evidence.judge([-of_h, -of_both], [-as_shown]),
+        verdicts.judge([-of_h, -of_both], [-as_shown]),
         f"Difference from Adam in decades. As in the authors' figure, VRAdam's H at rate .002"
         f" and Adam's P^-1 H at .001: {decades(as_shown)}. Both at .002: {decades(of_h)} of H,"
         f" {decades(of_both)} of P^-1 H. Neither is near its edge here: Adam at {at[0]} of it,"
-        f" VRAdam at {at[1]}. {evidence.sensitivity(of_h, ' decades', 2)}",
+        f" VRAdam at {at[1]}. {estimates.sensitivity(of_h, ' decades', 2)}",
         untuned=f"curvature {decades(as_shown)} decades, with two measures",
         tuned=f"curvature {decades(of_h)} decades of H, {decades(of_both)} of P^-1 H",
     )
@@ -514,8 +516,8 @@ def compare_curvatures(
     """Return VRAdam's difference from Adam as the authors show it, and at one rate by measure."""
     of_h, of_both = "log10 of H's", "log10 of P^-1 H's"
     gated = curvatures[FIGURE]
-    as_shown = evidence.mean(gated[of_h] - curvatures[FIGURE_ADAM][of_both])
-    fair = {x: evidence.mean(gated[x] - curvatures[SAME_RATE][x]) for x in (of_h, of_both)}
+    as_shown = estimates.mean(gated[of_h] - curvatures[FIGURE_ADAM][of_both])
+    fair = {x: estimates.mean(gated[x] - curvatures[SAME_RATE][x]) for x in (of_h, of_both)}
     return as_shown, fair
 
 
@@ -524,11 +526,11 @@ def judge_losses(losses: Mapping[str, Any], settings: Mapping[str, Setting]) -> 
 
     def finding(claim: str, untuned: str, tuned: str) -> Finding:
         """Judge one setting of VRAdam against untuned AdamW, and one against tuned AdamW."""
-        from_untuned = evidence.mean(losses[untuned] - losses[FIGURE_ADAM])
-        from_tuned = evidence.mean(losses[tuned] - losses[BEST_ADAMW])
+        from_untuned = estimates.mean(losses[untuned] - losses[FIGURE_ADAM])
+        from_tuned = estimates.mean(losses[tuned] - losses[BEST_ADAMW])
         extra = ""
         if untuned == FIGURE:
-            at_one = evidence.mean(losses[FIGURE] - losses[SAME_RATE])
+            at_one = estimates.mean(losses[FIGURE] - losses[SAME_RATE])
             extra = f" From AdamW at the same rate: {decades(at_one)}."
         if tuned == BEST_VRADAM:
             found = settings[BEST_VRADAM]
@@ -536,11 +538,11 @@ def judge_losses(losses: Mapping[str, Any], settings: Mapping[str, Setting]) -> 
             extra = f" VRAdam's best trial is rate {in_words(found.rate)} with beta3 {beta3:g}."
         return Finding(
             claim,
-            evidence.judge([-from_tuned], [-from_untuned]),
+            verdicts.judge([-from_tuned], [-from_untuned]),
             f"Difference in decades of the loss: {decades(from_untuned)} from AdamW at rate"
             f" {UNTUNED}; {decades(from_tuned)} from AdamW at its best rate,"
             f" {in_words(settings[BEST_ADAMW].rate)}.{extra}"
-            f" {evidence.sensitivity(from_tuned, ' decades', 2)}",
+            f" {estimates.sensitivity(from_tuned, ' decades', 2)}",
             untuned=f"loss {decades(from_untuned)} decades",
             tuned=f"loss {decades(from_tuned)} decades",
         )
@@ -554,7 +556,7 @@ def judge_losses(losses: Mapping[str, Any], settings: Mapping[str, Setting]) -> 
 
 
 def decades(x: Estimate) -> str:
-    return evidence.signed(x, 2)
+    return estimates.signed(x, 2)
 
 
 def thin(curve: Any) -> Any:
@@ -564,7 +566,7 @@ def thin(curve: Any) -> Any:
 
 def draw_curves(runs: Mapping[str, Sequence[Run]]) -> Figure:
     """Draw medians over the seeds with their range."""
-    figure = Figure(figsize=(evidence.WIDTH, 5.8), layout="constrained")
+    figure = Figure(figsize=(FIGURE_WIDTH, 5.8), layout="constrained")
     panels: Any = figure.subplot_mosaic([["edge", "H"], ["rate", "loss"]])
     for name in STYLES:
         if name in (QUARTER, EIGHTH):
@@ -603,7 +605,7 @@ def draw_comparisons(
     losses: Mapping[str, Any],
 ) -> Figure:
     """Draw peaks against losses, and the differences from AdamW that decide."""
-    figure = Figure(figsize=(evidence.WIDTH, 6.6), layout="constrained")
+    figure = Figure(figsize=(FIGURE_WIDTH, 6.6), layout="constrained")
     panels: Any = figure.subplot_mosaic([["peaks", "peaks"], ["H", "loss"]], height_ratios=(1.3, 1))
     draw_peaks(panels["peaks"], edge)
     draw_loss_differences(panels["loss"], losses)
@@ -615,8 +617,8 @@ def draw_comparisons(
         "at one rate: both $P^{-1} H$": fair["log10 of P^-1 H's"],
     }
     axes.axvline(0, color="0.6", linewidth=1)
-    evidence.draw_estimates(axes, [0], [as_shown], across=True, color=ORANGE)
-    evidence.draw_estimates(
+    draw_estimates(axes, [0], [as_shown], across=True, color=ORANGE)
+    draw_estimates(
         axes, [1, 2], list(fair.values()), across=True, color=BLUE, linestyle="", fillstyle="none"
     )
     axes.set_yticks(range(len(rows)), list(rows))
@@ -652,10 +654,10 @@ def draw_loss_differences(axes: Axes, losses: Mapping[str, Any]) -> None:
         (BEST_ADAMW, BLUE, "none", "from AdamW at its best"),
     )
     for which, (baseline, colour, fill, label) in enumerate(kinds):
-        found = [evidence.mean(losses[x[which]] - losses[baseline]) for x in rows.values()]
+        found = [estimates.mean(losses[x[which]] - losses[baseline]) for x in rows.values()]
         places = np.arange(len(rows)) + 0.3 * (which - 0.5)
         look = {"color": colour, "fillstyle": fill, "linestyle": "", "label": label}
-        evidence.draw_estimates(axes, places, found, across=True, **look)
+        draw_estimates(axes, places, found, across=True, **look)
     axes.set_yticks(range(len(rows)), list(rows))
     axes.set_ylim(len(rows) - 0.4, -0.6)
     tidy(axes, grid="x")

@@ -29,19 +29,15 @@ from jax import lax
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-import _evidence as evidence
-from _evidence import (
-    BLUE,
-    GREEN,
-    ORANGE,
-    Estimate,
-    Factory,
-    Finding,
-    entitle,
-    log_ticks,
-    progress_bar,
-    tidy,
-)
+import _command_line as command_line
+import _estimates as estimates
+import _results as results
+import _verdicts as verdicts
+from _command_line import progress_bar
+from _drawing import BLUE, FIGURE_WIDTH, GREEN, ORANGE, draw_estimates, entitle, log_ticks, tidy
+from _estimates import Estimate
+from _training import Factory
+from _verdicts import Finding
 from optax_ext import dualadam, invadam
 
 # Depth of all wells, their curvatures, and B.
@@ -100,13 +96,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             on_progress(name, 1)
     title = "ΔL / T from the times in the widest and in the sharpest well, and the power p"
     rows = {name: row(ESCAPING[name], found) for name, found in escapes.items()}
-    evidence.publish(
+    results.publish(
         "escapes", options, [judge(escapes)], {title: rows}, {"escapes": draw(escapes)}, CONSTANTS
     )
 
 
 def make_parser() -> argparse.ArgumentParser:
-    return evidence.make_parser(
+    return command_line.make_parser(
         __doc__,
         groups=(10, "groups of trajectories, over which the intervals are"),
         trajectories=(100, "trajectories in each group and well"),
@@ -193,39 +189,39 @@ def barrier_of(times: Any) -> Any:
 
 def row(method: Escaping, found: Escape) -> dict[str, Estimate | float | str]:
     return {
-        "widest": evidence.mean(found.barriers[0]),
+        "widest": estimates.mean(found.barriers[0]),
         "widest, theory": float(found.theory[0]),
-        "sharpest": evidence.mean(found.barriers[-1]),
+        "sharpest": estimates.mean(found.barriers[-1]),
         "sharpest, theory": float(found.theory[-1]),
-        "steps in the widest": evidence.mean(found.times[0]),
-        "in the sharpest": evidence.mean(found.times[-1]),
-        "p": evidence.mean(found.powers),
+        "steps in the widest": estimates.mean(found.times[0]),
+        "in the sharpest": estimates.mean(found.times[-1]),
+        "p": estimates.mean(found.powers),
         "p, theory": "-" if method.power is None else method.power,
     }
 
 
 def judge(escapes: Mapping[str, Escape]) -> Finding:
-    p = {name: evidence.mean(found.powers) for name, found in escapes.items()}
+    p = {name: estimates.mean(found.powers) for name, found in escapes.items()}
     more = {
-        name: evidence.mean(escapes["InvAdam"].powers - escapes[name].powers)
+        name: estimates.mean(escapes["InvAdam"].powers - escapes[name].powers)
         for name in ("SGD", "Adam")
     }
     times = {name: found.times.mean(axis=1) for name, found in escapes.items()}
     sooner = {name: time[0] / time[-1] for name, time in times.items()}
     return Finding(
         "InvAdam: under gradient noise it leaves sharp minima first",
-        evidence.judge(list(more.values())),
+        verdicts.judge(list(more.values())),
         f"The barrier falls with curvature as H^-p with p = {p['InvAdam']} (in theory 1.5, if"
         f" barriers are high). SGD's p is {p['SGD']} (1), Adam's {p['Adam']} (½). InvAdam leaves a"
         f" well that is {CURVATURES[-1] / CURVATURES[0]:.1f} times as sharp"
         f" {sooner['InvAdam']:.0f} times sooner, SGD {sooner['SGD']:.0f} and Adam"
         f" {sooner['Adam']:.0f} times sooner.",
-        tuned=f"p {evidence.signed(more['SGD'], 2)} against SGD's",
+        tuned=f"p {estimates.signed(more['SGD'], 2)} against SGD's",
     )
 
 
 def draw(escapes: Mapping[str, Escape]) -> Figure:
-    figure = Figure(figsize=(evidence.WIDTH, 3.6), layout="constrained")
+    figure = Figure(figsize=(FIGURE_WIDTH, 3.6), layout="constrained")
     steps, barriers = figure.subplots(1, 2)
     for name, found in escapes.items():
         colour = ESCAPING[name].colour
@@ -244,8 +240,8 @@ def draw(escapes: Mapping[str, Escape]) -> Figure:
 
 def draw_groups(axes: Axes, values: Any, colour: str, **look: Any) -> None:
     """Draw the mean over the groups in each well, with its interval."""
-    estimates = [evidence.mean(of_groups) for of_groups in values]
-    evidence.draw_estimates(axes, CURVATURES, estimates, color=colour, **look)
+    found = [estimates.mean(of_groups) for of_groups in values]
+    draw_estimates(axes, CURVATURES, found, color=colour, **look)
     axes.set_xscale("log")
     axes.set_yscale("log")
     log_ticks(axes.xaxis, at=[1, 1.5, 2, 3])

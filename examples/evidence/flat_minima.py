@@ -36,29 +36,27 @@ from jax import lax
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-import _evidence as evidence
-from _evidence import (
-    BLUE,
+import _command_line as command_line
+import _estimates as estimates
+import _results as results
+import _training as training
+import _verdicts as verdicts
+from _command_line import side_by_side
+from _curvature import apply_smooth, initialize_smooth, sharpness
+from _drawing import BLUE, FIGURE_WIDTH, GREEN, ORANGE, PINK, draw_estimates, entitle, tidy
+from _estimates import Estimate
+from _training import (
     CLASSES,
-    GREEN,
-    ORANGE,
-    PINK,
     SEARCH_SEED,
-    Estimate,
     Factory,
-    Finding,
     Network,
     Runs,
-    apply_smooth,
     best,
     cross_entropy,
-    entitle,
-    initialize_smooth,
     load_digits,
-    sharpness,
-    tidy,
     train,
 )
+from _verdicts import Finding
 from optax_ext import dualadam, invadam
 
 HIDDEN = 32
@@ -71,7 +69,7 @@ LARGER, LARGEST = 30.0, 100.0
 # The number of seeds on which the inverse term is measured.
 MEASURED = 4
 DECADES = "difference in decades"
-# From the palette of Okabe and Ito, like those of `_evidence`.
+# From the palette of Okabe and Ito, like those of `_drawing`.
 SKY, AMBER = "#56B4E9", "#E69F00"
 
 
@@ -156,8 +154,8 @@ TUNED, AT_UNTUNED = 0, 1
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = make_parser().parse_args(argv)
-    trained = evidence.side_by_side(partial(judge_one, options), TRAINING)
-    evidence.publish(
+    trained = side_by_side(partial(judge_one, options), TRAINING)
+    results.publish(
         "flat_minima",
         options,
         judge(trained),
@@ -171,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    return evidence.make_parser(
+    return command_line.make_parser(
         __doc__,
         seeds=(16, "initial weights and orders of the images"),
         trials=(4, f"other seeds, on which each of {len(RATES)} rates is tried"),
@@ -220,9 +218,9 @@ def inverse_share(contender: Training, rate: float, steps: int) -> float:
     if not steps or contender.control == ADAM:
         return float("nan")
     seeds = range(MEASURED)
-    params = evidence.initialize(NETWORK.init, np.array(seeds))
+    params = training.initialize(NETWORK.init, np.array(seeds))
     images = len(load_digits().train.labels)
-    batches = np.stack([evidence.draw_batches(seed, steps, images) for seed in seeds])
+    batches = np.stack([training.draw_batches(seed, steps, images) for seed in seeds])
     adam = TRAINING[contender.control].factory
     inverse, others = compare_steps(contender.factory, adam, rate, params, batches)
     return float(np.sum(inverse) / np.sum(np.add(inverse, others)))
@@ -269,20 +267,20 @@ def row_of_sharpness(name: str, trained: Mapping[str, Judged]) -> dict[str, Esti
     return {
         "rate": f"{found.rate:.3g}",
         "inverse term": "-" if np.isnan(found.inverse) else f"{found.inverse:.2g}",
-        "training loss": evidence.mean(found.runs.train[TUNED]),
-        "sharpness": evidence.mean(found.sharpness[TUNED]),
+        "training loss": estimates.mean(found.runs.train[TUNED]),
+        "sharpness": estimates.mean(found.sharpness[TUNED]),
         "control": TRAINING[name].control,
-        DECADES: evidence.mean(sharper(found, other)),
+        DECADES: estimates.mean(sharper(found, other)),
     }
 
 
 def row_of_test(name: str, trained: Mapping[str, Judged]) -> dict[str, Estimate | float | str]:
     found, other = trained[name], trained[TRAINING[name].control]
     return {
-        "test loss": evidence.mean(found.runs.test[TUNED]),
-        "accuracy, %": evidence.mean(found.runs.accuracy[TUNED]),
+        "test loss": estimates.mean(found.runs.test[TUNED]),
+        "accuracy, %": estimates.mean(found.runs.accuracy[TUNED]),
         "control": TRAINING[name].control,
-        "difference in points": evidence.mean(better(found, other)),
+        "difference in points": estimates.mean(better(found, other)),
     }
 
 
@@ -310,8 +308,8 @@ def judge(trained: Mapping[str, Judged]) -> list[Finding]:
         (sharper, better),
         f"This is so by construction: the inverse term is {max(shares):.1g} of the steps of the"
         " first phase here, so DualAdam is Adam with a warm-up. InvAdam alone, compared with Adam:"
-        f" sharpness × {ratio(evidence.mean(sharper(*alone)))},"
-        f" {points(evidence.mean(better(*alone)))}.",
+        f" sharpness × {ratio(estimates.mean(sharper(*alone)))},"
+        f" {points(estimates.mean(better(*alone)))}.",
     )
     shares = [trained[name].inverse for name in ACTIVE]
     active = partial(
@@ -341,7 +339,7 @@ def finding(
     def over_all(difference: Difference, which: int) -> Estimate:
         others = {name: TRAINING[name].control if which == TUNED else ADAM for name in names}
         each = [difference(trained[a], trained[b], which) for a, b in others.items()]
-        return evidence.mean(np.mean(each, axis=0))
+        return estimates.mean(np.mean(each, axis=0))
 
     def gains(which: int) -> list[Estimate]:
         found = {difference: over_all(difference, which) for difference in deciding}
@@ -356,10 +354,10 @@ def finding(
 
     # Without an interval there is nothing to see.
     seen = over_all(better, TUNED)
-    sensitivity = evidence.sensitivity(seen, " points", 2) if seen.smallest_seen else ""
+    sensitivity = estimates.sensitivity(seen, " points", 2) if seen.smallest_seen else ""
     return Finding(
         claim,
-        evidence.judge(gains(TUNED), gains(AT_UNTUNED)),
+        verdicts.judge(gains(TUNED), gains(AT_UNTUNED)),
         f"Compared with Adam and a warm-up of the same length, tuned: {shown(TUNED)}. Compared"
         f" with plain Adam, both at rate {UNTUNED}: {shown(AT_UNTUNED)}."
         f" {comment} {sensitivity}".rstrip(),
@@ -378,11 +376,11 @@ def ratio(decades: Estimate) -> str:
 
 
 def points(x: Estimate) -> str:
-    return f"test accuracy {evidence.signed(x, 2)} points"
+    return f"test accuracy {estimates.signed(x, 2)} points"
 
 
 def draw(trained: Mapping[str, Judged]) -> Figure:
-    figure = Figure(figsize=(evidence.WIDTH, 4.8), layout="constrained")
+    figure = Figure(figsize=(FIGURE_WIDTH, 4.8), layout="constrained")
     ends, flat, good = figure.subplots(1, 3, width_ratios=(1.6, 1, 1))
     for name, found in trained.items():
         losses, curvatures = np.log10(found.search.train), np.log10(found.found_sharpness)
@@ -407,7 +405,7 @@ def draw_differences(
     for i, name in enumerate(names):
         found = difference(trained[name], trained[TRAINING[name].control], TUNED)
         look = {**style(name), "markersize": 5}
-        evidence.draw_estimates(axes, [i], [evidence.mean(found)], across=True, **look)
+        draw_estimates(axes, [i], [estimates.mean(found)], across=True, **look)
     axes.invert_yaxis()
     tidy(axes, grid="x")
 

@@ -29,18 +29,14 @@ from jax import lax
 from matplotlib.figure import Figure
 from scipy.linalg import solve_discrete_lyapunov
 
-import _evidence as evidence
-from _evidence import (
-    BLUE,
-    GREEN,
-    ORANGE,
-    PINK,
-    Estimate,
-    Finding,
-    entitle,
-    progress_bar,
-    tidy,
-)
+import _command_line as command_line
+import _estimates as estimates
+import _results as results
+import _verdicts as verdicts
+from _command_line import progress_bar
+from _drawing import BLUE, FIGURE_WIDTH, GREEN, ORANGE, PINK, entitle, tidy
+from _estimates import Estimate
+from _verdicts import Finding
 from optax_ext import ema, triple_ema
 
 # The decays of the cascade's stages: one makes an EMA, two a DEMA, three a TEMA.
@@ -79,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             measured[name] = measure(make(decays), options.seeds, options.steps)
             on_progress(name, 1)
     rows = {name: row(AVERAGES[name], found) for name, found in measured.items()}
-    evidence.publish(
+    results.publish(
         "lag", options, judge(measured), {TITLE: rows}, {"lag": draw(measured)}, CONSTANTS
     )
 
@@ -131,7 +127,7 @@ def row(decays: Sequence[float], found: Responses) -> dict[str, Estimate | float
         "by formula": lag(decays),
         "half after": float(np.argmax(found.step >= 0.5) + 1),
         "overshoot": float(max(found.step.max() - 1, 0)),
-        "noise": evidence.mean(found.noise),
+        "noise": estimates.mean(found.noise),
         "noise, by formula": noise_gain(decays),
         "EMA as noisy": lag_of_plain(noise_gain(decays)),
     }
@@ -170,10 +166,10 @@ def judge(measured: Mapping[str, Responses]) -> list[Finding]:
 
     def finding(claim: str, name: str) -> Finding:
         from_adam, from_plain = lags[PLAIN] - lags[name], alike[name] - lags[name]
-        less = evidence.exact(min(from_adam, from_plain))
+        less = estimates.exact(min(from_adam, from_plain))
         return Finding(
             f"FAME: {claim}",
-            evidence.judge([less], [evidence.exact(from_adam)]),
+            verdicts.judge([less], [estimates.exact(from_adam)]),
             # Rounding can give a lag of 0 either sign.
             f"Behind a ramp it lags {abs(lags[name]):.1f} steps, Adam's average {lags[PLAIN]:.1f},"
             f" and a plain average that is as noisy {alike[name]:.1f}. Noise comes through with"
@@ -194,7 +190,7 @@ def judge(measured: Mapping[str, Responses]) -> list[Finding]:
 
 
 def draw(measured: Mapping[str, Responses]) -> Figure:
-    figure = Figure(figsize=(evidence.WIDTH, 3.4), layout="constrained")
+    figure = Figure(figsize=(FIGURE_WIDTH, 3.4), layout="constrained")
     step, ramp, trade = figure.subplots(1, 3)
     shown = 50
     after = np.arange(1, shown + 1)
@@ -222,7 +218,7 @@ def draw(measured: Mapping[str, Responses]) -> Figure:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    return evidence.make_parser(
+    return command_line.make_parser(
         __doc__, seeds=(20, "series of noise"), steps=(4000, "length of a series of noise")
     )
 

@@ -29,9 +29,16 @@ from jax import lax
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-import _evidence as evidence
+import _command_line as command_line
+import _estimates as estimates
+import _results as results
+import _verdicts as verdicts
 import optax_ext
-from _evidence import BLUE, ORANGE, Estimate, Finding, entitle, progress_bar, tidy
+from _command_line import progress_bar
+from _drawing import BLUE, FIGURE_WIDTH, ORANGE, entitle, tidy
+from _estimates import Estimate
+from _results import Rows
+from _verdicts import Finding
 
 ADAMW = "adamw"
 METHODS = {ADAMW: optax.adamw} | {name: row.factory for name, row in optax_ext.METHODS.items()}
@@ -121,11 +128,11 @@ def main(argv: Sequence[str] | None = None) -> None:
                 on_progress(method, 1)
     tables = {f"{name}, {options.steps} steps": table(outcomes, name) for name in LANDSCAPES}
     figures = {"landscapes": draw(outcomes)}
-    evidence.publish("landscapes", options, judge(outcomes), tables, figures, CONSTANTS)
+    results.publish("landscapes", options, judge(outcomes), tables, figures, CONSTANTS)
 
 
 def make_parser() -> argparse.ArgumentParser:
-    return evidence.make_parser(
+    return command_line.make_parser(
         __doc__,
         starts=(100, "points to start from, and as many others to tune on"),
         steps=(500, "of each run"),
@@ -188,14 +195,14 @@ def log(losses: jax.Array) -> jax.Array:
     return jnp.log10(jnp.clip(jnp.nan_to_num(losses, nan=jnp.inf), REACHED, 1e6))
 
 
-def table(outcomes: Mapping[str, Mapping[str, Outcome]], name: str) -> evidence.Rows:
+def table(outcomes: Mapping[str, Mapping[str, Outcome]], name: str) -> Rows:
     def row(found: Outcome) -> dict[str, Estimate | float | str]:
         return {
             "rate": f"{found.rate:.2g}{', the last' if found.at_edge else ''}",
             "schedule": "cosine" if found.cosine else "constant",
-            "reaches the minimum": evidence.share(found.losses < REACHED),
-            "log10 of the loss": evidence.mean(log(found.losses)),
-            DIFFERENCE: evidence.mean(difference(found, outcomes[ADAMW][name])),
+            "reaches the minimum": estimates.share(found.losses < REACHED),
+            "log10 of the loss": estimates.mean(log(found.losses)),
+            DIFFERENCE: estimates.mean(difference(found, outcomes[ADAMW][name])),
         }
 
     return {method: row(by_name[name]) for method, by_name in outcomes.items()}
@@ -213,25 +220,25 @@ def judge(outcomes: Mapping[str, Mapping[str, Outcome]]) -> list[Finding]:
 
 def finding(method: str, found: Mapping[str, Outcome], adamw: Mapping[str, Outcome]) -> Finding:
     differences = {name: difference(found[name], adamw[name]) for name in LANDSCAPES}
-    overall = evidence.mean(np.mean(list(differences.values()), axis=0))
-    each = ", ".join(f"{name} {signed(evidence.mean(x))}" for name, x in differences.items())
+    overall = estimates.mean(np.mean(list(differences.values()), axis=0))
+    each = ", ".join(f"{name} {signed(estimates.mean(x))}" for name, x in differences.items())
     return Finding(
         f"{optax_ext.METHODS[method].title}: it ends lower than AdamW on hard landscapes (a"
         " question of ours)",
-        evidence.judge([-overall]),
+        verdicts.judge([-overall]),
         f"Difference from AdamW in decades of the loss, both tuned: {signed(overall)} on average;"
-        f" {each}. {evidence.sensitivity(overall, ' decades', 2)}",
+        f" {each}. {estimates.sensitivity(overall, ' decades', 2)}",
         tuned=f"{signed(overall)} decades of the loss",
     )
 
 
 def signed(x: Estimate) -> str:
-    return evidence.signed(x, 2)
+    return estimates.signed(x, 2)
 
 
 def draw(outcomes: Mapping[str, Mapping[str, Outcome]]) -> Figure:
     """Draw a sheet: a row for each method, a column for each landscape."""
-    figure = Figure(figsize=(evidence.WIDTH, 2.15 * len(JUDGED) + 0.6), layout="constrained")
+    figure = Figure(figsize=(FIGURE_WIDTH, 2.15 * len(JUDGED) + 0.6), layout="constrained")
     panels = figure.subplots(len(JUDGED), len(LANDSCAPES), sharex="col", sharey="col")
     for row, method in zip(panels, JUDGED, strict=True):
         for axes, name in zip(row, LANDSCAPES, strict=True):

@@ -36,8 +36,14 @@ from jax import lax
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-import _evidence as evidence
-from _evidence import BLUE, ORANGE, Estimate, Finding, Verdict, entitle, log_ticks, tidy
+import _command_line as command_line
+import _estimates as estimates
+import _results as results
+from _command_line import side_by_side
+from _drawing import BLUE, FIGURE_WIDTH, ORANGE, draw_estimates, entitle, log_ticks, tidy
+from _estimates import Estimate
+from _results import Rows
+from _verdicts import Finding, Verdict
 from optax_ext import caadam, dualadam, fame, formats, invadam, novak, quantize_state, vradam
 
 SHAPE = 32, 256
@@ -74,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     races = {"Adam": Race(ADAM, tuple(stored.tx for stored in STORED.values()))}
     races |= {name: Race(tx, (quantize_state(tx),)) for name, tx in OPTIMIZERS.items()}
     compare_one = partial(compare, seeds=options.seeds, steps=options.steps)
-    found = evidence.side_by_side(compare_one, races)
+    found = side_by_side(compare_one, races)
     of_adam = {
         name: {"bytes": stored.bytes} | row(phases)
         for (name, stored), phases in zip(STORED.items(), found["Adam"], strict=True)
@@ -85,13 +91,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         "Optimizers with their state in the default formats of quantize_state": of_all,
     }
     figure = draw(of_adam, of_all)
-    evidence.publish(
+    results.publish(
         "low_precision", options, [judge(of_adam)], tables, {"low_precision": figure}, CONSTANTS
     )
 
 
 def make_parser() -> argparse.ArgumentParser:
-    return evidence.make_parser(
+    return command_line.make_parser(
         __doc__, seeds=(8, "series of gradients"), steps=(1000, "in each of the two phases")
     )
 
@@ -315,11 +321,11 @@ STEADY, FALLEN, WITHIN = "error, steady", "error, fallen", f"share within {ALLOW
 def row(found: tuple[Phase, Phase]) -> dict[str, Estimate | float | str]:
     steady, fallen = found
     return {
-        STEADY: evidence.mean(steady.error),
-        FALLEN: evidence.mean(fallen.error),
-        WITHIN: evidence.share(np.maximum(steady.error, fallen.error) < ALLOWED),
-        "largest, steady": evidence.mean(steady.largest),
-        "largest, fallen": evidence.mean(fallen.largest),
+        STEADY: estimates.mean(steady.error),
+        FALLEN: estimates.mean(fallen.error),
+        WITHIN: estimates.share(np.maximum(steady.error, fallen.error) < ALLOWED),
+        "largest, steady": estimates.mean(steady.largest),
+        "largest, fallen": estimates.mean(fallen.largest),
     }
 
 
@@ -346,8 +352,8 @@ def judge(rows: Mapping[str, Mapping[str, Any]]) -> Finding:
     )
 
 
-def draw(of_adam: evidence.Rows, of_all: evidence.Rows) -> Figure:
-    figure = Figure(figsize=(evidence.WIDTH, 3.2), layout="constrained")
+def draw(of_adam: Rows, of_all: Rows) -> Figure:
+    figure = Figure(figsize=(FIGURE_WIDTH, 3.2), layout="constrained")
     formats_, optimizers = figure.subplots(1, 2, width_ratios=(1, 1))
     draw_errors(formats_, of_adam, "Adam with its state in several formats", (1,))
     draw_errors(optimizers, of_all, "ours, for several optimizers", (1, 2, 5))
@@ -363,7 +369,7 @@ def draw_errors(
     for column, colour, shift in ((STEADY, BLUE, 0.12), (FALLEN, ORANGE, -0.12)):
         found = [cells[column] for cells in rows.values()]
         look = {"color": colour, "linestyle": "", "label": column}
-        evidence.draw_estimates(axes, places + shift, found, across=True, **look)
+        draw_estimates(axes, places + shift, found, across=True, **look)
     axes.axvline(ALLOWED, color="0.6", linewidth=1, label=f"{ALLOWED}")
     axes.set_xscale("log")
     log_ticks(axes.xaxis, at=ticks)

@@ -41,20 +41,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.ndimage import uniform_filter1d
 
-import _evidence as evidence
-from _evidence import (
-    BLUE,
-    CLASSES,
-    ORANGE,
-    Factory,
-    Finding,
-    Network,
-    Split,
-    Verdict,
-    entitle,
-    log_ticks,
-    tidy,
-)
+import _command_line as command_line
+import _estimates as estimates
+import _results as results
+import _training as training
+from _command_line import side_by_side
+from _drawing import BLUE, FIGURE_WIDTH, ORANGE, draw_estimates, entitle, log_ticks, tidy
+from _estimates import Estimate
+from _training import CLASSES, Factory, Network, Split
+from _verdicts import Finding, Verdict
 from optax_ext import (
     bfloat16_weights,
     caadam,
@@ -218,11 +213,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         decisive[task] = first | again
     tables["Text"] = {"Python's standard library": describe_text()}
     name, figure = "low_precision_training", draw(judged, decisive)
-    evidence.publish(name, options, [judge(decisive)], tables, {name: figure}, CONSTANTS)
+    results.publish(name, options, [judge(decisive)], tables, {name: figure}, CONSTANTS)
 
 
 def make_parser() -> argparse.ArgumentParser:
-    return evidence.make_parser(
+    return command_line.make_parser(
         __doc__,
         seeds=(8, "initial weights and orders of the data"),
         steps=(2000, "of each training"),
@@ -297,7 +292,7 @@ def normalize(x: jax.Array) -> jax.Array:
 
 def make_convnet_task() -> Task:
     """Recognize digits."""
-    digits = evidence.load_digits()
+    digits = training.load_digits()
     network = Network(initialize_convnet, apply_convnet)
     return Task(network, BATCHES["convnet"], digits.train, digits.test)
 
@@ -322,7 +317,7 @@ def apply_convnet(params: Any, images: jax.Array) -> jax.Array:
     x = images
     for i, layer in enumerate(convolutions):
         stride = 1 if i == 0 else 2
-        x = evidence.convolve(x, layer["kernel"], (stride, stride), ((1, 1), (1, 1)))
+        x = training.convolve(x, layer["kernel"], (stride, stride), ((1, 1), (1, 1)))
         x = jax.nn.relu(x + layer["bias"][None, None, None])
     return x.mean((1, 2)) @ head["kernel"] + head["bias"][None]
 
@@ -338,7 +333,7 @@ def make_task(name: str) -> Task:
 def train_all(
     task: str, steps: int, seeds: np.ndarray, contenders: Mapping[str, Contender]
 ) -> dict[str, Judged]:
-    return evidence.side_by_side(partial(compare, task, steps, seeds), contenders)
+    return side_by_side(partial(compare, task, steps, seeds), contenders)
 
 
 def compare(task: str, steps: int, seeds: np.ndarray, contender: Contender) -> Judged:
@@ -360,8 +355,8 @@ def train(
 ) -> Runs:
     """Return the losses of trainings whose seeds decide initial weights and batches."""
     network, batch, data, test = make_task(task)
-    chosen = [evidence.draw_batches(seed, steps, len(data.labels), batch) for seed in seeds]
-    params = jax.vmap(prepare)(evidence.initialize(network.init, seeds))
+    chosen = [training.draw_batches(seed, steps, len(data.labels), batch) for seed in seeds]
+    params = jax.vmap(prepare)(training.initialize(network.init, seeds))
     found = descend(network.apply, tx, params, np.stack(chosen), data, test)
     return jax.tree.map(np.asarray, found)
 
@@ -379,7 +374,7 @@ def descend(
 
     def loss_of(params: Any, split: Split) -> jax.Array:
         # Weights may be stored in bfloat16.
-        return evidence.cross_entropy(apply, optax.tree.cast(params, jnp.float32), split)
+        return training.cross_entropy(apply, optax.tree.cast(params, jnp.float32), split)
 
     def step(run: Any, batch: jax.Array) -> tuple[Any, jax.Array]:
         params, state = run
@@ -410,9 +405,9 @@ DIFFERENCE, SPREAD = "difference", "spread of seeds"
 
 def row(found: Judged) -> dict[str, Any]:
     return {
-        "loss, float32": evidence.mean(found.exact.final),
-        "loss, stored": evidence.mean(found.stored.final),
-        DIFFERENCE: evidence.mean(found.stored.final - found.exact.final),
+        "loss, float32": estimates.mean(found.exact.final),
+        "loss, stored": estimates.mean(found.stored.final),
+        DIFFERENCE: estimates.mean(found.stored.final - found.exact.final),
         SPREAD: float(np.std(found.exact.final, ddof=1)),
         "bytes of state, float32": found.bytes,
         "stored": found.bytes_stored,
@@ -457,7 +452,7 @@ def draw(
     judged: Mapping[str, Mapping[str, Judged]],
     decisive: Mapping[str, Mapping[str, Mapping[str, Any]]],
 ) -> Figure:
-    figure = Figure(figsize=(evidence.WIDTH, 6.0), layout="constrained")
+    figure = Figure(figsize=(FIGURE_WIDTH, 6.0), layout="constrained")
     grid: Any = figure.subplots(2, 2)
     for (curves, differences), (task, found) in zip(grid, judged.items(), strict=True):
         draw_curves(curves, task, found)
@@ -487,8 +482,8 @@ def draw_differences(axes: Axes, rows: Mapping[str, Mapping[str, Any]]) -> None:
     axes.axvspan(-ALLOWED, ALLOWED, color="0.93")
     axes.axvline(0, color="0.6", linewidth=1)
     for place, cells in enumerate(rows.values()):
-        difference = evidence.Estimate(*(x / cells[SPREAD] for x in cells[DIFFERENCE]))
-        evidence.draw_estimates(axes, [place], [difference], across=True, color=BLUE)
+        difference = Estimate(*(x / cells[SPREAD] for x in cells[DIFFERENCE]))
+        draw_estimates(axes, [place], [difference], across=True, color=BLUE)
     entitle(axes, "stored less float32, at the end", "difference / spread of seeds", "")
     tidy(axes, "x")
     axes.set_yticks(range(len(rows)), list(rows))

@@ -39,23 +39,15 @@ from jax import lax
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-import _evidence as evidence
-from _evidence import (
-    BLUE,
-    CLASSES,
-    GREEN,
-    ORANGE,
-    Estimate,
-    Factory,
-    Finding,
-    Network,
-    Runs,
-    best_on_others,
-    entitle,
-    log_ticks,
-    tidy,
-    train,
-)
+import _command_line as command_line
+import _estimates as estimates
+import _results as results
+import _verdicts as verdicts
+from _command_line import side_by_side
+from _drawing import BLUE, FIGURE_WIDTH, GREEN, ORANGE, draw_estimates, entitle, log_ticks, tidy
+from _estimates import Estimate
+from _training import CLASSES, Factory, Network, Runs, best_on_others, train
+from _verdicts import Finding
 from optax_ext import novak
 
 FROM_NOVAK = "from NOVAK"
@@ -221,7 +213,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for depth in depths
         for name in (CONTENDERS if depth == depths[-1] else COLOURS)
     }
-    judged = evidence.side_by_side(partial(judge_one, options), cells)
+    judged = side_by_side(partial(judge_one, options), cells)
     outcomes: dict[int, dict[str, Judged]] = {depth: {} for depth in depths}
     for label, (_, depth, name) in cells.items():
         outcomes[depth][name] = judged[label]
@@ -231,13 +223,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         }
         for depth, by_name in outcomes.items()
     }
-    evidence.publish(
+    results.publish(
         "plain_depth", options, judge(outcomes), tables, {"plain_depth": draw(outcomes)}, CONSTANTS
     )
 
 
 def make_parser() -> argparse.ArgumentParser:
-    return evidence.make_parser(
+    return command_line.make_parser(
         __doc__,
         depths=(3, f"networks, of {SHALLOWEST}, {2 * SHALLOWEST}, … convolutions"),
         seeds=(10, f"initial weights and orders of the images, at each of {len(RATES)} rates"),
@@ -255,9 +247,9 @@ def judge_one(options: argparse.Namespace, cell: Cell) -> Judged:
 def row(found: Judged, by_name: Mapping[str, Judged]) -> dict[str, Estimate | float | str]:
     return {
         "best rate": rates_in_words(found.chosen),
-        "trained": evidence.share(found.at_best(found.trained)),
-        "decades of rates": evidence.mean(found.decades),
-        "accuracy, %": evidence.mean(found.at_best(found.runs.accuracy)),
+        "trained": estimates.share(found.at_best(found.trained)),
+        "decades of rates": estimates.mean(found.decades),
+        "accuracy, %": estimates.mean(found.at_best(found.runs.accuracy)),
         "from AdamW": more_accurate(found, by_name[ADAMW]),
         "from RAdam": more_accurate(found, by_name[RADAM]),
         FROM_NOVAK: more_accurate(found, by_name[NOVAK]),
@@ -274,17 +266,17 @@ def rates_in_words(chosen: Any) -> str:
 
 def more_accurate(found: Judged, other: Judged) -> Estimate:
     """Return the difference in points of test accuracy, of all seeds."""
-    return evidence.mean(found.at_best(found.runs.accuracy) - other.at_best(other.runs.accuracy))
+    return estimates.mean(found.at_best(found.runs.accuracy) - other.at_best(other.runs.accuracy))
 
 
 def more_accurate_anywhere(found: Judged, other: Judged) -> Estimate:
     """Return the same difference for the mean over all rates."""
-    return evidence.mean((found.runs.accuracy - other.runs.accuracy).mean(axis=0))
+    return estimates.mean((found.runs.accuracy - other.runs.accuracy).mean(axis=0))
 
 
 def more_accurate_untuned(found: Judged, other: Judged) -> Estimate:
     """Return the same difference where both have the untuned rate."""
-    return evidence.mean(found.runs.accuracy[UNTUNED] - other.runs.accuracy[UNTUNED])
+    return estimates.mean(found.runs.accuracy[UNTUNED] - other.runs.accuracy[UNTUNED])
 
 
 MEASURES = more_accurate, more_accurate_anywhere
@@ -292,12 +284,12 @@ MEASURES = more_accurate, more_accurate_anywhere
 
 def more_often_untuned(found: Judged, other: Judged) -> Estimate:
     """Return the difference of the shares of seeds that succeed at the untuned rate."""
-    return evidence.mean(np.subtract(found.trained[UNTUNED], other.trained[UNTUNED], dtype=float))
+    return estimates.mean(np.subtract(found.trained[UNTUNED], other.trained[UNTUNED], dtype=float))
 
 
 def wider(found: Judged, other: Judged) -> Estimate:
     """Return the difference in decades of rates."""
-    return evidence.mean(found.decades - other.decades)
+    return estimates.mean(found.decades - other.decades)
 
 
 def judge(outcomes: Outcomes) -> list[Finding]:
@@ -312,20 +304,20 @@ def judge_whole(depth: int, deepest: Mapping[str, Judged]) -> Finding:
     def listed(shares: Callable[[Judged], Estimate]) -> str:
         return ", ".join(f"{label} {shares(deepest[name])}" for name, label in labels.items())
 
-    decades = listed(lambda x: evidence.mean(x.decades))
-    at_best = listed(lambda x: evidence.share(x.at_best(x.trained)))
-    at_untuned = listed(lambda x: evidence.share(x.trained[UNTUNED]))
+    decades = listed(lambda x: estimates.mean(x.decades))
+    at_best = listed(lambda x: estimates.share(x.at_best(x.trained)))
+    at_untuned = listed(lambda x: estimates.share(x.trained[UNTUNED]))
     wide = {name: wider(deepest[NOVAK], deepest[name]) for name in (ADAMW, RADAM)}
     untuned = more_often_untuned(deepest[NOVAK], deepest[ADAMW])
-    differences = ", ".join(f"{evidence.signed(x, 2)} from {name}" for name, x in wide.items())
+    differences = ", ".join(f"{estimates.signed(x, 2)} from {name}" for name, x in wide.items())
     return Finding(
         "NOVAK: it trains deep plain networks more reliably",
-        evidence.judge(list(wide.values()), [untuned]),
+        verdicts.judge(list(wide.values()), [untuned]),
         f"Width of the rates at which {depth} convolutions train, in decades: {decades}. NOVAK's"
         f" difference: {differences}. Share of the seeds that train at the best rate of each:"
         f" {at_best}; all at rate {RATES[UNTUNED]:.2g}: {at_untuned}.",
-        untuned=f"share that trains {evidence.signed(untuned, 2)}",
-        tuned=f"width of rates {evidence.signed(wide[ADAMW], 2)} decades",
+        untuned=f"share that trains {estimates.signed(untuned, 2)}",
+        tuned=f"width of rates {estimates.signed(wide[ADAMW], 2)} decades",
     )
 
 
@@ -347,24 +339,24 @@ def judge_parts(depth: int, deepest: Mapping[str, Judged]) -> Finding:
     worse = [name for name, found in clear.items() if all(x.high < 0 for x in found)]
     return Finding(
         "NOVAK: decay has to stay at the base rate",
-        evidence.judge([at_best, anywhere], [untuned]),
+        verdicts.judge([at_best, anywhere], [untuned]),
         f"{depth} convolutions, decay {DECAY}. Decay at the base rate instead of the effective one"
         f" changes the test accuracy by {points(at_best)} at the best rates, {points(anywhere)}"
         f" over all rates, and {points(untuned)} at rate {RATES[UNTUNED]:.2g}. Of the other"
         f" {len(clear)} changes of NOVAK these are better in both ways:"
         f" {'; '.join(better) or 'none'}; worse: {'; '.join(worse) or 'none'}."
-        f" {evidence.sensitivity(anywhere, ' points over all rates', 1)}",
+        f" {estimates.sensitivity(anywhere, ' points over all rates', 1)}",
         untuned=f"test accuracy {points(untuned)}",
         tuned=f"test accuracy {points(at_best)}",
     )
 
 
 def points(x: Estimate) -> str:
-    return f"{evidence.signed(x, 1)} points"
+    return f"{estimates.signed(x, 1)} points"
 
 
 def draw(outcomes: Outcomes) -> Figure:
-    figure = Figure(figsize=(evidence.WIDTH, 4.3), layout="constrained")
+    figure = Figure(figsize=(FIGURE_WIDTH, 4.3), layout="constrained")
     depths, rates, parts = figure.subplots(1, 3, width_ratios=(1, 1, 1.1))
     draw_depths(depths, outcomes)
     deepest = outcomes[max(outcomes)]
@@ -380,9 +372,9 @@ def draw(outcomes: Outcomes) -> Figure:
 
 def draw_depths(axes: Axes, outcomes: Outcomes) -> None:
     for i, (name, colour) in enumerate(COLOURS.items()):
-        widths = [evidence.mean(by_name[name].decades) for by_name in outcomes.values()]
+        widths = [estimates.mean(by_name[name].decades) for by_name in outcomes.values()]
         shifted = np.add(list(outcomes), 0.2 * (i - 1))
-        evidence.draw_estimates(axes, shifted, widths, color=colour, label=name)
+        draw_estimates(axes, shifted, widths, color=colour, label=name)
     axes.set_xticks(list(outcomes))
     axes.set_ylim(0)
     title = "width of the rates that\ntrain, by depth"
@@ -411,7 +403,7 @@ def draw_parts(axes: Axes, deepest: Mapping[str, Judged]) -> None:
         for shift, measure, fill in zip((-0.15, 0.15), MEASURES, ("full", "none"), strict=True):
             change = [measure(deepest[name], deepest[NOVAK])]
             look = {"color": colour, "fillstyle": fill}
-            evidence.draw_estimates(axes, [i + shift], change, across=True, **look)
+            draw_estimates(axes, [i + shift], change, across=True, **look)
     for fill, label in (("full", "at the best rates"), ("none", "mean over all rates")):
         axes.plot([], [], "o", color="0.5", markersize=4, fillstyle=fill, label=label)
     axes.set_yticks(range(len(others)), others)

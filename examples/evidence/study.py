@@ -44,12 +44,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import _evidence as evidence
+import _command_line as command_line
+import _estimates as estimates
+import _results as results
 import _study_report as report
+from _command_line import RESULTS
 from _contenders import CONTENDERS
-from _evidence import RESULTS, Split
 from _protocol import Contender, Run, Setting, Study
 from _trainer import Trainer, definition, environment
+from _training import Split
 from _workloads import ON_CPU, ON_GPU, Data, Workload
 
 WORKLOADS = ON_CPU | ON_GPU
@@ -77,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = evidence.make_parser(__doc__)
+    parser = command_line.make_parser(__doc__)
     parser.add_argument(
         "--workloads",
         nargs="+",
@@ -89,7 +92,10 @@ def make_parser() -> argparse.ArgumentParser:
         "--contenders", nargs="+", choices=list(CONTENDERS), metavar="NAME", help="default: all"
     )
     parser.add_argument(
-        "--minutes", type=evidence.positive, metavar="N", help="end before so many (default: never)"
+        "--minutes",
+        type=command_line.positive,
+        metavar="N",
+        help="end before so many (default: never)",
     )
     parser.add_argument("--report", action="store_true", help="run nothing")
     parser.add_argument("--smoke", action="store_true", help="run something small")
@@ -154,7 +160,7 @@ def append(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Add lines to the file; the first one ends a line that was cut off."""
     whole = not path.exists() or path.read_bytes()[-1:] in (b"\n", b"")
     text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    with evidence.writing_to(path), path.open("a", encoding="utf-8") as file:
+    with results.writing_to(path), path.open("a", encoding="utf-8") as file:
         file.write(("" if whole else "\n") + text)
 
 
@@ -244,7 +250,7 @@ class Runner:
         return sum(self.seconds(*pair, self.study.number_missing(*pair)) / 60 for pair in pairs)
 
     def show(self, workload: str, contender: str, minutes: float) -> None:
-        loss = evidence.mean(self.study.losses(workload, contender))
+        loss = estimates.mean(self.study.losses(workload, contender))
         print(f"{workload} {contender}: {loss}; {minutes:.0f} minutes left.", flush=True)
 
 

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from _evidence import RESULTS, Estimate
+from _command_line import RESULTS
+from _estimates import Estimate
 from benchmarks import report
 from benchmarks.report import fill
 from examples import _comparison
@@ -37,7 +38,7 @@ SCRIPTS = (
     "low_precision_training",
 )
 
-# A file of results, as `_evidence.publish` writes it.
+# A file of results, as `_results.publish` writes it.
 Document = Mapping[str, Any]
 
 

@@ -253,38 +253,38 @@ def test_every_script_is_tested_and_has_results(load_module):
 def test_results_are_of_a_whole_run(load_module, name):
     found = json.loads((FOLDER / f"results/{name}.json").read_text(encoding="utf-8"))
     assert all((FOLDER / "results" / figure).is_file() for figure in found["figures"])
-    evidence, script = load_module("_evidence"), load_module(name)
-    assert found["options"] == evidence.sizes(script.make_parser().parse_args([]))
+    results, script = load_module("_results"), load_module(name)
+    assert found["options"] == results.sizes(script.make_parser().parse_args([]))
     assert found["constants"].keys() == script.CONSTANTS.keys()
     for constant, value in script.CONSTANTS.items():
         np.testing.assert_allclose(found["constants"][constant], value, err_msg=constant)
 
 
 def test_intervals(load_module):
-    evidence = load_module("_evidence")
+    estimates = load_module("_estimates")
     # Student's quantile for one degree of freedom is 12.706, the standard error here 1/2.
-    assert evidence.mean([0, 1]) == pytest.approx((0.5, 0.5 - 6.353, 0.5 + 6.353), abs=1e-3)
-    assert np.isnan(evidence.mean([3.0])[1:]).all()
+    assert estimates.mean([0, 1]) == pytest.approx((0.5, 0.5 - 6.353, 0.5 + 6.353), abs=1e-3)
+    assert np.isnan(estimates.mean([3.0])[1:]).all()
     # Wilson's: z² / (n + z²) is the upper end where none succeeds.
-    assert evidence.share([False] * 10) == pytest.approx((0, 0, 0.27753), abs=1e-4)
+    assert estimates.share([False] * 10) == pytest.approx((0, 0, 0.27753), abs=1e-4)
 
 
 def test_estimates_of_the_other_sign(load_module):
-    evidence = load_module("_evidence")
-    gain = evidence.Estimate(1.0, -1.0, 3.0)
+    estimates = load_module("_estimates")
+    gain = estimates.Estimate(1.0, -1.0, 3.0)
     assert -gain == (-1.0, -3.0, 1.0)
     assert gain.smallest_seen == pytest.approx(2.8)
-    assert evidence.signed(-gain, 1) == "-1.0 [-3.0, +1.0]"
-    assert evidence.exact(2.0) == (2.0, 2.0, 2.0)
+    assert estimates.signed(-gain, 1) == "-1.0 [-3.0, +1.0]"
+    assert estimates.exact(2.0) == (2.0, 2.0, 2.0)
 
 
 def test_smallest_effect_is_seen_in_four_of_five_studies(load_module):
-    evidence = load_module("_evidence")
+    estimates = load_module("_estimates")
     random = np.random.default_rng(0)
     samples = random.normal(size=(2000, 10))
     # Seen by an average study; each study has its own interval.
-    effect = np.mean([evidence.mean(x).smallest_seen for x in samples[:200]])
-    seen = np.mean([evidence.mean(x + effect).low > 0 for x in samples])
+    effect = np.mean([estimates.mean(x).smallest_seen for x in samples[:200]])
+    seen = np.mean([estimates.mean(x + effect).low > 0 for x in samples])
     assert seen == pytest.approx(0.8, abs=0.04)
 
 
@@ -316,23 +316,23 @@ def test_rates_are_chosen_and_judged_by_other_starts(load_module):
 
 
 def test_curvatures_are_those_of_the_whole_hessian(load_module):
-    evidence = load_module("_evidence")
-    params = evidence.initialize_smooth(jax.random.key(0), [3, 4, 2])
+    curvature = load_module("_curvature")
+    params = curvature.initialize_smooth(jax.random.key(0), [3, 4, 2])
     x, y = jax.random.normal(jax.random.key(1), (2, 5, 3)), jnp.ones((5, 2))
 
     def loss(params):
-        return jnp.mean((evidence.apply_smooth(params, x[0]) - y) ** 2)
+        return jnp.mean((curvature.apply_smooth(params, x[0]) - y) ** 2)
 
     flat, unravel = jax.flatten_util.ravel_pytree(params)
     whole = jax.jit(jax.hessian(lambda flat: loss(unravel(flat))))(flat)
     whole = np.asarray(whole, np.float64)
-    found = jax.jit(partial(evidence.sharpness, loss))(params)
+    found = jax.jit(partial(curvature.sharpness, loss))(params)
     assert found == pytest.approx(np.linalg.eigvalsh(whole)[-1], rel=1e-4)
 
     nu = jax.random.uniform(jax.random.key(2), flat.shape, minval=0.1)
-    scale = evidence.scale_of_adam(unravel(nu), 3, b1=0.9, b2=0.99, eps=1e-3)
+    scale = curvature.scale_of_adam(unravel(nu), 3, b1=0.9, b2=0.99, eps=1e-3)
     p = (1 - 0.9**3) * (np.sqrt(np.asarray(nu, np.float64) / (1 - 0.99**3)) + 1e-3)
-    found = jax.jit(partial(evidence.sharpness, loss))(params, scale)
+    found = jax.jit(partial(curvature.sharpness, loss))(params, scale)
     assert found == pytest.approx(np.linalg.eigvals(whole / p[:, None]).real.max(), rel=1e-4)
 
 
@@ -371,11 +371,11 @@ def test_edge_of_adam(load_module, times_edge, stable):
 
 
 def test_batches_of_an_epoch_are_disjoint(load_module):
-    digits = load_module("_evidence")
-    batches = digits.draw_batches(0, steps=5, images=130)
-    assert batches.shape == (5, digits.BATCH)
-    assert len(np.unique(batches[:2])) == len(np.unique(batches[2:4])) == 2 * digits.BATCH
-    assert (batches != digits.draw_batches(1, steps=5, images=130)).any()
+    training = load_module("_training")
+    batches = training.draw_batches(0, steps=5, images=130)
+    assert batches.shape == (5, training.BATCH)
+    assert len(np.unique(batches[:2])) == len(np.unique(batches[2:4])) == 2 * training.BATCH
+    assert (batches != training.draw_batches(1, steps=5, images=130)).any()
 
 
 # Of peaks and of the loss's logarithm: AdamW's, the gate's, and a slow AdamW's.
@@ -389,37 +389,37 @@ def test_batches_of_an_epoch_are_disjoint(load_module):
     ],
 )
 def test_slow_controls_can_explain_steadiness_away(load_module, adamw, gated, slow, verdict):
-    script, evidence = load_module("edge_of_stability"), load_module("_evidence")
+    script, estimates = load_module("edge_of_stability"), load_module("_estimates")
 
     def cells(peaks, loss):
-        found = dict.fromkeys((*script.CURVATURES, "mean rate / α"), evidence.Estimate(1, 1, 1))
+        found = dict.fromkeys((*script.CURVATURES, "mean rate / α"), estimates.Estimate(1, 1, 1))
         around = {script.PEAKS: peaks, script.LOSS: loss}
-        return found | {k: evidence.Estimate(x, x - 0.01, x + 0.01) for k, x in around.items()}
+        return found | {k: estimates.Estimate(x, x - 0.01, x + 0.01) for k, x in around.items()}
 
     edge = {name: cells(*adamw) for name in script.STYLES}
     edge |= {script.STRONGER: cells(*gated)} | {name: cells(0.3, -3.0) for name in script.SLOW}
     edge[script.COSINE] = cells(*slow)
-    assert script.judge_steadiness(edge).verdict == evidence.Verdict[verdict]
+    assert script.judge_steadiness(edge).verdict == load_module("_verdicts").Verdict[verdict]
 
 
 def test_what_diverges_is_not_best(load_module):
-    digits = load_module("_evidence")
+    training = load_module("_training")
     losses = np.array([[np.nan, 0.1], [1e9, 0.1], [5.0, 5.0], [6.0, 5.0]])
-    assert digits.best(digits.Runs(None, None, losses, None, None, None)) == 2
+    assert training.best(training.Runs(None, None, losses, None, None, None)) == 2
 
 
 def test_no_seed_chooses_its_own_rate(load_module):
-    digits = load_module("_evidence")
+    training = load_module("_training")
     # The second rate is so much better for the first seed that all others take it.
     losses = np.array([[1.0, 0.1, 0.1], [0.0, 0.2, 0.2]])
-    runs = digits.Runs(None, None, losses, None, None, None)
-    assert digits.best_on_others(runs).tolist() == [0, 1, 1]
+    runs = training.Runs(None, None, losses, None, None, None)
+    assert training.best_on_others(runs).tolist() == [0, 1, 1]
 
 
 def test_trainings_side_by_side_are_those_alone(load_module):
-    digits, plain_depth = load_module("_evidence"), load_module("plain_depth")
+    training, plain_depth = load_module("_training"), load_module("plain_depth")
     network = plain_depth.make_network(2)
-    train = partial(digits.train, network, plain_depth.radam, steps=3, batch=8)
+    train = partial(training.train, network, plain_depth.radam, steps=3, batch=8)
     both = train([[1e-3], [1e-2]], [0, 1])
     assert both.test.shape == both.accuracy.shape == (2, 2)
     assert both.params["hidden"]["kernel"].shape == (2, 2, 1, 3, 3, 4, 4)

@@ -349,4 +349,4 @@ def test_smoke_does_not_replace_results(load_module, capsys):
 )
 def test_verdicts(load_module, seen, explained, verdict):
     judge = load_module("_study_report").judge
-    assert judge(seen, explained) == load_module("_evidence").Verdict[verdict]
+    assert judge(seen, explained) == load_module("_verdicts").Verdict[verdict]
