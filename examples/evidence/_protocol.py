@@ -10,7 +10,6 @@ with the points of the search and with the seed, and their interval covers both.
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,6 +24,8 @@ from _training import SEARCH_SEED
 
 # Decades between the lowest and the highest rate of a contender.
 RATE_DECADES = 3.0
+# The factor of rates if their ends were chosen.
+MOVED_BY = 10.0
 # The product of rate and decay, which is the share of a weight that a step removes. Its range is
 # the same for all, whatever the size of their rates.
 DECAYS = 1e-5, 1e-2
@@ -71,8 +72,9 @@ class Rules(NamedTuple):
       trials: how many settings each search tries, a power of 2.
       seeds: how many searches there are, each judged by a seed, a power of 2.
       center: the center of all rates, in published rates.
-      moved: factors of that center, for contenders of which at least two searches chose the same
-        end of the first range. All their trials are repeated, so their number stays equal.
+      moved: contenders whose range is ten times as high, because at least two searches had chosen
+        the highest rates of the first range. All their trials are repeated, so that their number
+        stays equal.
       settings_from: the workload at which settings are chosen; this one if `None`.
       forms: whether forms of other contenders take part.
     """
@@ -81,7 +83,7 @@ class Rules(NamedTuple):
     trials: int = 8
     seeds: int = FEWEST_SEEDS
     center: float = 1.0
-    moved: Mapping[str, float] = MappingProxyType({})
+    moved: tuple[str, ...] = ()
     settings_from: str | None = None
     forms: bool = True
 
@@ -166,7 +168,8 @@ class Study:
     def center(self, workload: str, contender: str) -> float:
         """Return the center of a contender's rates at a workload where settings are chosen."""
         rules = self.rules[workload]
-        return rules.center * rules.moved.get(contender, 1.0) * self.contenders[contender].rate
+        factor = MOVED_BY if contender in rules.moved else 1.0
+        return rules.center * factor * self.contenders[contender].rate
 
     def own_trials(self, workload: str, contender: str) -> list[Run]:
         """Return the trials that this contender runs at this workload itself."""

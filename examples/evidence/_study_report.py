@@ -41,6 +41,7 @@ FAR = 4.0
 CONSTANTS = {
     "SEARCH_SEED": SEARCH_SEED,
     "RATE_DECADES": protocol.RATE_DECADES,
+    "MOVED_BY": protocol.MOVED_BY,
     "DECAYS": protocol.DECAYS,
     "WARM_UP": protocol.WARM_UP,
     "FEWEST_SEEDS": protocol.FEWEST_SEEDS,

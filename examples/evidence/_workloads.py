@@ -287,12 +287,14 @@ ON_CPU = with_horizons(
         Network(init_convnet, apply_convnet),
         step_ms=0.5,
         # Its tensors are too small to be stored in 8 bits.
-        rules=IMAGES._replace(
-            forms=False, moved={"RAdam, lookahead": 10.0, "NOVAK": 10.0, "CaAdam": 10.0}
-        ),
+        rules=IMAGES._replace(forms=False, moved=("RAdam, lookahead", "NOVAK", "CaAdam")),
     ),
     text=make_text_workload(
-        "0.25M", batch=16, steps=160, step_ms=32, rules=TEXT._replace(center=SMALL)
+        "0.25M",
+        batch=16,
+        steps=160,
+        step_ms=32,
+        rules=TEXT._replace(center=SMALL, moved=("RAdam, lookahead",)),
     ),
 )
 # Times of steps are guesses.

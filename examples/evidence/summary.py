@@ -29,6 +29,7 @@ SCRIPTS = (
     "study",
     "lag",
     "edge_of_stability",
+    "curvature_and_loss",
     "escapes",
     "flat_minima",
     "plain_depth",

@@ -46,7 +46,7 @@ def check_landscapes(tables: dict[str, Any]) -> None:
 
 
 def check_edge_of_stability(tables: dict[str, Any]) -> None:
-    curvature, loss, figure, settings = tables.values()
+    curvature, loss = tables.values()
     adamw, gated, strong, slower, replayed, cosine, quarter, eighth, _ = curvature.values()
     rate, of_edge, of_own = "mean rate / α", "curvature / edge", "curvature / own edge"
     assert adamw[rate] == [1, 1, 1]
@@ -63,6 +63,10 @@ def check_edge_of_stability(tables: dict[str, Any]) -> None:
         assert cells[rate] == pytest.approx([share] * 3)
         assert cells[of_own][0] == pytest.approx(share * cells[of_edge][0], rel=1e-3)
     assert all(cells["peaks, decades"][0] >= 0 for cells in loss.values())
+
+
+def check_curvature_and_loss(tables: dict[str, Any]) -> None:
+    figure, settings = tables.values()
     adam, same_rate, gated = figure
     assert figure[adam]["mean rate"] == pytest.approx([1e-3] * 3)
     assert figure[same_rate]["mean rate"] == pytest.approx([2e-3] * 3)
@@ -208,9 +212,12 @@ class Smoke(NamedTuple):
 SMOKE = {
     # As many runs to search as to judge, so that each optimizer is compiled once.
     "connections": Smoke(["--seeds=4", "--trials=1", "--steps=3"], check_connections),
-    "edge_of_stability": Smoke(
+    "curvature_and_loss": Smoke(
         ["--seeds=2", "--trials=1", "--steps=100", "--images=32", "--rates=2"],
-        check_edge_of_stability,
+        check_curvature_and_loss,
+    ),
+    "edge_of_stability": Smoke(
+        ["--seeds=2", "--steps=100", "--images=32"], check_edge_of_stability
     ),
     "escapes": Smoke(["--groups=2", "--trajectories=100", "--patience=8000"], check_escapes),
     "flat_minima": Smoke(["--seeds=4", "--trials=1", "--steps=20"], check_flat_minima),
@@ -358,7 +365,7 @@ def test_published_formats_have_the_codes_of_their_papers(load_module):
 @pytest.mark.parametrize(("times_edge", "stable"), [(0.99, True), (1.01, False)])
 def test_edge_of_adam(load_module, times_edge, stable):
     # What Adam becomes where P has settled, on a parabola: momentum, and a rate.
-    rate = times_edge * load_module("edge_of_stability").OF_ADAM
+    rate = times_edge * load_module("_edge").OF_ADAM
     tx = optax.chain(optax_ext.ema(decay=0.9, bias_correction="none"), optax.scale(-rate))
 
     def step(run, _):
@@ -400,6 +407,19 @@ def test_slow_controls_can_explain_steadiness_away(load_module, adamw, gated, sl
     edge |= {script.STRONGER: cells(*gated)} | {name: cells(0.3, -3.0) for name in script.SLOW}
     edge[script.COSINE] = cells(*slow)
     assert script.judge_steadiness(edge).verdict == load_module("_verdicts").Verdict[verdict]
+
+
+def test_curvatures_are_compared_at_equal_losses(load_module):
+    script, edges = load_module("curvature_and_loss"), load_module("_edge")
+
+    def run(loss: list[float], curvature: list[float]) -> Any:
+        steps = np.repeat(np.array(loss), edges.MEASURED_EVERY)
+        return edges.Run(steps, steps, np.array(curvature), 10 * np.array(curvature))
+
+    # The slower one ends at a loss of 2, which the other has at its second measurement.
+    slow, fast = run([4, 3, 2], [1, 10, 1000]), run([4, 2, 1], [1, 10, 1e9])
+    found = script.where_losses_are_equal([slow] * 8, [fast] * 8)
+    assert found == dict.fromkeys((script.OF_H, script.OF_BOTH), pytest.approx((2, 2, 2)))
 
 
 def test_what_diverges_is_not_best(load_module):

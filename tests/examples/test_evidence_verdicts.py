@@ -191,7 +191,7 @@ def test_connections(load_module, how, tuned, untuned, verdict):
     ],
 )
 def test_losses_of_vradam(load_module, untuned, best, verdict):
-    script = load_module("edge_of_stability")
+    script = load_module("curvature_and_loss")
     settings = script.SETTINGS | {
         script.BEST_ADAMW: script.Setting(0.01),
         script.BEST_VRADAM: script.Setting(0.02, script.Gate(50.0)),
@@ -211,15 +211,16 @@ def test_losses_of_vradam(load_module, untuned, best, verdict):
     ("of_h", "of_both", "verdict"), [(0, 3, HOLDS), (1, 3, UNTUNED), (1, 4, UNTUNED)]
 )
 def test_curvature_of_vradam(load_module, of_h, of_both, verdict):
-    script = load_module("edge_of_stability")
+    script = load_module("curvature_and_loss")
 
     def curvatures(of_h: float, of_both: float) -> Any:
         same = {script.OF_OWN_EDGE: 0.5 + SEEDS}
-        return same | {"log10 of H's": of_h + SEEDS, "log10 of P^-1 H's": of_both + SEEDS}
+        return same | {script.OF_H: of_h + SEEDS, script.OF_BOTH: of_both + SEEDS}
 
     found = dict.fromkeys((script.FIGURE_ADAM, script.SAME_RATE), curvatures(1, 4))
     found[script.FIGURE] = curvatures(of_h, of_both)
-    assert verdicts([script.judge_curvature(found)]) == [verdict]
+    _, fair = script.compare_curvatures(found)
+    assert verdicts([script.judge_curvature(found, fair)]) == [verdict]
 
 
 # Differences of the mean loss, where the spread of seeds is .006.

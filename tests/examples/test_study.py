@@ -138,7 +138,7 @@ def test_all_contenders_try_the_same_points(load_module):
             seeds = np.array([run.seed for run in runs]).reshape(of_one.seeds, -1)
             np.testing.assert_array_equal(seeds.T, [1000 + np.arange(of_one.seeds)] * of_one.trials)
             rate, decay, warm_up = np.array([run.setting for run in runs]).T
-            center = of_one.center * of_one.moved.get(name, 1) * contenders[name].rate
+            center = of_one.center * (10 if name in of_one.moved else 1) * contenders[name].rate
             points = np.log10(rate / center), rate * decay, warm_up
             expected = expected or points
             np.testing.assert_allclose(points, expected, rtol=2e-3, atol=2e-3, err_msg=name)
