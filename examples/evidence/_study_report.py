@@ -12,9 +12,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 import _estimates as estimates
-import _protocol as protocol
 import _results as results
-from _contenders import (
+import _study_protocol as protocol
+from _drawing import BLUE, FIGURE_WIDTH, ORANGE, draw_estimates, entitle, log_ticks, tidy
+from _estimates import Estimate
+from _results import Rows
+from _study_contenders import (
     METHODS,
     RATE,
     RATE_OF_INVADAM,
@@ -23,14 +26,11 @@ from _contenders import (
     SWITCH_RATE,
     SYNC_PERIOD,
 )
-from _drawing import BLUE, FIGURE_WIDTH, ORANGE, draw_estimates, entitle, log_ticks, tidy
-from _estimates import Estimate
-from _protocol import BASELINE, Comparison, Study
-from _results import Rows
-from _trainer import describe
+from _study_protocol import BASELINE, Comparison, Study
+from _study_training import describe
+from _study_workloads import Workload, library_files
 from _training import SEARCH_SEED
 from _verdicts import Finding, Verdict
-from _workloads import Workload, library_files
 
 SEEN_BELOW = 0.05
 # Panels reach so many times as far as the largest interval of most contenders.

@@ -5,8 +5,11 @@
 What it can show: whether a method ends at another loss than AdamW, if both get the same number of
 trials, on networks of 5 thousand to 0.25 million parameters. The table "Workloads" lists those that
 have been run. A difference that is not seen may exist. The tables give the smallest true difference
-that a study like this detects with a probability of 80 %. What it cannot show: large networks, long
-trainings, other kinds of data, or what more trials would find.
+that a study like this detects with a probability of 80 %.
+
+What it cannot show: large networks, long trainings, other kinds of data, what more trials would
+find, or what a search of the methods' other arguments would. Beta3 and the like have their
+defaults, as b1 and b2 of AdamW do.
 
 A transformer learns the bytes of Python's standard library, and a perceptron and a convnet learn
 MNIST-1D. Each contender is searched eight times. Every search tries other points of learning rate,
@@ -17,17 +20,23 @@ themselves.)
 
 Each range of rates has three decades. On MNIST-1D and for the small transformer its center is ten
 times the default rate: 1e-2 for methods like Adam, 1e-3 for Lion, 10 for InvAdam, whose rate is per
-unit of squared gradient. The tables say how many searches chose a rate at an end of its range. The
-arguments of the methods, such as beta3, have their defaults. The rate warms up and then follows a
-cosine to 0, for a number of steps, and for four times as many with the same settings. Only losses
-at the end count, on data that neither training nor search used. A difference is seen if its p-value
-is below 5 %. It is that of a paired t-test, corrected by Holm's method for the number of
-contenders. The intervals are not corrected.
+unit of squared gradient. If two or more of the eight searches choose the highest rate that they
+tried, the range moves up by a decade, and all trials are repeated. The tables have the ranges, and
+how many searches chose a rate at an end.
+
+The rate warms up and then follows a cosine to 0, for a number of steps, and for four times as many.
+The longer training is not tuned: it takes the settings of the shorter one, as they would be taken
+from a small experiment. Only losses at the end count, on data that neither training nor search
+used. A loss above that of a uniform guess counts as that of a guess, also if the training diverged.
+A difference is seen if its p-value is below 5 %. It is that of a paired t-test, corrected by Holm's
+method for the number of contenders. The intervals are not corrected.
 
 The control of NOVAK is RAdam with lookahead, of which it is made. That of DualAdam is AdamW with an
 additional linear warm-up of as many steps. CaAdam has none, because AdamW's search contains other
 rates. FAME has decoupled decay here, and L2 decay elsewhere. 8-bit state is not searched. It uses
 the settings of float32 state, which favors float32.
+
+The time of a step is the fastest of the runs that decide.
 
 Runs are added to study.jsonl as they end. Ctrl-C or `--minutes` interrupts, and the same command
 continues. The text depends on Python's version, and results from another version are ignored. For a
@@ -49,11 +58,11 @@ import _estimates as estimates
 import _results as results
 import _study_report as report
 from _command_line import RESULTS
-from _contenders import CONTENDERS
-from _protocol import Contender, Run, Setting, Study
-from _trainer import Trainer, definition, environment
+from _study_contenders import CONTENDERS
+from _study_protocol import Contender, Run, Setting, Study
+from _study_training import Trainer, definition, environment
+from _study_workloads import ON_CPU, ON_GPU, Data, Workload
 from _training import Split
-from _workloads import ON_CPU, ON_GPU, Data, Workload
 
 WORKLOADS = ON_CPU | ON_GPU
 # What is to be run in a test.

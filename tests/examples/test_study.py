@@ -36,7 +36,7 @@ def record(study: Any, runs: Any, validation: float = 1.0) -> None:
 
 
 def test_a_contender_without_its_trials_is_refused(load_module):
-    study = make_study(load_module("_protocol"))
+    study = make_study(load_module("_study_protocol"))
     with pytest.raises(ValueError, match=r"method at short .* 16 of 16 trainings on trials"):
         study.judge("short", "method")
     trials = study.missing("short", "method")
@@ -48,7 +48,7 @@ def test_a_contender_without_its_trials_is_refused(load_module):
 
 
 def test_a_contender_without_its_seeds_is_refused(load_module):
-    study = make_study(load_module("_protocol"))
+    study = make_study(load_module("_study_protocol"))
     record(study, study.missing("short", "method"))
     seeds = study.missing("short", "method")
     record(study, seeds[:-1])
@@ -61,7 +61,7 @@ def test_a_contender_without_its_seeds_is_refused(load_module):
 
 
 def test_few_seeds_and_other_numbers_of_trials_are_refused(load_module):
-    protocol = load_module("_protocol")
+    protocol = load_module("_study_protocol")
     with pytest.raises(ValueError, match="at least 8 seeds must decide, got 7"):
         protocol.Study({}, {"short": protocol.Rules(guess=1.0, seeds=7)})
     short = protocol.Rules(guess=1.0)
@@ -74,7 +74,7 @@ def test_few_seeds_and_other_numbers_of_trials_are_refused(load_module):
 
 
 def test_each_search_chooses_among_its_own_trials(load_module):
-    protocol = load_module("_protocol")
+    protocol = load_module("_study_protocol")
     study = make_study(protocol)
     searches = study.trials("short", "method")
     record(study, study.missing("short", "method"))
@@ -92,7 +92,7 @@ def test_each_search_chooses_among_its_own_trials(load_module):
 
 
 def test_a_training_that_diverged_counts_as_a_guess(load_module):
-    study = make_study(load_module("_protocol"))
+    study = make_study(load_module("_study_protocol"))
     record(study, study.missing("short", "method"), validation=None)
     best = [row[1] for row in study.trials("short", "method")]
     record(study, best, validation=9.0)
@@ -105,7 +105,7 @@ def test_a_training_that_diverged_counts_as_a_guess(load_module):
 
 
 def test_forms_and_longer_horizons_have_no_trials(load_module):
-    study = make_study(load_module("_protocol"))
+    study = make_study(load_module("_study_protocol"))
     for workload, contender in (("long", "method"), ("short", "method, 8-bit")):
         assert study.own_trials(workload, contender) == []
         with pytest.raises(ValueError, match="method at short"):
@@ -122,7 +122,10 @@ def test_forms_and_longer_horizons_have_no_trials(load_module):
 
 
 def test_all_contenders_try_the_same_points(load_module):
-    protocol, contenders = load_module("_protocol"), load_module("_contenders").CONTENDERS
+    protocol, contenders = (
+        load_module("_study_protocol"),
+        load_module("_study_contenders").CONTENDERS,
+    )
     workloads = load_module("study").WORKLOADS
     study = protocol.Study(contenders, {name: x.rules for name, x in workloads.items()})
     for workload, of_one in study.rules.items():
@@ -154,7 +157,7 @@ def check_search(points: Any, trials: int) -> None:
 
 
 def test_differences_are_paired(load_module):
-    protocol = load_module("_protocol")
+    protocol = load_module("_study_protocol")
     random = np.random.default_rng(0)
     losses, others = random.normal(size=8) + 0.5, random.normal(size=8)
     found = protocol.compare(losses, others)
@@ -171,7 +174,7 @@ def test_differences_are_paired(load_module):
 @pytest.mark.parametrize("seeds", [8, 16])
 @pytest.mark.parametrize("comparisons", [1, 11])
 def test_the_smallest_effect_is_seen_in_four_of_five_studies(load_module, seeds, comparisons):
-    smallest = load_module("_protocol").smallest_effect
+    smallest = load_module("_study_protocol").smallest_effect
     differences = np.random.default_rng(0).normal(size=(20_000, seeds))
     # With the true deviation, which is that of this sample.
     effect = smallest(np.resize([1, -1], seeds) * np.sqrt((seeds - 1) / seeds), comparisons)
@@ -181,12 +184,12 @@ def test_the_smallest_effect_is_seen_in_four_of_five_studies(load_module, seeds,
 
 def test_holm(load_module):
     np.testing.assert_allclose(
-        load_module("_protocol").holm([0.01, 0.04, 0.03, 0.9]), [0.04, 0.09, 0.09, 0.9]
+        load_module("_study_protocol").holm([0.01, 0.04, 0.03, 0.9]), [0.04, 0.09, 0.09, 0.9]
     )
 
 
 def test_schedule(load_module):
-    protocol, training = load_module("_protocol"), load_module("_trainer")
+    protocol, training = load_module("_study_protocol"), load_module("_study_training")
     setting = protocol.Setting(2.0, 0.0, 0.25)
     rates = np.array([training.make_schedule(setting, 40)(count) for count in range(40)])
     np.testing.assert_allclose(rates[:10], 2 * np.arange(1, 11) / 10, rtol=1e-6)
@@ -198,8 +201,8 @@ def test_schedule(load_module):
 
 @pytest.mark.slow
 def test_every_decay_is_decoupled(load_module):
-    contenders, script = load_module("_contenders"), load_module("_trainer")
-    setting = load_module("_protocol").Setting(0.1, 0.5, 0.0)
+    contenders, script = load_module("_study_contenders"), load_module("_study_training")
+    setting = load_module("_study_protocol").Setting(0.1, 0.5, 0.0)
     x = {"dense": {"kernel": jnp.arange(1.0, 4097).reshape(64, 64)}}
     for name, contender in contenders.CONTENDERS.items():
         tx = contender.factory(script.make_schedule(setting, 10), setting.decay)
@@ -213,7 +216,7 @@ def test_every_decay_is_decoupled(load_module):
 @pytest.fixture
 def small(load_module) -> tuple[Any, Any]:
     """Return a small workload, and a function of seeds that returns runs of it."""
-    workloads, protocol = load_module("_workloads"), load_module("_protocol")
+    workloads, protocol = load_module("_study_workloads"), load_module("_study_protocol")
     workload = workloads.ON_CPU["mlp"]._replace(
         load=lambda: load_module("study").shorten(workloads.load_mnist1d), steps=3
     )
@@ -228,8 +231,8 @@ def small(load_module) -> tuple[Any, Any]:
 @pytest.mark.slow
 def test_a_seed_decides_a_training(load_module, small):
     workload, make_runs = small
-    factory = load_module("_contenders").CONTENDERS["AdamW"].factory
-    trainer = load_module("_trainer").Trainer(workload, factory)
+    factory = load_module("_study_contenders").CONTENDERS["AdamW"].factory
+    trainer = load_module("_study_training").Trainer(workload, factory)
     names = "validation", "test", "accuracy"
     first, second = trainer.train(make_runs(0, 1))
     assert first["test"] != second["test"]
@@ -243,11 +246,11 @@ def test_a_seed_decides_a_training(load_module, small):
 
 @pytest.mark.slow
 def test_data_are_the_same_each_time_and_held_out(load_module):
-    workloads = load_module("_workloads")
+    workloads = load_module("_study_workloads")
     for load in (workloads.load_mnist1d, lambda: workloads.load_text(64)):
         first = jax.device_get(load())
-        load_module("_workloads").load_mnist1d.cache_clear()
-        load_module("_workloads").load_text.cache_clear()
+        load_module("_study_workloads").load_mnist1d.cache_clear()
+        load_module("_study_workloads").load_text.cache_clear()
         jax.tree.map(np.testing.assert_array_equal, first, jax.device_get(load()))
         train, validation, test = ({x.tobytes() for x in split.images} for split in first)
         # Licences and the like are in many files.

@@ -18,9 +18,9 @@ import optax
 from jax import lax
 
 import _training as training
-from _protocol import SEARCH_SEED, Factory, Run, Setting
 from _results import VERSIONS
-from _workloads import Data, Workload
+from _study_protocol import SEARCH_SEED, Factory, Run, Setting
+from _study_workloads import Data, Workload
 
 
 def make_schedule(setting: Setting, steps: int) -> optax.Schedule:

@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-from _protocol import Contender, Factory
+from _study_protocol import Contender, Factory
 from optax_ext import (
     caadam,
     dualadam,

@@ -19,7 +19,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 import _training as training
-from _protocol import Rules
+from _study_protocol import Rules
 from _training import CLASSES, Network, Split
 
 BYTES = 256
