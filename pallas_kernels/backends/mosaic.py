@@ -11,7 +11,7 @@ shape of a block.
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
@@ -54,60 +54,85 @@ def _make_launch(layout: Layout, interpret: bool) -> Callable[..., Any]:
 
 
 def _launch(layout: Layout, operands: Sequence[jax.Array], *, interpret: bool) -> list[jax.Array]:
-    blocks, packs = layout.starts[-1], layout.first_input[0]
-    # Mosaic's interpreter can't reshape an array inside of a kernel.
-    inputs = [shape_in_memory(leaf, row) for leaf in layout.leaves for row in leaf.body.rows]
-    arrays = [x.reshape(shape) for x, shape in zip(operands[packs:], inputs, strict=True)]
-    operands = [*operands[:packs], *arrays]
-    stored = [(leaf, root) for leaf in layout.leaves for root in leaf.body.stored]
-    results = [
-        (jax.ShapeDtypeStruct(shape_in_memory(leaf, root.row), x.dtype), operand)
-        for (leaf, root), (x, operand) in zip(stored, layout.results, strict=True)
-    ]
-    fresh = {i: shape for i, (shape, operand) in enumerate(results) if operand is None}
-    in_place = {i: operand for i, (_, operand) in enumerate(results) if operand is not None}
-    if layout.columns:  # padded, because `reduce_partials` reads whole vectors
-        parts = jax.ShapeDtypeStruct((layout.columns * blocks + _PARTIALS,), jnp.float32)
-        fresh[len(results)] = parts
+    operands = _reshape_inputs(layout, operands)
+    in_place = {i: x for i, (_, x) in enumerate(layout.results) if x is not None}
+    fresh = {i: x for i, x in enumerate(_shapes_of_results(layout)) if i not in in_place}
 
     def kernel(table: Any, *refs: Any) -> None:
         sources, new = refs[: len(operands)], refs[len(operands) :]
         targets = {i: sources[operand] for i, operand in in_place.items()}
         targets |= dict(zip(fresh, new, strict=True))
-
-        def store_results(
-            block: "_Block", scalars: Sequence[jax.Array], values: Sequence[jax.Array]
-        ) -> None:
-            tile = block.tile
-            pairs = [*zip(layout.forms[block.group.form].body.roots, values, strict=True)]
-            parts = [(root.reduction, x.astype(jnp.float32)) for root, x in pairs if root.reduction]
-            for k, (reduction, value) in enumerate(parts):
-                mine = k * blocks + block.me + block.look_up(table, _SHIFT)
-                new[-1][mine] = reduce_to(0, value, REDUCE[reduction])
-            stored = [(root, x.astype(root.dtype)) for root, x in pairs if not root.reduction]
-
-            def store(leaf: int, at: jax.Array) -> Any:
-                for k, (root, value) in enumerate(stored):
-                    write = partial(tile.store, targets[layout.first_result[leaf] + k], at, value)
-                    if root.needed is None:
-                        write()
-                    else:
-                        pl.when(holds(root.needed, scalars))(write)
-
-            if stored:
-                block.on_leaf(store)
-
-        _run_block(layout, table, sources, store_results)
+        _run_block(layout, table, sources, partial(_store_results, layout, table, targets))
 
     table = jnp.asarray(_table(layout), jnp.int32)
-    call = _make(kernel, blocks, list(fresh.values()), interpret)
+    call = partial(_make(kernel, layout.starts[-1], list(fresh.values()), interpret), table)
     if not in_place:
-        return [x.reshape(-1) for x in call(table, *operands)]
+        return [x.reshape(-1) for x in call(*operands)]
+    return _call_in_place(call, operands, fresh, in_place)
+
+
+def _reshape_inputs(layout: Layout, operands: Sequence[jax.Array]) -> list[jax.Array]:
+    # Mosaic's interpreter can't reshape an array inside of a kernel.
+    packs = layout.first_input[0]
+    shapes = [shape_in_memory(leaf, row) for leaf in layout.leaves for row in leaf.body.rows]
+    inputs = [x.reshape(shape) for x, shape in zip(operands[packs:], shapes, strict=True)]
+    return [*operands[:packs], *inputs]
+
+
+def _shapes_of_results(layout: Layout) -> list[jax.ShapeDtypeStruct]:
+    """Return the shapes of the stored results, then that of the partial statistics, if any."""
+    stored = [(leaf, root) for leaf in layout.leaves for root in leaf.body.stored]
+    shapes = [
+        jax.ShapeDtypeStruct(shape_in_memory(leaf, root.row), x.dtype)
+        for (leaf, root), (x, _) in zip(stored, layout.results, strict=True)
+    ]
+    if layout.columns:  # padded, because `reduce_partials` reads whole vectors
+        size = layout.columns * layout.starts[-1] + _PARTIALS
+        shapes.append(jax.ShapeDtypeStruct((size,), jnp.float32))
+    return shapes
+
+
+def _store_results(
+    layout: Layout,
+    table: Any,
+    targets: Mapping[int, Any],
+    block: "_Block",
+    scalars: Sequence[jax.Array],
+    values: Sequence[jax.Array],
+) -> None:
+    """Store a block's results in `targets`, and its partial statistics in the last of them."""
+    pairs = [*zip(layout.forms[block.group.form].body.roots, values, strict=True)]
+    parts = [(root.reduction, x.astype(jnp.float32)) for root, x in pairs if root.reduction]
+    for k, (reduction, value) in enumerate(parts):
+        mine = k * layout.starts[-1] + block.me + block.look_up(table, _SHIFT)
+        targets[len(layout.results)][mine] = reduce_to(0, value, REDUCE[reduction])
+    stored = [(root, x.astype(root.dtype)) for root, x in pairs if not root.reduction]
+
+    def store(leaf: int, at: jax.Array) -> Any:
+        for k, (root, value) in enumerate(stored):
+            target = targets[layout.first_result[leaf] + k]
+            write = partial(block.tile.store, target, at, value)
+            if root.needed is None:
+                write()
+            else:
+                pl.when(holds(root.needed, scalars))(write)
+
+    if stored:
+        block.on_leaf(store)
+
+
+def _call_in_place(
+    call: Callable[..., Any],
+    operands: Sequence[jax.Array],
+    fresh: Mapping[int, jax.ShapeDtypeStruct],
+    in_place: Mapping[int, int],
+) -> list[jax.Array]:
+    """Return the results of a call that overwrites operands; `fresh` are those that are new."""
 
     def run(state: Any) -> None:
         written, new = state
         arrays = [written.get(i, x) for i, x in enumerate(operands)]
-        for i, x in zip(fresh, call(table, *arrays), strict=True):
+        for i, x in zip(fresh, call(*arrays), strict=True):
             new[i][...] = x
 
     # `jax.new_ref` would be shorter, but the step would have to declare its effect.
