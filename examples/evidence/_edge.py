@@ -19,8 +19,8 @@ from jax.typing import ArrayLike
 
 import _estimates as estimates
 from _curvature import apply_smooth, initialize_smooth, scale_of_adam, sharpness
+from _digits import load_digits
 from _estimates import Estimate
-from _training import load_digits
 from optax_ext import vradam
 
 B1, B2, EPS = 0.9, 0.999, 1e-8

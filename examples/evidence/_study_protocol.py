@@ -20,7 +20,7 @@ from scipy.stats import qmc
 
 import _estimates as estimates
 from _estimates import CONFIDENCE, Estimate
-from _training import SEARCH_SEED
+from _networks import SEARCH_SEED
 
 # Decades between the lowest and the highest rate of a contender.
 RATE_DECADES = 3.0

@@ -16,6 +16,7 @@ import _results as results
 import _study_protocol as protocol
 from _drawing import BLUE, FIGURE_WIDTH, ORANGE, draw_estimates, entitle, log_ticks, tidy
 from _estimates import Estimate
+from _networks import SEARCH_SEED
 from _results import Rows
 from _study_contenders import (
     METHODS,
@@ -29,7 +30,6 @@ from _study_contenders import (
 from _study_protocol import BASELINE, Comparison, Study
 from _study_training import describe
 from _study_workloads import Workload, library_files
-from _training import SEARCH_SEED
 from _verdicts import Finding, Verdict
 
 SEEN_BELOW = 0.05

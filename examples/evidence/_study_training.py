@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from jax import lax
 
-import _training as training
+import _networks as networks
 from _results import VERSIONS
 from _study_protocol import SEARCH_SEED, Factory, Run, Setting
 from _study_workloads import Data, Workload
@@ -82,11 +82,11 @@ class Trainer:
         seeds = np.array([run.seed for run in runs])
         images = len(self.data.train.labels)
         batches = [
-            training.draw_batches(seed, self.workload.steps, images, self.workload.batch)
+            networks.draw_batches(seed, self.workload.steps, images, self.workload.batch)
             for seed in seeds
         ]
         columns = np.array([run.setting for run in runs], np.float32).T
-        params = training.initialize(self.workload.network.init, seeds)
+        params = networks.initialize(self.workload.network.init, seeds)
         return (params, Setting(*columns), np.stack(batches).astype(np.int32)), self.data
 
     def _descend(self, runs: Any, data: Data) -> dict[str, jax.Array]:
@@ -101,7 +101,7 @@ class Trainer:
         def step(run: Any, batch: jax.Array) -> tuple[Any, None]:
             params, state = run
             drawn = jax.tree.map(lambda x: x[batch], data.train)
-            gradient = jax.grad(partial(training.cross_entropy, apply))(params, drawn)
+            gradient = jax.grad(partial(networks.cross_entropy, apply))(params, drawn)
             updates, state = tx.update(gradient, state, params)
             return (optax.apply_updates(params, updates), state), None
 
@@ -109,8 +109,8 @@ class Trainer:
         logits = apply(params, data.test.images)
         right = logits.argmax(-1) == data.test.labels
         return {
-            "validation": training.cross_entropy(apply, params, data.validation),
-            "test": training.cross_entropy(apply, params, data.test),
+            "validation": networks.cross_entropy(apply, params, data.validation),
+            "test": networks.cross_entropy(apply, params, data.test),
             "accuracy": 100 * jnp.mean(right),
         }
 

@@ -18,9 +18,9 @@ import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 
-import _training as training
+import _networks as networks
+from _networks import CLASSES, Network, Split
 from _study_protocol import Rules
-from _training import CLASSES, Network, Split
 
 BYTES = 256
 # Folders that are not in every installation, and those with tables that resemble one another, so
@@ -228,7 +228,7 @@ def apply_convnet(params: Any, x: jax.Array) -> jax.Array:
     x = x[:, :, None, None]
     for layer in convolutions:
         side = layer["kernel"].shape[0] // 2
-        x = training.convolve(x, layer["kernel"], (STRIDE, 1), ((side, side), (0, 0)))
+        x = networks.convolve(x, layer["kernel"], (STRIDE, 1), ((side, side), (0, 0)))
         x = jax.nn.relu(x + layer["bias"][None, None, None])
     return x.reshape(len(x), -1) @ head["kernel"] + head["bias"][None]
 

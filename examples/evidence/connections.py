@@ -37,10 +37,11 @@ from matplotlib.figure import Figure
 
 import _command_line as command_line
 import _estimates as estimates
+import _networks as networks
 import _results as results
-import _training as training
 import _verdicts as verdicts
 from _command_line import side_by_side
+from _digits import Runs, best, train
 from _drawing import (
     BLUE,
     FIGURE_WIDTH,
@@ -53,7 +54,7 @@ from _drawing import (
     tidy,
 )
 from _estimates import Estimate
-from _training import CLASSES, SEARCH_SEED, Factory, Network, Runs, best, train
+from _networks import CLASSES, SEARCH_SEED, Factory, Network
 from _verdicts import Finding
 from optax_ext import architecture, caadam, connection_table
 
@@ -98,7 +99,7 @@ def apply(params: Any, images: jax.Array) -> jax.Array:
         kernel, bias = params[name]["kernel"], params[name]["bias"]
         around = (window // 2, window // 2)
         return (
-            training.convolve(x, kernel, (stride, stride), (around, around))
+            networks.convolve(x, kernel, (stride, stride), (around, around))
             + bias[None, None, None]
         )
 

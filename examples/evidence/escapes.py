@@ -36,7 +36,7 @@ import _verdicts as verdicts
 from _command_line import progress_bar
 from _drawing import BLUE, FIGURE_WIDTH, GREEN, ORANGE, draw_estimates, entitle, log_ticks, tidy
 from _estimates import Estimate
-from _training import Factory
+from _networks import Factory
 from _verdicts import Finding
 from optax_ext import dualadam, invadam
 

@@ -38,24 +38,15 @@ from matplotlib.figure import Figure
 
 import _command_line as command_line
 import _estimates as estimates
+import _networks as networks
 import _results as results
-import _training as training
 import _verdicts as verdicts
 from _command_line import side_by_side
 from _curvature import apply_smooth, initialize_smooth, sharpness
+from _digits import Runs, best, load_digits, train
 from _drawing import BLUE, FIGURE_WIDTH, GREEN, ORANGE, PINK, draw_estimates, entitle, tidy
 from _estimates import Estimate
-from _training import (
-    CLASSES,
-    SEARCH_SEED,
-    Factory,
-    Network,
-    Runs,
-    best,
-    cross_entropy,
-    load_digits,
-    train,
-)
+from _networks import CLASSES, SEARCH_SEED, Factory, Network, cross_entropy
 from _verdicts import Finding
 from optax_ext import dualadam, invadam
 
@@ -218,9 +209,9 @@ def inverse_share(contender: Training, rate: float, steps: int) -> float:
     if not steps or contender.control == ADAM:
         return float("nan")
     seeds = range(MEASURED)
-    params = training.initialize(NETWORK.init, np.array(seeds))
+    params = networks.initialize(NETWORK.init, np.array(seeds))
     images = len(load_digits().train.labels)
-    batches = np.stack([training.draw_batches(seed, steps, images) for seed in seeds])
+    batches = np.stack([networks.draw_batches(seed, steps, images) for seed in seeds])
     adam = TRAINING[contender.control].factory
     inverse, others = compare_steps(contender.factory, adam, rate, params, batches)
     return float(np.sum(inverse) / np.sum(np.add(inverse, others)))

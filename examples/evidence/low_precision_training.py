@@ -42,13 +42,14 @@ from matplotlib.figure import Figure
 from scipy.ndimage import uniform_filter1d
 
 import _command_line as command_line
+import _digits as digits
 import _estimates as estimates
+import _networks as networks
 import _results as results
-import _training as training
 from _command_line import side_by_side
 from _drawing import BLUE, FIGURE_WIDTH, ORANGE, draw_estimates, entitle, log_ticks, tidy
 from _estimates import Estimate
-from _training import CLASSES, Factory, Network, Split
+from _networks import CLASSES, Factory, Network, Split
 from _verdicts import Finding, Verdict
 from optax_ext import (
     bfloat16_weights,
@@ -292,9 +293,9 @@ def normalize(x: jax.Array) -> jax.Array:
 
 def make_convnet_task() -> Task:
     """Recognize digits."""
-    digits = training.load_digits()
+    data = digits.load_digits()
     network = Network(initialize_convnet, apply_convnet)
-    return Task(network, BATCHES["convnet"], digits.train, digits.test)
+    return Task(network, BATCHES["convnet"], data.train, data.test)
 
 
 def initialize_convnet(key: jax.Array) -> Any:
@@ -317,7 +318,7 @@ def apply_convnet(params: Any, images: jax.Array) -> jax.Array:
     x = images
     for i, layer in enumerate(convolutions):
         stride = 1 if i == 0 else 2
-        x = training.convolve(x, layer["kernel"], (stride, stride), ((1, 1), (1, 1)))
+        x = networks.convolve(x, layer["kernel"], (stride, stride), ((1, 1), (1, 1)))
         x = jax.nn.relu(x + layer["bias"][None, None, None])
     return x.mean((1, 2)) @ head["kernel"] + head["bias"][None]
 
@@ -355,8 +356,8 @@ def train(
 ) -> Runs:
     """Return the losses of trainings whose seeds decide initial weights and batches."""
     network, batch, data, test = make_task(task)
-    chosen = [training.draw_batches(seed, steps, len(data.labels), batch) for seed in seeds]
-    params = jax.vmap(prepare)(training.initialize(network.init, seeds))
+    chosen = [networks.draw_batches(seed, steps, len(data.labels), batch) for seed in seeds]
+    params = jax.vmap(prepare)(networks.initialize(network.init, seeds))
     found = descend(network.apply, tx, params, np.stack(chosen), data, test)
     return jax.tree.map(np.asarray, found)
 
@@ -374,7 +375,7 @@ def descend(
 
     def loss_of(params: Any, split: Split) -> jax.Array:
         # Weights may be stored in bfloat16.
-        return training.cross_entropy(apply, optax.tree.cast(params, jnp.float32), split)
+        return networks.cross_entropy(apply, optax.tree.cast(params, jnp.float32), split)
 
     def step(run: Any, batch: jax.Array) -> tuple[Any, jax.Array]:
         params, state = run

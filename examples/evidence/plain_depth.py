@@ -44,9 +44,10 @@ import _estimates as estimates
 import _results as results
 import _verdicts as verdicts
 from _command_line import side_by_side
+from _digits import Runs, best_on_others, train
 from _drawing import BLUE, FIGURE_WIDTH, GREEN, ORANGE, draw_estimates, entitle, log_ticks, tidy
 from _estimates import Estimate
-from _training import CLASSES, Factory, Network, Runs, best_on_others, train
+from _networks import CLASSES, Factory, Network
 from _verdicts import Finding
 from optax_ext import novak
 

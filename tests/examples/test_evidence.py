@@ -378,11 +378,11 @@ def test_edge_of_adam(load_module, times_edge, stable):
 
 
 def test_batches_of_an_epoch_are_disjoint(load_module):
-    training = load_module("_training")
-    batches = training.draw_batches(0, steps=5, images=130)
-    assert batches.shape == (5, training.BATCH)
-    assert len(np.unique(batches[:2])) == len(np.unique(batches[2:4])) == 2 * training.BATCH
-    assert (batches != training.draw_batches(1, steps=5, images=130)).any()
+    networks = load_module("_networks")
+    batches = networks.draw_batches(0, steps=5, images=130)
+    assert batches.shape == (5, networks.BATCH)
+    assert len(np.unique(batches[:2])) == len(np.unique(batches[2:4])) == 2 * networks.BATCH
+    assert (batches != networks.draw_batches(1, steps=5, images=130)).any()
 
 
 # Of peaks and of the loss's logarithm: AdamW's, the gate's, and a slow AdamW's.
@@ -423,23 +423,23 @@ def test_curvatures_are_compared_at_equal_losses(load_module):
 
 
 def test_what_diverges_is_not_best(load_module):
-    training = load_module("_training")
+    digits = load_module("_digits")
     losses = np.array([[np.nan, 0.1], [1e9, 0.1], [5.0, 5.0], [6.0, 5.0]])
-    assert training.best(training.Runs(None, None, losses, None, None, None)) == 2
+    assert digits.best(digits.Runs(None, None, losses, None, None, None)) == 2
 
 
 def test_no_seed_chooses_its_own_rate(load_module):
-    training = load_module("_training")
+    digits = load_module("_digits")
     # The second rate is so much better for the first seed that all others take it.
     losses = np.array([[1.0, 0.1, 0.1], [0.0, 0.2, 0.2]])
-    runs = training.Runs(None, None, losses, None, None, None)
-    assert training.best_on_others(runs).tolist() == [0, 1, 1]
+    runs = digits.Runs(None, None, losses, None, None, None)
+    assert digits.best_on_others(runs).tolist() == [0, 1, 1]
 
 
 def test_trainings_side_by_side_are_those_alone(load_module):
-    training, plain_depth = load_module("_training"), load_module("plain_depth")
+    digits, plain_depth = load_module("_digits"), load_module("plain_depth")
     network = plain_depth.make_network(2)
-    train = partial(training.train, network, plain_depth.radam, steps=3, batch=8)
+    train = partial(digits.train, network, plain_depth.radam, steps=3, batch=8)
     both = train([[1e-3], [1e-2]], [0, 1])
     assert both.test.shape == both.accuracy.shape == (2, 2)
     assert both.params["hidden"]["kernel"].shape == (2, 2, 1, 3, 3, 4, 4)

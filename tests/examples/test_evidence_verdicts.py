@@ -80,11 +80,11 @@ def test_escapes(load_module, p, verdict):
 )
 @pytest.mark.parametrize("active", [False, True])
 def test_flat_minima(load_module, active, sharpness, accuracy, warmed_up, expected):
-    script, training = load_module("flat_minima"), load_module("_training")
+    script, digits = load_module("flat_minima"), load_module("_digits")
 
     def judged(sharpness: float, accuracy: float) -> Any:
         both = [accuracy + SEEDS] * 2  # tuned and at the untuned rate
-        runs = training.Runs(None, None, None, None, None, np.array(both))
+        runs = digits.Runs(None, None, None, None, None, np.array(both))
         return script.Judged(1e-3, runs, None, runs, np.array([sharpness + SEEDS] * 2), 0.001)
 
     trained = {name: judged(1.0, 97) for name in script.TRAINING}
@@ -107,14 +107,14 @@ def test_inverse_term_grows_with_the_square_of_the_loss(load_module):
     assert np.isnan(script.inverse_share(script.TRAINING["Adam"], 1e-3, 1))
 
 
-def plain_depth(script: ModuleType, training: ModuleType, **changes: tuple[int, float]) -> Any:
+def plain_depth(script: ModuleType, digits: ModuleType, **changes: tuple[int, float]) -> Any:
     """Contenders that train at so many of the rates, and their accuracy there."""
 
     def judged(rates: int, accuracy: float) -> Any:
         succeeded = np.arange(len(script.RATES))[:, None] < rates
         trained = np.where(succeeded, 100.0, 10.0) + 0 * SEEDS
         reached = np.where(succeeded, accuracy, 10.0) + SEEDS
-        runs = training.Runs(None, None, None, None, trained, reached)
+        runs = digits.Runs(None, None, None, None, trained, reached)
         return script.Judged(runs, np.zeros(len(SEEDS), int))
 
     return {6: {name: judged(*changes.get(name, (3, 80.0))) for name in script.CONTENDERS}}
@@ -136,14 +136,14 @@ def plain_depth(script: ModuleType, training: ModuleType, **changes: tuple[int, 
     ],
 )
 def test_plain_depth(load_module, changes, expected):
-    script, training = load_module("plain_depth"), load_module("_training")
-    assert verdicts(script.judge(plain_depth(script, training, **changes))) == expected
+    script, digits = load_module("plain_depth"), load_module("_digits")
+    assert verdicts(script.judge(plain_depth(script, digits, **changes))) == expected
 
 
 def test_parts_of_novak(load_module):
-    script, training = load_module("plain_depth"), load_module("_training")
+    script, digits = load_module("plain_depth"), load_module("_digits")
     changes = {"no lookahead": (3, 90.0), "Nesterov: nadam": (3, 70.0)}
-    _, parts = script.judge(plain_depth(script, training, **changes))
+    _, parts = script.judge(plain_depth(script, digits, **changes))
     assert "better in both ways: no lookahead; worse: Nesterov: nadam." in parts.shown
 
 
@@ -161,12 +161,12 @@ def test_parts_of_novak(load_module):
 )
 @pytest.mark.parametrize("how", ["as written", "as it ran", "by module"])
 def test_connections(load_module, how, tuned, untuned, verdict):
-    script, training = load_module("connections"), load_module("_training")
+    script, digits = load_module("connections"), load_module("_digits")
 
     def runs(tuned: float, untuned: float) -> Any:
         noise = 0.1 * SEEDS
         losses = np.array([tuned + noise, untuned - noise])
-        return training.Runs(None, None, None, losses, None, losses)
+        return digits.Runs(None, None, None, losses, None, losses)
 
     adam = runs(0.2, 0.3)
     judged = {name: script.Judged(1e-3, 1.0, None, adam, adam) for name in script.make_contenders()}
