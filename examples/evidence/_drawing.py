@@ -18,6 +18,7 @@ from _estimates import Estimate
 FIGURE_WIDTH = 8.4
 # From the palette of Okabe and Ito, which is safe for all kinds of colour vision.
 ORANGE, BLUE, GREEN, PINK = "#D55E00", "#0072B2", "#009E73", "#CC79A7"
+SKY, AMBER = "#56B4E9", "#E69F00"
 
 
 def tidy(axes: Axes, grid: Literal["x", "y", "both"] = "both") -> None:

@@ -25,11 +25,6 @@ class Estimate(NamedTuple):
     def __neg__(self) -> "Estimate":
         return Estimate(-self.mean, -self.high, -self.low)
 
-    def minus(self, other: "Estimate") -> "Estimate":
-        """Return the difference, with an interval that excludes 0 where the two are disjoint."""
-        ends = self.low - other.high, self.high - other.low
-        return Estimate(self.mean - other.mean, *ends)
-
     @property
     def smallest_seen(self) -> float:
         """The smallest effect that four of five such studies would distinguish from 0.

@@ -1,4 +1,4 @@
-"""The verdict on a claim."""
+"""What a script found about a claim, and the verdict that follows."""
 
 from collections.abc import Sequence
 from enum import StrEnum
@@ -12,6 +12,7 @@ class Verdict(StrEnum):
 
     HOLDS = "holds"
     ONLY_UNTUNED = "holds only against an untuned baseline"
+    REVERSED = "holds against an untuned baseline, reversed against a tuned one"
     NOT_SEEN = "not seen at this scale"
     OPPOSITE = "the opposite was seen"
     REFUTED = "does not hold"
@@ -44,8 +45,7 @@ def judge(gains: Sequence[Estimate], untuned: Sequence[Estimate] = ()) -> Verdic
     """
     if all(x.low > 0 for x in gains):
         return Verdict.HOLDS
-    if untuned and all(x.low > 0 for x in untuned):
-        return Verdict.ONLY_UNTUNED
+    of_untuned = bool(untuned) and all(x.low > 0 for x in untuned)
     if all(x.high < 0 for x in gains):
-        return Verdict.OPPOSITE
-    return Verdict.NOT_SEEN
+        return Verdict.REVERSED if of_untuned else Verdict.OPPOSITE
+    return Verdict.ONLY_UNTUNED if of_untuned else Verdict.NOT_SEEN

@@ -43,6 +43,7 @@ import _verdicts as verdicts
 from _command_line import side_by_side
 from _digits import Runs, best, train
 from _drawing import (
+    AMBER,
     BLUE,
     FIGURE_WIDTH,
     GREEN,
@@ -124,8 +125,6 @@ FROM_ADAM, FROM_CONTROL = "difference from Adam", "from control"
 CONTROL_LABEL = "from the control: Adam at the rate times the mean scale"
 # The limits of the drawn validation losses.
 LEAST_LOSS, LARGEST_LOSS = 0.1, 10.0
-# From the palette of Okabe and Ito, like those of `_drawing`.
-AMBER = "#E69F00"
 LEGEND: dict[str, Any] = {"fontsize": 8, "frameon": False}
 COLOURS = {
     "as it ran, CIFAR-10": PINK,
@@ -162,7 +161,7 @@ class Judged(NamedTuple):
     control: Runs
 
 
-# The constants that decide the results, which contain them.
+# Recorded with the results, which depend on them.
 CONSTANTS = {
     "CLASSES": CLASSES,
     "SEARCH_SEED": SEARCH_SEED,

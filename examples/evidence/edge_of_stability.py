@@ -30,6 +30,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 import optax
 from jax.typing import ArrayLike
@@ -37,17 +38,29 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import _command_line as command_line
-import _edge as edges
 import _estimates as estimates
+import _full_batch as full_batch
 import _results as results
 import _verdicts as verdicts
 from _command_line import side_by_side
 from _drawing import BLUE, FIGURE_WIDTH, GREEN, ORANGE, PINK, entitle, log_ticks, tidy
-from _edge import FIRST_SEED, LOSS, MEASURED_EVERY, OF_ADAM, OF_OWN_EDGE, Gate, Run, Train, thin
-from _estimates import Estimate
+from _estimates import Estimate, signed
+from _full_batch import (
+    FIRST_SEED,
+    LOSS,
+    MEASURED_EVERY,
+    OF_ADAM,
+    OF_OWN_EDGE,
+    Gate,
+    Run,
+    Train,
+    thin,
+)
 from _verdicts import Finding, Verdict
 
 RATE = 0.02
+# Within these shares of the edge, training is at the edge.
+EDGE = 0.9, 1.1
 # The largest curvature at which gradient descent with steps of 1 is stable.
 OF_DESCENT = 2
 # VRAdam's default, and a value at which the gate closes in this network.
@@ -63,10 +76,10 @@ LABELS: dict[str, dict[str, Any]] = {
     MEAN_RATE: {"xytext": (5, -6), "ha": "left", "va": "top"},
 }
 SLOW = {COSINE: "with the cosine", QUARTER: "at a quarter of α", EIGHTH: "at an eighth"}
-# Columns of the tables that findings read, besides those of `_edge`.
+# Columns of the tables that findings read, besides those of `_full_batch`.
 OF_EDGE, HIGHEST, OF_H = "curvature / edge", "highest / edge", "curvature of H"
 CURVATURES = (OF_EDGE, OF_OWN_EDGE, HIGHEST, OF_H)
-PEAKS = "peaks, decades"
+MEAN_OF_RATES, UPHILL, PEAKS = "mean rate / α", "steps uphill", "peaks, decades"
 STYLES: dict[str, dict[str, Any]] = {
     ADAMW: {"color": "0.2", "marker": "o"},
     VRADAM: {"color": BLUE, "marker": "o", "linestyle": "--"},
@@ -77,13 +90,14 @@ STYLES: dict[str, dict[str, Any]] = {
     QUARTER: {"color": "0.4", "marker": "<", "linestyle": "none"},
     EIGHTH: {"color": "0.4", "marker": "v", "linestyle": "none"},
 }
-CONSTANTS = edges.CONSTANTS | {
+CONSTANTS = full_batch.CONSTANTS | {
     "RATE": RATE,
-    "OF_DESCENT": OF_DESCENT,
+    "EDGE": EDGE,
     "DEFAULT": DEFAULT,
     "STRONG": STRONG,
 }
-Cells = dict[str, Estimate]
+# Numbers by name, each an array with an entry for each seed.
+Measured = Mapping[str, np.ndarray]
 
 
 class Plan(NamedTuple):
@@ -95,29 +109,29 @@ class Plan(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options = edges.parse(make_parser(), argv)
+    options = full_batch.parse(make_parser(), argv)
     runs = at_the_edge(options)
-    edge = {name: row(found) for name, found in runs.items()}
+    measured = {name: measure(found) for name, found in runs.items()}
     tables = {
-        f"Curvature and rate, at α = {RATE}": columns(edge, "mean rate / α", *CURVATURES),
-        f"Loss, at α = {RATE}": columns(edge, "steps uphill", PEAKS, LOSS),
+        f"Curvature and rate, at α = {RATE}": table(measured, MEAN_OF_RATES, *CURVATURES),
+        f"Loss, at α = {RATE}": table(measured, UPHILL, PEAKS, LOSS),
     }
     figures = {
         "edge_of_stability": draw_curves(runs),
-        "edge_of_stability-steadiness": draw_peaks(edge),
+        "edge_of_stability-steadiness": draw_peaks(measured),
     }
-    findings = [*judge_edges(edge), judge_steadiness(edge)]
+    findings = [*judge_edges(measured), judge_steadiness(measured)]
     results.publish("edge_of_stability", options, findings, tables, figures, CONSTANTS)
 
 
 def make_parser() -> argparse.ArgumentParser:
-    return command_line.make_parser(__doc__, **edges.SIZES)
+    return command_line.make_parser(__doc__, **full_batch.SIZES)
 
 
 def at_the_edge(options: argparse.Namespace) -> dict[str, list[Run]]:
     """Return a run of every contender for each seed."""
-    train = edges.trainer(edges.squared_error, options)
-    train_other = edges.trainer(edges.cross_entropy, options)
+    train = full_batch.trainer(full_batch.squared_error, options)
+    train_other = full_batch.trainer(cross_entropy, options)
     seeds = range(FIRST_SEED, FIRST_SEED + options.seeds)
 
     def run(plan: Plan) -> list[Run]:
@@ -147,25 +161,32 @@ def at_the_edge(options: argparse.Namespace) -> dict[str, list[Run]]:
     return {name: runs[name] for name in (*STYLES, CROSS_ENTROPY)}
 
 
-def row(runs: Sequence[Run]) -> Cells:
-    """Return the table's cells, over seeds."""
+def cross_entropy(outputs: jax.Array, labels: jax.Array) -> jax.Array:
+    return optax.softmax_cross_entropy_with_integer_labels(outputs, labels).mean()
+
+
+def measure(runs: Sequence[Run]) -> Measured:
+    """Return each of the table's numbers for every seed."""
     late = slice(len(runs[0].sharpness) // 2, None)
     of_edge = np.array([run.preconditioned * RATE / OF_ADAM for run in runs])
     of_own = np.array([run.preconditioned * thin(run.rate) / OF_ADAM for run in runs])
     return {
-        "mean rate / α": estimates.mean([run.rate.mean() / RATE for run in runs]),
-        OF_EDGE: estimates.mean(np.median(of_edge[:, late], axis=1)),
-        OF_OWN_EDGE: estimates.mean(np.median(of_own[:, late], axis=1)),
-        HIGHEST: estimates.mean(of_edge.max(axis=1)),
-        OF_H: estimates.mean([np.median(run.sharpness[late]) for run in runs]),
-        "steps uphill": estimates.mean([rises(run.loss) for run in runs]),
-        PEAKS: estimates.mean([peaks(run.loss)[late].mean() for run in runs]),
-        LOSS: estimates.mean([run.late_loss for run in runs]),
+        MEAN_OF_RATES: np.array([run.rate.mean() / RATE for run in runs]),
+        OF_EDGE: np.median(of_edge[:, late], axis=1),
+        OF_OWN_EDGE: np.median(of_own[:, late], axis=1),
+        HIGHEST: of_edge.max(axis=1),
+        OF_H: np.array([np.median(run.sharpness[late]) for run in runs]),
+        UPHILL: np.array([rises(run.loss) for run in runs]),
+        PEAKS: np.array([peaks(run.loss)[late].mean() for run in runs]),
+        LOSS: np.array([run.late_loss for run in runs]),
     }
 
 
-def columns(rows: Mapping[str, Cells], *names: str) -> dict[str, Cells]:
-    return {name: {column: cells[column] for column in names} for name, cells in rows.items()}
+def table(measured: Mapping[str, Measured], *columns: str) -> dict[str, dict[str, Estimate]]:
+    return {
+        name: {column: estimates.mean(found[column]) for column in columns}
+        for name, found in measured.items()
+    }
 
 
 def rises(loss: Any) -> float:
@@ -179,52 +200,62 @@ def peaks(loss: Any) -> Any:
     return parts.max(axis=1) - np.median(parts, axis=1)
 
 
-def judge_edges(edge: Mapping[str, Cells]) -> list[Finding]:
-    def finding(error: str, cells: Cells) -> Finding:
-        at, highest = cells[OF_EDGE], cells[HIGHEST]
-        stays = at.low > 0.9 and at.high < 1.1
+def judge_edges(measured: Mapping[str, Measured]) -> list[Finding]:
+    def finding(error: str, found: Measured) -> Finding:
+        at, highest = estimates.mean(found[OF_EDGE]), estimates.mean(found[HIGHEST])
         return Finding(
             f"VRAdam: with {error}, Adam trains at the edge of stability, 38 / α",
-            Verdict.HOLDS if stays else Verdict.REFUTED,
-            f"The largest eigenvalue of P^-1 H is {at.mean:.3g} of 38 / α"
-            f" [{at.low:.3g}, {at.high:.3g}] in the second half of the steps, and at most"
-            f" {highest.mean:.3g} of it on the way; that of H is"
-            f" {cells[OF_H].mean:.2g}, and gradient descent's edge 2 / α ="
+            judge_edge(at),
+            f"The largest eigenvalue of P^-1 H is {at} of 38 / α in the second half of the steps,"
+            f" and at most {highest.mean:.3g} of it on the way; that of H is"
+            f" {found[OF_H].mean():.2g}, and gradient descent's edge 2 / α ="
             f" {OF_DESCENT / RATE:.0f}.",
         )
 
     return [
-        finding("squared error", edge[ADAMW]),
-        finding("cross-entropy", edge[CROSS_ENTROPY]),
+        finding("squared error", measured[ADAMW]),
+        finding("cross-entropy", measured[CROSS_ENTROPY]),
     ]
 
 
-def judge_steadiness(edge: Mapping[str, Cells]) -> Finding:
+def judge_edge(at: Estimate) -> Verdict:
+    low, high = EDGE
+    if low < at.low and at.high < high:
+        return Verdict.HOLDS
+    if at.high < low or high < at.low:
+        return Verdict.REFUTED
+    return Verdict.NOT_SEEN
+
+
+def judge_steadiness(measured: Mapping[str, Measured]) -> Finding:
     """Judge whether VRAdam is steadier than AdamW at the same rates and than slow AdamW.
 
     Against slow AdamW it needs smaller peaks and a lower loss.
     """
-    gated, published = edge[STRONGER], edge[VRADAM]
-    measures = PEAKS, LOSS
-    slow = {name: [edge[name][x].minus(gated[x]) for x in measures] for name in SLOW}
-    alike = [edge[name][PEAKS].minus(gated[PEAKS]) for name in (ADAMW, MEAN_RATE, REPLAYED)]
+    gated, published = measured[STRONGER], measured[VRADAM]
+
+    def gain(name: str, measure: str) -> Estimate:
+        return estimates.mean(measured[name][measure] - gated[measure])
+
+    slow = {name: [gain(name, measure) for measure in (PEAKS, LOSS)] for name in SLOW}
+    alike = [gain(name, PEAKS) for name in (ADAMW, MEAN_RATE, REPLAYED)]
 
     def shown(name: str) -> str:
-        return f"{edge[name][PEAKS].mean:.2g} ({edge[name][LOSS].mean:.2f})"
+        return f"{measured[name][PEAKS].mean():.2g} ({measured[name][LOSS].mean():.2f})"
 
     def less(name: str) -> str:
-        return f"peaks {gated[PEAKS].mean - edge[name][PEAKS].mean:+.2f} decades"
+        return f"peaks {signed(-gain(name, PEAKS), 2)} decades"
 
     said = ", ".join(f"{how} {shown(name)}" for name, how in SLOW.items())
     worse = sum(all(x.low > 0 for x in differences) for differences in slow.values())
     better = sum(all(x.high < 0 for x in differences) for differences in slow.values())
     return Finding(
         "VRAdam: a gate below 1 makes training at that edge steadier, and a lower rate does not",
-        verdicts.judge([*alike, *(x for each in slow.values() for x in each)], alike),
+        verdicts.judge([*alike, *(x for each in slow.values() for x in each)], alike[:1]),
         f"Peaks of the loss in decades, and the logarithm of the loss in the end: VRAdam with"
-        f" beta3 = {STRONG:.0f} {shown(STRONGER)}, at {gated[OF_OWN_EDGE].mean:.2f} of the edge of"
-        f" its gated rate; VRAdam as published, where the gate's mean is"
-        f" {published['mean rate / α'].mean:.3f}, {shown(VRADAM)}; AdamW at α {shown(ADAMW)}, at"
+        f" beta3 = {STRONG:.0f} {shown(STRONGER)}, at {gated[OF_OWN_EDGE].mean():.2f} of the edge"
+        f" of its gated rate; VRAdam as published, where the gate's mean is"
+        f" {published[MEAN_OF_RATES].mean():.3f}, {shown(VRADAM)}; AdamW at α {shown(ADAMW)}, at"
         f" the gated run's mean rate {shown(MEAN_RATE)}, at the rates of another seed's gate"
         f" {shown(REPLAYED)}. AdamW that is slow late: {said}. In both measures {worse} of these"
         f" {len(SLOW)} are worse than the gate, and {better} better.",
@@ -284,15 +315,15 @@ def draw_curve(axes: Axes, name: str, each: Any) -> None:
     axes.fill_between(steps, low, high, color=style["color"], alpha=0.1, linewidth=0)
 
 
-def draw_peaks(edge: Mapping[str, Cells]) -> Figure:
+def draw_peaks(measured: Mapping[str, Measured]) -> Figure:
     """Draw peaks against losses."""
     figure = Figure(figsize=(FIGURE_WIDTH, 3.7), layout="constrained")
     axes = figure.subplots()
     for name, style in STYLES.items():
-        draw_point(axes, edge[name], style)
-        at = edge[name][LOSS].mean, edge[name][PEAKS].mean
+        x, y = (estimates.mean(measured[name][key]) for key in (LOSS, PEAKS))
+        draw_point(axes, x, y, style)
         place = {"textcoords": "offset points", "fontsize": 8, "color": style["color"]}
-        axes.annotate(name, at, **place, **LABELS.get(name, ABOVE))
+        axes.annotate(name, (x.mean, y.mean), **place, **LABELS.get(name, ABOVE))
     axes.set_yscale("log")
     tidy(axes)
     log_ticks(axes.yaxis)
@@ -302,8 +333,7 @@ def draw_peaks(edge: Mapping[str, Cells]) -> Figure:
     return figure
 
 
-def draw_point(axes: Axes, cells: Cells, style: Mapping[str, Any]) -> None:
-    x, y = cells[LOSS], cells[PEAKS]
+def draw_point(axes: Axes, x: Estimate, y: Estimate, style: Mapping[str, Any]) -> None:
     axes.errorbar(
         x.mean,
         y.mean,

@@ -75,9 +75,7 @@ ESCAPING = {
     "InvAdam": Escaping(invadam, lambda s: s, 1.5, ORANGE),
     "DualAdam, half and half": Escaping(half_dualadam, lambda s: (s + 1 / s) / 2, None, GREEN),
 }
-
-
-# The constants that decide the results, which contain them.
+# Recorded with the results, which depend on them.
 CONSTANTS = {
     "BARRIER": BARRIER,
     "CURVATURES": CURVATURES,

@@ -44,7 +44,18 @@ import _verdicts as verdicts
 from _command_line import side_by_side
 from _curvature import apply_smooth, initialize_smooth, sharpness
 from _digits import Runs, best, load_digits, train
-from _drawing import BLUE, FIGURE_WIDTH, GREEN, ORANGE, PINK, draw_estimates, entitle, tidy
+from _drawing import (
+    AMBER,
+    BLUE,
+    FIGURE_WIDTH,
+    GREEN,
+    ORANGE,
+    PINK,
+    SKY,
+    draw_estimates,
+    entitle,
+    tidy,
+)
 from _estimates import Estimate
 from _networks import CLASSES, SEARCH_SEED, Factory, Network, cross_entropy
 from _verdicts import Finding
@@ -60,8 +71,6 @@ LARGER, LARGEST = 30.0, 100.0
 # The number of seeds on which the inverse term is measured.
 MEASURED = 4
 DECADES = "difference in decades"
-# From the palette of Okabe and Ito, like those of `_drawing`.
-SKY, AMBER = "#56B4E9", "#E69F00"
 
 
 def warm_up(steps: int) -> Factory:
@@ -124,9 +133,7 @@ TRAINING = {
 }
 PLAIN = [f"DualAdam {steps}" for steps in (SHORT, LONG)]
 ACTIVE = [name for name in TRAINING if name.startswith("DualAdam") and name not in PLAIN]
-
-
-# The constants that decide the results, which contain them.
+# Recorded with the results, which depend on them.
 CONSTANTS = {
     "CLASSES": CLASSES,
     "SEARCH_SEED": SEARCH_SEED,
@@ -343,15 +350,18 @@ def finding(
             for difference, x in found.items()
         )
 
-    # Without an interval there is nothing to see.
-    seen = over_all(better, TUNED)
-    sensitivity = estimates.sensitivity(seen, " points", 2) if seen.smallest_seen else ""
+    def sensitivity(difference: Difference) -> str:
+        seen = over_all(difference, TUNED)
+        unit = " decades of sharpness" if difference is sharper else " points"
+        # Without an interval there is nothing to see.
+        return estimates.sensitivity(seen, unit, 3) if seen.smallest_seen else ""
+
     return Finding(
         claim,
         verdicts.judge(gains(TUNED), gains(AT_UNTUNED)),
         f"Compared with Adam and a warm-up of the same length, tuned: {shown(TUNED)}. Compared"
         f" with plain Adam, both at rate {UNTUNED}: {shown(AT_UNTUNED)}."
-        f" {comment} {sensitivity}".rstrip(),
+        f" {comment} {' '.join(map(sensitivity, deciding))}".rstrip(),
         untuned=shown(AT_UNTUNED, deciding),
         tuned=shown(TUNED, deciding),
     )

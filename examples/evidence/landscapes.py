@@ -36,7 +36,7 @@ import _verdicts as verdicts
 import optax_ext
 from _command_line import progress_bar
 from _drawing import BLUE, FIGURE_WIDTH, ORANGE, entitle, tidy
-from _estimates import Estimate
+from _estimates import Estimate, signed
 from _results import Rows
 from _verdicts import Finding
 
@@ -110,7 +110,7 @@ class Outcome(NamedTuple):
     path: Any
 
 
-# The constants that decide the results, which contain them.
+# Recorded with the results, which depend on them.
 CONSTANTS = {"LOWEST_RATE": LOWEST_RATE, "HIGHEST_RATE": HIGHEST_RATE, "REACHED": REACHED}
 
 
@@ -221,19 +221,15 @@ def judge(outcomes: Mapping[str, Mapping[str, Outcome]]) -> list[Finding]:
 def finding(method: str, found: Mapping[str, Outcome], adamw: Mapping[str, Outcome]) -> Finding:
     differences = {name: difference(found[name], adamw[name]) for name in LANDSCAPES}
     overall = estimates.mean(np.mean(list(differences.values()), axis=0))
-    each = ", ".join(f"{name} {signed(estimates.mean(x))}" for name, x in differences.items())
+    each = ", ".join(f"{name} {signed(estimates.mean(x), 2)}" for name, x in differences.items())
     return Finding(
         f"{optax_ext.METHODS[method].title}: it ends lower than AdamW on hard landscapes (a"
         " question of ours)",
         verdicts.judge([-overall]),
-        f"Difference from AdamW in decades of the loss, both tuned: {signed(overall)} on average;"
-        f" {each}. {estimates.sensitivity(overall, ' decades', 2)}",
-        tuned=f"{signed(overall)} decades of the loss",
+        f"Difference from AdamW in decades of the loss, both tuned: {signed(overall, 2)} on"
+        f" average; {each}. {estimates.sensitivity(overall, ' decades', 2)}",
+        tuned=f"{signed(overall, 2)} decades of the loss",
     )
-
-
-def signed(x: Estimate) -> str:
-    return estimates.signed(x, 2)
 
 
 def draw(outcomes: Mapping[str, Mapping[str, Outcome]]) -> Figure:

@@ -55,9 +55,7 @@ FALL = 0.1
 MEASURED = 200
 # The error that the claim allows.
 ALLOWED = 0.13
-
-
-# The constants that decide the results, which contain them.
+# Recorded with the results, which depend on them.
 CONSTANTS = {
     "SHAPE": SHAPE,
     "SIZE": SIZE,

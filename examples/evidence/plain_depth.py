@@ -188,9 +188,7 @@ class Judged(NamedTuple):
 
 # The outcomes by depth and name.
 Outcomes = Mapping[int, Mapping[str, Judged]]
-
-
-# The constants that decide the results, which contain them.
+# Recorded with the results, which depend on them.
 CONSTANTS = {
     "SHALLOWEST": SHALLOWEST,
     "RATES": RATES,

@@ -365,7 +365,7 @@ def test_published_formats_have_the_codes_of_their_papers(load_module):
 @pytest.mark.parametrize(("times_edge", "stable"), [(0.99, True), (1.01, False)])
 def test_edge_of_adam(load_module, times_edge, stable):
     # What Adam becomes where P has settled, on a parabola: momentum, and a rate.
-    rate = times_edge * load_module("_edge").OF_ADAM
+    rate = times_edge * load_module("_full_batch").OF_ADAM
     tx = optax.chain(optax_ext.ema(decay=0.9, bias_correction="none"), optax.scale(-rate))
 
     def step(run, _):
@@ -396,21 +396,38 @@ def test_batches_of_an_epoch_are_disjoint(load_module):
     ],
 )
 def test_slow_controls_can_explain_steadiness_away(load_module, adamw, gated, slow, verdict):
-    script, estimates = load_module("edge_of_stability"), load_module("_estimates")
+    script = load_module("edge_of_stability")
+    seeds = np.linspace(-0.01, 0.01, 8)
 
-    def cells(peaks, loss):
-        found = dict.fromkeys((*script.CURVATURES, "mean rate / α"), estimates.Estimate(1, 1, 1))
-        around = {script.PEAKS: peaks, script.LOSS: loss}
-        return found | {k: estimates.Estimate(x, x - 0.01, x + 0.01) for k, x in around.items()}
+    def measured(peaks, loss):
+        found = dict.fromkeys((*script.CURVATURES, script.MEAN_OF_RATES), 1 + seeds)
+        return found | {script.PEAKS: peaks + seeds**2, script.LOSS: loss + seeds**3}
 
-    edge = {name: cells(*adamw) for name in script.STYLES}
-    edge |= {script.STRONGER: cells(*gated)} | {name: cells(0.3, -3.0) for name in script.SLOW}
-    edge[script.COSINE] = cells(*slow)
+    edge = {name: measured(*adamw) for name in script.STYLES}
+    edge |= dict.fromkeys(script.SLOW, measured(0.3, -3.0)) | {script.STRONGER: measured(*gated)}
+    edge[script.COSINE] = measured(*slow)
     assert script.judge_steadiness(edge).verdict == load_module("_verdicts").Verdict[verdict]
 
 
+@pytest.mark.parametrize(
+    ("at", "low", "high", "verdict"),
+    [
+        (1.0, 0.95, 1.05, "HOLDS"),
+        (1.0, 0.85, 1.15, "NOT_SEEN"),
+        (0.5, 0.4, 0.6, "REFUTED"),
+        (1.3, 1.2, 1.4, "REFUTED"),
+        (1.0, np.nan, np.nan, "NOT_SEEN"),
+    ],
+)
+def test_at_the_edge(load_module, at, low, high, verdict):
+    found = load_module("edge_of_stability").judge_edge(
+        load_module("_estimates").Estimate(at, low, high)
+    )
+    assert found == load_module("_verdicts").Verdict[verdict]
+
+
 def test_curvatures_are_compared_at_equal_losses(load_module):
-    script, edges = load_module("curvature_and_loss"), load_module("_edge")
+    script, edges = load_module("curvature_and_loss"), load_module("_full_batch")
 
     def run(loss: list[float], curvature: list[float]) -> Any:
         steps = np.repeat(np.array(loss), edges.MEASURED_EVERY)

@@ -1,9 +1,4 @@
-"""Adam at the edge of stability: a network trained on all of its images at once, and its curves.
-
-Adam's steps α with momentum b1 are stable while the curvature that they see, the largest eigenvalue
-of the preconditioned Hessian P^-1 H, is below (2 + 2 b1) / ((1 - b1) α): 38 / α at b1 = .9 (Cohen
-et al. 2022, arXiv 2207.14484). Training increases the curvature up to there.
-"""
+"""Training of a small network on all of its images at once, with its loss and its curvatures."""
 
 import argparse
 from collections.abc import Callable, Sequence
@@ -17,10 +12,8 @@ import optax
 from jax import lax
 from jax.typing import ArrayLike
 
-import _estimates as estimates
-from _curvature import apply_smooth, initialize_smooth, scale_of_adam, sharpness
+from _curvature import MATVECS, apply_smooth, initialize_smooth, scale_of_adam, sharpness
 from _digits import load_digits
-from _estimates import Estimate
 from optax_ext import vradam
 
 B1, B2, EPS = 0.9, 0.999, 1e-8
@@ -33,6 +26,10 @@ FIRST_SEED = 200
 OF_OWN_EDGE, LOSS = "curvature / own edge", "log10 of loss"
 CONSTANTS = {
     "B1": B1,
+    "B2": B2,
+    "EPS": EPS,
+    "HIDDEN": HIDDEN,
+    "MATVECS": MATVECS,
     "MEASURED_EVERY": MEASURED_EVERY,
     "OF_ADAM": OF_ADAM,
     "FIRST_SEED": FIRST_SEED,
@@ -95,10 +92,6 @@ def squared_error(outputs: jax.Array, labels: jax.Array) -> jax.Array:
     return jnp.sum((outputs - jax.nn.one_hot(labels, 10)) ** 2, axis=-1).mean() / 2
 
 
-def cross_entropy(outputs: jax.Array, labels: jax.Array) -> jax.Array:
-    return optax.softmax_cross_entropy_with_integer_labels(outputs, labels).mean()
-
-
 def trainer(error: Callable[[Any, Any], jax.Array], options: argparse.Namespace) -> Train:
     """Return a function that trains with AdamW or VRAdam, at one rate or at one for each step."""
     data = load_digits().train
@@ -150,7 +143,3 @@ def run_training(loss, params, rates, beta3, cutoff, *, norm_of: str | None, mea
 def thin(curve: Any) -> Any:
     """Return means over the steps between two measurements."""
     return curve.reshape(*curve.shape[:-1], -1, MEASURED_EVERY).mean(axis=-1)
-
-
-def decades(x: Estimate) -> str:
-    return estimates.signed(x, 2)
