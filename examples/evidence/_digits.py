@@ -13,20 +13,13 @@ from jax import lax
 from numpy.typing import ArrayLike
 from sklearn.model_selection import train_test_split
 
-from _networks import BATCH, Factory, Network, Split, cross_entropy, draw_batches, initialize
-
-
-class Digits(NamedTuple):
-    """scikit-learn's digits: 60, 20 and 20 %."""
-
-    train: Split
-    validation: Split
-    test: Split
+from _networks import BATCH, Data, Network, Split, cross_entropy, draw_batches, initialize
+from _tuning import Factory
 
 
 @cache
-def load_digits() -> Digits:
-    """Return the digits on the device, with mean 0 and deviation 1 over the training images."""
+def load_digits() -> Data:
+    """Return 60, 20 and 20 % of the digits, standardized by the training images."""
     x, y = sklearn.datasets.load_digits(return_X_y=True)
     images, labels = x.reshape(-1, 8, 8, 1), y.astype(np.int32)
     parts = train_test_split(images, labels, test_size=0.2, stratify=labels, random_state=0)
@@ -38,7 +31,7 @@ def load_digits() -> Digits:
         Split(((images - offset) / width).astype(np.float32), labels)
         for images, labels in ((x, y), (held_x, held_y), (test_x, test_y))
     ]
-    return jax.device_put(Digits(*splits))
+    return jax.device_put(Data(*splits))
 
 
 class Runs(NamedTuple):
@@ -88,23 +81,6 @@ def train(
     return jax.tree.map(lambda x: np.asarray(x).reshape(*rates.shape, *x.shape[1:]), found)
 
 
-def best(search: Runs) -> int:
-    """Return the index of the rate with the least mean validation loss, of at most 10 for a run."""
-    losses = np.clip(np.nan_to_num(search.validation, nan=np.inf), 0, 10)
-    return int(losses.mean(axis=1).argmin())
-
-
-def best_on_others(runs: Runs) -> np.ndarray:
-    """Return for each seed the rate that is best on all other seeds; runs are (rates, seeds).
-
-    So no seed takes part in the choice that it is judged by.
-    """
-    seeds = runs.validation.shape[1]
-    return np.array(
-        [best(runs._replace(validation=np.delete(runs.validation, i, 1))) for i in range(seeds)]
-    )
-
-
 @partial(jax.jit, static_argnames=("apply", "factory"))
 def descend(
     apply: Callable[..., jax.Array],
@@ -134,7 +110,7 @@ def descend(
 
 
 @partial(jax.jit, static_argnames="apply")
-def evaluate(apply: Callable[..., jax.Array], params: Any, data: Digits) -> Runs:
+def evaluate(apply: Callable[..., jax.Array], params: Any, data: Data) -> Runs:
     """Return the results of all runs."""
 
     def accuracy(params: Any, split: Split) -> jax.Array:

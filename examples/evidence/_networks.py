@@ -12,10 +12,6 @@ from jax import lax
 
 CLASSES = 10
 BATCH = 64
-# Rates are chosen on seeds from this one on, and judged on the seeds 0, 1, ….
-SEARCH_SEED = 1000
-# Returns an optimizer for a learning rate, which is a tracer here.
-Factory = Callable[[Any], optax.GradientTransformation]
 
 
 class Split(NamedTuple):
@@ -23,6 +19,14 @@ class Split(NamedTuple):
 
     images: Any
     labels: Any
+
+
+class Data(NamedTuple):
+    """The examples to train on, to choose settings by, and to judge them by."""
+
+    train: Split
+    validation: Split
+    test: Split
 
 
 class Network(NamedTuple):

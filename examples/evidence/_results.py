@@ -4,7 +4,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,6 @@ from _verdicts import Finding
 
 VERSIONS = {module.__name__: module.__version__ for module in (jax, optax)}
 _BEGIN = time.monotonic()
-# Options that decide where results are written, or how many of them are made now.
-NOT_DECISIVE = {"out", "workloads", "contenders", "minutes", "report"}
 # The rows of a table by name; the cells of a row by column.
 Rows = Mapping[str, Mapping[str, Estimate | float | str]]
 
@@ -38,17 +36,19 @@ def publish(
     figures: Mapping[str, Figure],
     constants: Mapping[str, ArrayLike],
     ran: Mapping[str, Any] | None = None,
+    not_decisive: Collection[str] = (),
 ) -> None:
     """Print tables and verdicts, and write them and the figures to files.
 
     Args:
       name: the script's name, which its file of numbers has too.
-      options: the command line; all but `out` decide the results.
+      options: the command line, which is recorded without `out` and `not_decisive`.
       findings: the findings, each a row in the table of claims.
       tables: the tables by their titles.
       figures: the figures by the names of their files.
       constants: the script's numbers that decide the results, as the options do.
       ran: seconds, device and versions, if the results are of earlier runs.
+      not_decisive: names of options that don't decide the results.
     """
     console = Console()
     for title, rows in tables.items():
@@ -62,7 +62,7 @@ def publish(
         ],
         "tables": {title: _rounded(rows) for title, rows in tables.items()},
         "figures": [f"{figure}.png" for figure in figures],
-        "options": sizes(options),
+        "options": decisive(options, not_decisive),
         "constants": {key: np.asarray(value).tolist() for key, value in constants.items()},
         "confidence": CONFIDENCE,
         "seconds": round(time.monotonic() - _BEGIN),
@@ -78,9 +78,9 @@ def publish(
     console.print(f"Wrote {path} and {', '.join(document['figures'])}.", soft_wrap=True)
 
 
-def sizes(options: argparse.Namespace) -> dict[str, int]:
-    """Return the options that decide the results."""
-    return {name: value for name, value in vars(options).items() if name not in NOT_DECISIVE}
+def decisive(options: argparse.Namespace, others: Collection[str] = ()) -> dict[str, Any]:
+    """Return the options that decide the results: all but `out` and others."""
+    return {name: value for name, value in vars(options).items() if name not in {"out", *others}}
 
 
 @contextmanager

@@ -15,12 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import optax
 from numpy.typing import ArrayLike
-from scipy import optimize, stats
 from scipy.stats import qmc
 
-import _estimates as estimates
-from _estimates import CONFIDENCE, Estimate
-from _networks import SEARCH_SEED
+from _tuning import SEARCH_SEED
 
 # Decades between the lowest and the highest rate of a contender.
 RATE_DECADES = 3.0
@@ -32,7 +29,6 @@ DECAYS = 1e-5, 1e-2
 # The largest share of the steps that warms up; the smallest is 0.
 WARM_UP = 0.4
 FEWEST_SEEDS = 8
-POWER = 0.8
 BASELINE = "AdamW"
 
 # Returns an optimizer for a schedule of rates and a decay, which is a tracer here.
@@ -117,7 +113,7 @@ def cube(trials: int, searches: int) -> np.ndarray:
     return (first + 1 / (2 * number)).reshape(searches, trials, 3)
 
 
-def scale(point: ArrayLike, center: float) -> Setting:
+def setting_at(point: ArrayLike, center: float) -> Setting:
     """Return the setting at a point of the cube, for the center of a contender's rates."""
     rate, decay, warm_up = np.asarray(point, np.float64)
     scaled = center * 10 ** (RATE_DECADES * (rate - 0.5))
@@ -161,12 +157,15 @@ class Study:
         contender = self.contenders[contender].form_of or contender
         rules, center = self.rules[workload], self.center(workload, contender)
         return [
-            [Run(workload, contender, scale(point, center), SEARCH_SEED + seed) for point in points]
+            [
+                Run(workload, contender, setting_at(point, center), SEARCH_SEED + seed)
+                for point in points
+            ]
             for seed, points in enumerate(cube(rules.trials, rules.seeds))
         ]
 
     def center(self, workload: str, contender: str) -> float:
-        """Return the center of a contender's rates at a workload where settings are chosen."""
+        """Return the center of a contender's rates at a workload where it is searched."""
         rules = self.rules[workload]
         factor = MOVED_BY if contender in rules.moved else 1.0
         return rules.center * factor * self.contenders[contender].rate
@@ -194,7 +193,7 @@ class Study:
         chosen = self.chosen(workload, contender)
         return [Run(workload, contender, setting, seed) for seed, setting in enumerate(chosen)]
 
-    def judge(self, workload: str, contender: str) -> list[Result]:
+    def decisive_results(self, workload: str, contender: str) -> list[Result]:
         """Return the results that decide; raise unless all trials and all seeds are there."""
         runs = self.decisive(workload, contender)
         self._require(runs)
@@ -202,7 +201,7 @@ class Study:
 
     def losses(self, workload: str, contender: str) -> np.ndarray:
         """Return the test losses that decide; raise unless all trials and all seeds are there."""
-        losses = [x["test"] for x in self.judge(workload, contender)]
+        losses = [x["test"] for x in self.decisive_results(workload, contender)]
         return bounded(losses, self.rules[workload].guess)
 
     def missing(self, workload: str, contender: str) -> list[Run]:
@@ -244,53 +243,3 @@ class Study:
 def bounded(losses: Any, largest: float) -> np.ndarray:
     """Return losses that a mean can be taken of; that of a training that diverged is `None`."""
     return np.fmin(np.array(losses, np.float64), largest)
-
-
-class Comparison(NamedTuple):
-    """The paired differences from another contender.
-
-    Attributes:
-      difference: their mean, with Student's interval.
-      smallest: the smallest true difference that would probably have been seen.
-      p: the probability of a mean so far from 0 by chance, of a two-sided t-test.
-    """
-
-    difference: Estimate
-    smallest: float
-    p: float
-
-
-def compare(losses: ArrayLike, others: ArrayLike, comparisons: int = 1) -> Comparison:
-    """Compare losses of the same seeds; `comparisons` is for `smallest_effect`."""
-    differences = np.asarray(losses, np.float64) - np.asarray(others, np.float64)
-    if not differences.any():
-        return Comparison(Estimate(0.0, 0.0, 0.0), 0.0, 1.0)
-    found = estimates.mean(differences)
-    statistic = abs(found.mean) / float(stats.sem(differences))
-    p = 2 * float(stats.t.sf(statistic, len(differences) - 1))
-    return Comparison(found, smallest_effect(differences, comparisons), p)
-
-
-def smallest_effect(differences: ArrayLike, comparisons: int = 1) -> float:
-    """Return the true mean difference that a paired t-test detects with a probability of 80 %.
-
-    The level of the test is 5 %, divided by the number of comparisons: the first step of Holm's
-    method. Later steps detect smaller differences. The standard deviation is that of the sample.
-    """
-    differences = np.asarray(differences, np.float64)
-    freedom = len(differences) - 1
-    critical = stats.t.isf((1 - CONFIDENCE) / comparisons / 2, freedom)
-    # The true mean in standard errors, which decides the distribution of the statistic.
-    found: Any = optimize.brentq(
-        lambda mean: stats.nct.sf(critical, freedom, mean) - POWER, 0, 10 * critical
-    )
-    return float(found * stats.sem(differences))
-
-
-def holm(p: Sequence[float]) -> np.ndarray:
-    """Return p-values that allow for the number of comparisons, after Holm (1979)."""
-    order = np.argsort(p)
-    multiplied = np.asarray(p)[order] * np.arange(len(p), 0, -1)
-    adjusted = np.empty(len(p))
-    adjusted[order] = np.minimum(np.maximum.accumulate(multiplied), 1)
-    return adjusted

@@ -18,9 +18,10 @@ import optax
 from jax import lax
 
 import _networks as networks
+from _networks import Data
 from _results import VERSIONS
 from _study_protocol import SEARCH_SEED, Factory, Run, Setting
-from _study_workloads import Data, Workload
+from _study_workloads import Workload
 
 
 def make_schedule(setting: Setting, steps: int) -> optax.Schedule:
@@ -137,7 +138,7 @@ def number_of(params: Any) -> int:
 
 @cache
 def describe(workload: Workload) -> dict[str, Any]:
-    """Return what decides the results of a workload; the text depends on Python's version."""
+    """Return a workload's data and sizes; the text depends on Python's version and build."""
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(jax.device_get(workload.load())):
         digest.update(np.ascontiguousarray(leaf).tobytes())
@@ -150,7 +151,10 @@ def describe(workload: Workload) -> dict[str, Any]:
 
 
 def definition(workload: Workload) -> str:
-    """Return a short name of what decides the results of a workload."""
+    """Return a short name of a workload's data and sizes; results of another do not count.
+
+    The code of networks and optimizers is no part of it: whoever changes these starts a new file.
+    """
     text = json.dumps(describe(workload), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 

@@ -19,7 +19,8 @@ from jax import lax
 from jax.typing import DTypeLike
 
 import _networks as networks
-from _networks import CLASSES, Network, Split
+from _networks import CLASSES, Data, Network, Split
+from _study_contenders import RADAM
 from _study_protocol import Rules
 
 BYTES = 256
@@ -36,14 +37,6 @@ HELD_OUT_BYTES = 2**15
 # Of MNIST-1D, as it is published, and as a test set of other examples.
 PUBLISHED_SEED = 42
 NEW = {"seed": 43, "num_samples": 5000, "train_split": 0.0}
-
-
-class Data(NamedTuple):
-    """The examples to train on, to choose settings by, and to judge them by."""
-
-    train: Split
-    validation: Split
-    test: Split
 
 
 class Workload(NamedTuple):
@@ -287,14 +280,14 @@ ON_CPU = with_horizons(
         Network(init_convnet, apply_convnet),
         step_ms=0.5,
         # Its tensors are too small to be stored in 8 bits.
-        rules=IMAGES._replace(forms=False, moved=("RAdam, lookahead", "NOVAK", "CaAdam")),
+        rules=IMAGES._replace(forms=False, moved=(RADAM, "NOVAK", "CaAdam")),
     ),
     text=make_text_workload(
         "0.25M",
         batch=16,
         steps=160,
         step_ms=32,
-        rules=TEXT._replace(center=SMALL, moved=("RAdam, lookahead",)),
+        rules=TEXT._replace(center=SMALL, moved=(RADAM,)),
     ),
 )
 # Times of steps are guesses.

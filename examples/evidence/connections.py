@@ -40,8 +40,7 @@ import _estimates as estimates
 import _networks as networks
 import _results as results
 import _verdicts as verdicts
-from _command_line import side_by_side
-from _digits import Runs, best, train
+from _digits import Runs, train
 from _drawing import (
     AMBER,
     BLUE,
@@ -55,7 +54,9 @@ from _drawing import (
     tidy,
 )
 from _estimates import Estimate
-from _networks import CLASSES, SEARCH_SEED, Factory, Network
+from _networks import CLASSES, Network
+from _progress import two_at_a_time
+from _tuning import SEARCH_SEED, Factory, best
 from _verdicts import Finding
 from optax_ext import architecture, caadam, connection_table
 
@@ -176,7 +177,7 @@ CONSTANTS = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = make_parser().parse_args(argv)
-    judged = side_by_side(partial(judge_one, options), make_contenders())
+    judged = two_at_a_time(partial(judge_one, options), make_contenders())
     tables = {
         f"{title}; differences of the test loss are seed by seed": {
             name: row(found, judged[ADAM], which) for name, found in judged.items()
@@ -235,7 +236,7 @@ def judge_one(options: argparse.Namespace, contender: Contender) -> Judged:
     train_on = partial(train, NETWORK, steps=options.steps)
     searching = SEARCH_SEED + np.arange(options.trials)
     search = train_on(contender.factory, RATES[:, None], searching)
-    rate = float(RATES[best(search)])
+    rate = float(RATES[best(search.validation)])
     rates = np.array([[rate], [UNTUNED]])
     runs = train_on(contender.factory, rates, np.arange(options.seeds))
     control = train_on(optax.adam, contender.mean_scale * rates, np.arange(options.seeds))

@@ -35,10 +35,10 @@ import _estimates as estimates
 import _full_batch as full_batch
 import _results as results
 import _verdicts as verdicts
-from _command_line import side_by_side
 from _drawing import BLUE, FIGURE_WIDTH, ORANGE, draw_estimates, entitle, tidy
 from _estimates import Estimate, signed
 from _full_batch import FIRST_SEED, LOSS, OF_ADAM, OF_OWN_EDGE, Gate, Run, Setting, Train, thin
+from _progress import two_at_a_time
 from _verdicts import Finding
 
 # VRAdam's default, and two values at which the gate closes in this network.
@@ -121,7 +121,7 @@ def compare(
         measured = setting in (SETTINGS[FIGURE_ADAM], SETTINGS[SAME_RATE], SETTINGS[FIGURE])
         return [train(seed, *setting, measured=measured) for seed in seeds]
 
-    return side_by_side(run, settings), settings
+    return two_at_a_time(run, settings), settings
 
 
 def tune(train: Train, options: argparse.Namespace) -> dict[str, Setting]:
@@ -139,7 +139,7 @@ def tune(train: Train, options: argparse.Namespace) -> dict[str, Setting]:
     best = {}
     for name, settings in trials.items():
         numbered = {f"{name}, {i}": setting for i, setting in enumerate(settings)}
-        losses = list(side_by_side(late_loss, numbered).values())
+        losses = list(two_at_a_time(late_loss, numbered).values())
         best[name] = settings[int(np.nanargmin(losses))]
     return best
 

@@ -42,7 +42,6 @@ import _estimates as estimates
 import _full_batch as full_batch
 import _results as results
 import _verdicts as verdicts
-from _command_line import side_by_side
 from _drawing import BLUE, FIGURE_WIDTH, GREEN, ORANGE, PINK, entitle, log_ticks, tidy
 from _estimates import Estimate, signed
 from _full_batch import (
@@ -56,6 +55,7 @@ from _full_batch import (
     Train,
     thin,
 )
+from _progress import two_at_a_time
 from _verdicts import Finding, Verdict
 
 RATE = 0.02
@@ -151,13 +151,13 @@ def at_the_edge(options: argparse.Namespace) -> dict[str, list[Run]]:
         EIGHTH: alike(RATE / 8),
         CROSS_ENTROPY: alike(RATE, None, train_other),
     }
-    runs = side_by_side(run, plans)
+    runs = two_at_a_time(run, plans)
     gated = [found.rate for found in runs[STRONGER]]
     plans = {
         MEAN_RATE: Plan([rates.mean() for rates in gated]),
         REPLAYED: Plan(gated[-1:] + gated[:-1]),
     }
-    runs |= side_by_side(run, plans)
+    runs |= two_at_a_time(run, plans)
     return {name: runs[name] for name in (*STYLES, CROSS_ENTROPY)}
 
 

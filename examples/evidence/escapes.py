@@ -33,10 +33,10 @@ import _command_line as command_line
 import _estimates as estimates
 import _results as results
 import _verdicts as verdicts
-from _command_line import progress_bar
 from _drawing import BLUE, FIGURE_WIDTH, GREEN, ORANGE, draw_estimates, entitle, log_ticks, tidy
 from _estimates import Estimate
-from _networks import Factory
+from _progress import progress_bar
+from _tuning import Factory
 from _verdicts import Finding
 from optax_ext import dualadam, invadam
 

@@ -41,9 +41,8 @@ import _estimates as estimates
 import _networks as networks
 import _results as results
 import _verdicts as verdicts
-from _command_line import side_by_side
 from _curvature import apply_smooth, initialize_smooth, sharpness
-from _digits import Runs, best, load_digits, train
+from _digits import Runs, load_digits, train
 from _drawing import (
     AMBER,
     BLUE,
@@ -57,7 +56,9 @@ from _drawing import (
     tidy,
 )
 from _estimates import Estimate
-from _networks import CLASSES, SEARCH_SEED, Factory, Network, cross_entropy
+from _networks import CLASSES, Network, cross_entropy
+from _progress import two_at_a_time
+from _tuning import SEARCH_SEED, Factory, best
 from _verdicts import Finding
 from optax_ext import dualadam, invadam
 
@@ -152,7 +153,7 @@ TUNED, AT_UNTUNED = 0, 1
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = make_parser().parse_args(argv)
-    trained = side_by_side(partial(judge_one, options), TRAINING)
+    trained = two_at_a_time(partial(judge_one, options), TRAINING)
     results.publish(
         "flat_minima",
         options,
@@ -198,7 +199,7 @@ class Judged(NamedTuple):
 def judge_one(options: argparse.Namespace, contender: Training) -> Judged:
     train_on = partial(train, NETWORK, contender.factory, steps=options.steps)
     search = train_on(contender.rates[:, None], SEARCH_SEED + np.arange(options.trials))
-    rate = float(contender.rates[best(search)])
+    rate = float(contender.rates[best(search.validation)])
     untuned = UNTUNED * contender.rates[0] / RATES[0]
     runs = train_on(np.array([[rate], [untuned]]), np.arange(options.seeds))
     found, other = sharpness_of(search), sharpness_of(runs)

@@ -33,9 +33,9 @@ import _command_line as command_line
 import _estimates as estimates
 import _results as results
 import _verdicts as verdicts
-from _command_line import progress_bar
 from _drawing import BLUE, FIGURE_WIDTH, GREEN, ORANGE, PINK, entitle, tidy
 from _estimates import Estimate
+from _progress import progress_bar
 from _verdicts import Finding
 from optax_ext import ema, triple_ema
 

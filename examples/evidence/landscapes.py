@@ -34,9 +34,9 @@ import _estimates as estimates
 import _results as results
 import _verdicts as verdicts
 import optax_ext
-from _command_line import progress_bar
 from _drawing import BLUE, FIGURE_WIDTH, ORANGE, entitle, tidy
 from _estimates import Estimate, signed
+from _progress import progress_bar
 from _results import Rows
 from _verdicts import Finding
 

@@ -39,9 +39,9 @@ from matplotlib.figure import Figure
 import _command_line as command_line
 import _estimates as estimates
 import _results as results
-from _command_line import side_by_side
 from _drawing import BLUE, FIGURE_WIDTH, ORANGE, draw_estimates, entitle, log_ticks, tidy
 from _estimates import Estimate
+from _progress import two_at_a_time
 from _results import Rows
 from _verdicts import Finding, Verdict
 from optax_ext import caadam, dualadam, fame, formats, invadam, novak, quantize_state, vradam
@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     races = {"Adam": Race(ADAM, tuple(stored.tx for stored in STORED.values()))}
     races |= {name: Race(tx, (quantize_state(tx),)) for name, tx in OPTIMIZERS.items()}
     compare_one = partial(compare, seeds=options.seeds, steps=options.steps)
-    found = side_by_side(compare_one, races)
+    found = two_at_a_time(compare_one, races)
     of_adam = {
         name: {"bytes": stored.bytes} | row(phases)
         for (name, stored), phases in zip(STORED.items(), found["Adam"], strict=True)

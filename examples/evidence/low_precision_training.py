@@ -47,10 +47,11 @@ import _digits as digits
 import _estimates as estimates
 import _networks as networks
 import _results as results
-from _command_line import side_by_side
 from _drawing import BLUE, FIGURE_WIDTH, ORANGE, draw_estimates, entitle, log_ticks, tidy
 from _estimates import Estimate
-from _networks import CLASSES, Factory, Network, Split
+from _networks import CLASSES, Network, Split
+from _progress import two_at_a_time
+from _tuning import Factory
 from _verdicts import Finding, Verdict
 from optax_ext import (
     bfloat16_weights,
@@ -334,7 +335,7 @@ def make_task(name: str) -> Task:
 def train_all(
     task: str, steps: int, seeds: np.ndarray, contenders: Mapping[str, Contender]
 ) -> dict[str, Judged]:
-    return side_by_side(partial(compare, task, steps, seeds), contenders)
+    return two_at_a_time(partial(compare, task, steps, seeds), contenders)
 
 
 def compare(task: str, steps: int, seeds: np.ndarray, contender: Contender) -> Judged:

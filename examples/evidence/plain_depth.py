@@ -43,11 +43,12 @@ import _command_line as command_line
 import _estimates as estimates
 import _results as results
 import _verdicts as verdicts
-from _command_line import side_by_side
-from _digits import Runs, best_on_others, train
+from _digits import Runs, train
 from _drawing import BLUE, FIGURE_WIDTH, GREEN, ORANGE, draw_estimates, entitle, log_ticks, tidy
 from _estimates import Estimate
-from _networks import CLASSES, Factory, Network
+from _networks import CLASSES, Network
+from _progress import two_at_a_time
+from _tuning import Factory, best_on_others
 from _verdicts import Finding
 from optax_ext import novak
 
@@ -212,7 +213,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for depth in depths
         for name in (CONTENDERS if depth == depths[-1] else COLOURS)
     }
-    judged = side_by_side(partial(judge_one, options), cells)
+    judged = two_at_a_time(partial(judge_one, options), cells)
     outcomes: dict[int, dict[str, Judged]] = {depth: {} for depth in depths}
     for label, (_, depth, name) in cells.items():
         outcomes[depth][name] = judged[label]
@@ -240,7 +241,7 @@ def judge_one(options: argparse.Namespace, cell: Cell) -> Judged:
     rates, seeds = RATES[:, None], FIRST_SEED + np.arange(options.seeds)
     factory = CONTENDERS[cell.name]
     runs = train(cell.network, factory, rates, seeds, steps=options.steps, batch=BATCH)
-    return Judged(runs, best_on_others(runs))
+    return Judged(runs, best_on_others(runs.validation))
 
 
 def row(found: Judged, by_name: Mapping[str, Judged]) -> dict[str, Estimate | float | str]:

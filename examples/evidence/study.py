@@ -58,11 +58,11 @@ import _estimates as estimates
 import _results as results
 import _study_report as report
 from _command_line import RESULTS
-from _networks import Split
+from _networks import Data, Split
 from _study_contenders import CONTENDERS
 from _study_protocol import Contender, Run, Setting, Study
 from _study_training import Trainer, definition, environment
-from _study_workloads import ON_CPU, ON_GPU, Data, Workload
+from _study_workloads import ON_CPU, ON_GPU, Workload
 
 WORKLOADS = ON_CPU | ON_GPU
 # What is to be run in a test.

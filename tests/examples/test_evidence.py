@@ -178,16 +178,20 @@ def check_study(tables: dict[str, Any]) -> None:
     # Layers of 40 × 128, 128 × 128 and 128 × 10 with biases.
     assert sizes["MNIST-1D, perceptron, 1×"]["parameters"] == f"{5248 + 16512 + 1290:,}"
     assert sizes["MNIST-1D, perceptron, 4×"]["steps"] == "20"
-    assert len(tables) == 3 * len(sizes)
+    # Two tables for each workload, and one where settings are chosen.
+    assert len(tables) == 2 * len(sizes) + 2
     for title, rows in tables.items():
         if "at the end" in title:
             assert list(rows) == ["AdamW", "CaAdam"]
-            # No more than a uniform guess knows, because nothing is learnt yet.
-            assert all(1.5 < cells["test loss"][0] < 10 for cells in rows.values())
-            assert rows["CaAdam"]["smallest visible"] > 1e-6
+            # Hardly more is known than by a guess, because nothing is learnt yet.
+            guess = sizes[title.partition(", 8 seeds")[0]]["loss of a guess"]
+            shares = [cells["test loss"][0] / guess for cells in rows.values()]
+            assert all(0.7 < share <= 1.0001 for share in shares)
+            # Losses above that of a guess are alike.
+            assert max(shares) >= 1 or rows["CaAdam"]["smallest visible"] > 1e-6
         elif "8-bit" in title:
             (cells,) = rows.values()
-            assert abs(cells["difference"][0]) < 0.05 * cells["spread of seeds"] + 1e-3
+            assert abs(cells["difference"][0]) < 0.05 * cells["spread of searches and seeds"] + 1e-3
             assert cells["bytes a parameter"] < 3
             assert cells["of float32 state"] == pytest.approx(8, abs=0.01)
         else:
@@ -261,7 +265,8 @@ def test_results_are_of_a_whole_run(load_module, name):
     found = json.loads((FOLDER / f"results/{name}.json").read_text(encoding="utf-8"))
     assert all((FOLDER / "results" / figure).is_file() for figure in found["figures"])
     results, script = load_module("_results"), load_module(name)
-    assert found["options"] == results.sizes(script.make_parser().parse_args([]))
+    options = script.make_parser().parse_args([])
+    assert found["options"] == results.decisive(options, getattr(script, "NOT_DECISIVE", ()))
     assert found["constants"].keys() == script.CONSTANTS.keys()
     for constant, value in script.CONSTANTS.items():
         np.testing.assert_allclose(found["constants"][constant], value, err_msg=constant)
@@ -440,17 +445,14 @@ def test_curvatures_are_compared_at_equal_losses(load_module):
 
 
 def test_what_diverges_is_not_best(load_module):
-    digits = load_module("_digits")
     losses = np.array([[np.nan, 0.1], [1e9, 0.1], [5.0, 5.0], [6.0, 5.0]])
-    assert digits.best(digits.Runs(None, None, losses, None, None, None)) == 2
+    assert load_module("_tuning").best(losses) == 2
 
 
 def test_no_seed_chooses_its_own_rate(load_module):
-    digits = load_module("_digits")
     # The second rate is so much better for the first seed that all others take it.
     losses = np.array([[1.0, 0.1, 0.1], [0.0, 0.2, 0.2]])
-    runs = digits.Runs(None, None, losses, None, None, None)
-    assert digits.best_on_others(runs).tolist() == [0, 1, 1]
+    assert load_module("_tuning").best_on_others(losses).tolist() == [0, 1, 1]
 
 
 def test_trainings_side_by_side_are_those_alone(load_module):
