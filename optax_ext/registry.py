@@ -39,7 +39,7 @@ _ROWS = (
     Method(
         novak,
         "NOVAK",
-        "Adam with rectification, Nesterov momentum and lookahead",
+        "Adam with rectification and lookahead, and optional Nesterov momentum",
         ("rectification",),
     ),
     Method(

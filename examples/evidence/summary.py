@@ -60,9 +60,7 @@ def pages(documents: Mapping[str, Document]) -> dict[Path, str]:
     comparison = json.loads(COMPARISON.read_text(encoding="utf-8"))
     compared = fill(claims.read_text(encoding="utf-8"), "comparison", table_of_all(comparison))
     return {
-        README: with_rates(
-            README.read_text(encoding="utf-8"), comparison, documents["low_precision_training"]
-        ),
+        README: with_rates(README.read_text(encoding="utf-8"), best_rates(comparison, documents)),
         claims: fill(compared, "evidence-table", table(documents)),
         low_precision: fill(filled, "training", training),
         PAGE: page(documents),
@@ -82,21 +80,39 @@ def table_of_all(comparison: Document) -> str:
     return "\n".join([report.table(_comparison.cells(comparison)), "", *paragraphs])
 
 
-def with_rates(readme: str, comparison: Document, training: Document) -> str:
-    """Return README, its table filled with the best rates of each method relative to AdamW's.
+def best_rates(comparison: Document, documents: Mapping[str, Document]) -> dict[str, list[float]]:
+    """Return the best rates of AdamW and of each method on every network where they were tuned.
 
-    Rates are best on three networks: that of the comparison, and two of the training in 8 bits.
+    These are the network of the comparison, the two that train with state in 8 bits, and those of
+    the study, there the median of its searches.
     """
-    optimizers = ["adamw", *METHODS]
-    chosen = {
-        name: [comparison["results"][name]["learning_rate"], *rates]
-        for name, rates in zip(optimizers, training["constants"]["RATES"], strict=False)
+    training = documents["low_precision_training"]
+    # Rows without rates of their own, such as those of other weights, come last.
+    rows = next(iter(training["tables"].values()))
+    in_training = dict(zip(rows, training["constants"]["RATES"], strict=False))
+    searches = [
+        rows for title, rows in documents["study"]["tables"].items() if "chosen settings" in title
+    ]
+    titles = {"adamw": "AdamW"} | {name: method.title for name, method in METHODS.items()}
+    return {
+        name: [
+            comparison["results"][name]["learning_rate"],
+            *in_training[title],
+            *(float(rows[title]["rates"].partition(" ")[0]) for rows in searches),
+        ]
+        for name, title in titles.items()
     }
+
+
+def with_rates(readme: str, rates: Mapping[str, list[float]]) -> str:
+    """Return README, its table filled with the best rates of each method relative to AdamW's."""
     for name in METHODS:
-        ratios = sorted(x / y for x, y in zip(chosen[name], chosen["adamw"], strict=True))
+        ratios = sorted(x / y for x, y in zip(rates[name], rates["adamw"], strict=True))
         words = "–".join(dict.fromkeys(f"{float(f'{x:.2g}'):g}" for x in (ratios[0], ratios[-1])))
         row = rf"^(\| \[`{name}`\].*? \| .*? \| )[^|]* ×"
-        readme = re.sub(row, rf"\g<1>{words} ×", readme, flags=re.M)
+        readme, rows = re.subn(row, rf"\g<1>{words} ×", readme, flags=re.M)
+        if rows != 1:
+            raise ValueError(f"README has {rows} rows for {name}")
     return readme
 
 
