@@ -286,7 +286,7 @@ ON_CPU = with_horizons(
         "0.25M",
         batch=16,
         steps=160,
-        step_ms=32,
+        step_ms=27,
         rules=TEXT._replace(center=SMALL, moved=(RADAM,)),
     ),
 )
