@@ -354,8 +354,8 @@ def finding(
     def sensitivity(difference: Difference) -> str:
         seen = over_all(difference, TUNED)
         unit = " decades of sharpness" if difference is sharper else " points"
-        # Without an interval there is nothing to see.
-        return estimates.sensitivity(seen, unit, 3) if seen.smallest_seen else ""
+        # Two optimizers that do the same have no interval.
+        return estimates.sensitivity(seen, unit, 3) if round(seen.smallest_seen, 3) else ""
 
     return Finding(
         claim,
