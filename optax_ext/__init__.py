@@ -1,5 +1,8 @@
 """Six optimizers from five recent papers for Optax, and the pieces that they are built from."""
 
+import importlib
+from typing import Any
+
 from optax_ext.architecture import Architecture, architecture
 from optax_ext.low_precision import formats
 from optax_ext.low_precision.choices import default_formats
@@ -43,6 +46,13 @@ from optax_ext.transforms.trust_ratio import scale_by_trust_ratio
 from optax_ext.transforms.velocity import velocity_regularized
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Import `optax_ext.testing` when it is first used, because it needs chex."""
+    if name == "testing":
+        return importlib.import_module("optax_ext.testing")
+    raise AttributeError(f"module 'optax_ext' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -132,17 +132,20 @@ def memory(**arguments: Any) -> None:
 
 
 def mask(**arguments: Any) -> None:
-    """Require `None`, a function of the parameters, or a tree of Python bools."""
+    """Require `None`, a function of the parameters, or a tree of Python bools.
+
+    A single bool is refused, although it is a tree: `optax.inject_hyperparams` makes one of a
+    function, which it calls as a schedule.
+    """
     for name, value in arguments.items():
         leaves = [] if callable(value) else jax.tree.leaves(value)
+        injected = isinstance(value, (jax.Array, bool, np.bool_))
         for got in leaves:
-            if not isinstance(got, (bool, np.bool_)):
-                hint = ""
-                if isinstance(value, jax.Array):  # inject_hyperparams called it as a schedule
-                    hint = f"; under optax.inject_hyperparams, name {name} in its static_args"
+            if injected or not isinstance(got, (bool, np.bool_)):
+                hint = f"; under optax.inject_hyperparams, name {name} in its static_args"
                 raise ValueError(
                     f"{name} must be None, a function of the parameters or a tree of Python bools,"
-                    f" got {got!r}{hint}"
+                    f" got {got!r}{hint if injected else ''}"
                 )
 
 

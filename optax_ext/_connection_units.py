@@ -86,9 +86,7 @@ def _named_floats(params: optax.Params | None) -> list[tuple[str, Any]]:
 def _leaf(path: str, shape: _module_tree.Shape, architecture: Architecture) -> _Leaf:
     if path not in architecture:
         known = ", ".join(map(repr, list(architecture)[:4]))
-        raise ValueError(
-            f"architecture must hold every parameter, got {known}, ... but not {path!r}"
-        )
+        raise ValueError(f"architecture lacks the parameter {path!r}; it has {known}, ...")
     placed = architecture[path]
     return _Leaf(shape, placed.connections, placed.depth)
 

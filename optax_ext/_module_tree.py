@@ -27,7 +27,7 @@ def named_arrays(params: Any) -> list[tuple[str, Any]]:
     for path, leaf in named:
         if not (leaf is None or is_array(leaf) or isinstance(leaf, (int, float, complex))):
             where = f"for {path}" if path else "for params itself"
-            raise ValueError(f"params must hold arrays only, got {leaf!r} {where}")
+            raise ValueError(f"params must contain arrays only, got {leaf!r} {where}")
     return named
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import ArrayLike, DTypeLike
 from optax._src.base import NO_PARAMS_MSG  # Optax's own message; it is not public
@@ -50,17 +51,23 @@ def scalar_dtype(tree: Any) -> jnp.dtype:
 
 def upcast(tree: Any) -> Any:
     """Cast every leaf to the dtype that it is computed in."""
-    return tree_map(lambda x: x.astype(compute_dtype(x.dtype)), tree)
+    return tree_map(lambda x: jnp.asarray(x, compute_dtype(jnp.result_type(x))), tree)
 
 
 def to_storage_dtype(x: jax.Array, dtype: DTypeLike) -> jax.Array:
     """Cast `x` to the dtype that stores it; refuse a real dtype for complex `x`."""
-    if jnp.iscomplexobj(x) and not jnp.issubdtype(dtype, jnp.complexfloating):
+    _require_complex(dtype, x.dtype)
+    return x.astype(dtype)
+
+
+def _require_complex(stored: DTypeLike, computed: DTypeLike) -> None:
+    """Refuse to store complex numbers in a real dtype, which would drop their imaginary part."""
+    complex_ = jnp.complexfloating
+    if jnp.issubdtype(computed, complex_) and not jnp.issubdtype(stored, complex_):
         raise ValueError(
             "mu_dtype and slow_dtype must be None or complex for complex parameters, got"
-            f" {jnp.dtype(dtype).name}"
+            f" {jnp.dtype(stored).name}"
         )
-    return x.astype(dtype)
 
 
 def zeros_like(params: optax.Params, dtype: DTypeLike | None) -> optax.Updates:
@@ -69,9 +76,13 @@ def zeros_like(params: optax.Params, dtype: DTypeLike | None) -> optax.Updates:
     The zeros are never weakly typed, even if the parameters are, as `jnp.full(2, 0.5)` is. The
     first step would make weakly typed zeros strongly typed, so the second would compile again.
     """
-    return jax.tree.map(
-        lambda p: jnp.zeros_like(p, dtype=jnp.result_type(p) if dtype is None else dtype), params
-    )
+
+    def zeros(p):
+        stored = jnp.result_type(p) if dtype is None else dtype
+        _require_complex(stored, jnp.result_type(p))
+        return jnp.zeros_like(p, dtype=stored)
+
+    return jax.tree.map(zeros, params)
 
 
 def real_zeros_like(params: optax.Params, dtype: DTypeLike | None) -> optax.Updates:
@@ -101,8 +112,8 @@ def cast_scalar_like(scalar: ArrayLike, like: jax.Array) -> Any:
     Python numbers are weakly typed already, so they are returned as they are. They are rounded only
     in arithmetic with an array.
     """
-    if isinstance(scalar, jax.Array):
-        return scalar.astype(real_dtype(like.dtype))
+    if isinstance(scalar, (jax.Array, np.ndarray, np.generic)):
+        return jnp.asarray(scalar, real_dtype(like.dtype))
     return scalar
 
 

@@ -231,7 +231,7 @@ def _arrays(params: optax.Params) -> list[tuple[str, Any]]:
     """Return path and array of every leaf."""
     arrays = [named for named in _module_tree.named_arrays(params) if named[1] is not None]
     if not arrays:
-        raise ValueError(f"params must hold at least one array, got {params!r}")
+        raise ValueError(f"params must contain at least one array, got {params!r}")
     return arrays
 
 

@@ -69,7 +69,7 @@ def _mesh(params: optax.Params) -> Any:
             )
         mesh = sharding.mesh
     if mesh is None:
-        raise ValueError("params must hold at least one array")
+        raise ValueError("params must contain at least one array")
     return mesh
 
 

@@ -39,8 +39,8 @@ Choose = Callable[[Iterable[tuple[Path, Any]], optax.Params], Sequence[Choice]]
 _FIRST_MOMENTS = frozenset(("mu", "m1", "trace", "later"))
 _SECOND_MOMENTS = frozenset(("nu", "nu_max"))
 _WEIGHTS = frozenset(("slow",))
-# States whose averages are subtracted from each other, so that an error of a few percent is fatal,
-# or whose `nu` can be negative.
+# States where the divisor is a small difference of averages, so that an error of a few percent is
+# fatal, or whose `nu` can be negative. FAME's momentum is a difference, too, but no divisor.
 _NEEDS_FLOAT32 = (
     CascadeOfSquaresState.__name__,
     optax.ScaleByRStdDevState.__name__,

@@ -94,7 +94,7 @@ def master_weights(
 
         def apply(u, g, w, p):
             random = None if bits == 32 else _random_bits(g, w, step)
-            high, low = split(w + u, bits, random)
+            high, low = split((w + u).astype(jnp.float32), bits, random)
             return _difference(high, p), low
 
         new = tree_map(apply, steps, updates, weights, params)
@@ -135,10 +135,12 @@ def float32_weights(params: optax.Params, state: Any) -> optax.Params:
     found = [x for x in nodes if isinstance(x, MasterWeightsState)]
     if len(found) != 1:
         raise KeyError(f"state must contain one MasterWeightsState, got {len(found)}")
+    # A mask can be a prefix, so a masked node stands for a leaf or for many.
     return jax.tree.map(
-        lambda p, low: p if isinstance(low, optax.MaskedNode) else join(p, low),
-        params,
+        lambda low, p: p if isinstance(low, optax.MaskedNode) else join(p, low),
         found[0].correction,
+        params,
+        is_leaf=lambda x: isinstance(x, optax.MaskedNode),
     )
 
 
@@ -179,7 +181,8 @@ def stochastic_rounding(
         steps, inner_state = tx.update(_wide(updates), state.inner_state, wide, **extra_args)
 
         def rounded(u, g, p):
-            return _difference(round_stochastically(p + u, _random_bits(g, p, step)), p)
+            new = (p + u).astype(jnp.float32)
+            return _difference(round_stochastically(new, _random_bits(g, p, step)), p)
 
         return tree_map(rounded, steps, updates, wide), StochasticRoundingState(step, inner_state)
 
@@ -201,7 +204,7 @@ def _difference(new: jax.Array, params: jax.Array) -> jax.Array:
 
 
 def _wide(tree: Any) -> Any:
-    return tree_map(lambda x: x.astype(jnp.float32), tree)
+    return tree_map(lambda x: jnp.asarray(x, jnp.float32), tree)
 
 
 def _require_dtypes(params: Any, allowed: tuple[Any, ...]) -> None:

@@ -56,8 +56,8 @@ def caadam(
       b2: decay of the second moment, in [0, 1).
       eps: ε, in [0, inf), added to the uncorrected root.
       scaling: "additive", "multiplicative", "signed" or "depth".
-      strength: s of the scaling. Its range and its default depend on the scaling: see
-        `scale_by_connections`.
+      strength: s of the scaling, which is read at `init` only. Its range and its default depend on
+        the scaling: see `scale_by_connections`.
       units: "module", or "leaf" for the authors' units. "module" also finds the units of a flat
         tree of parameters: see `scale_by_connections`.
       overrides: for the path of a unit, its "connections", "depth" or "scale".

@@ -114,8 +114,9 @@ def dualadam(
       eps: ε, in [0, inf), added to the root.
       switch_rate: s, the decrease of InvAdam's share per step, in [0, 1]: 0 is InvAdam, 1 is Adam.
         Or a schedule of the share itself, called with 0 at the first step like all schedules of
-        Optax. If s is traced, the share is max(0, 1 - t s) at every step. Under
-        `optax.inject_hyperparams`, name `switch_rate` in the `static_args` if it is a schedule.
+        Optax. If s is an array, the share is max(0, 1 - t s) at every step. Under
+        `optax.inject_hyperparams`, which makes arrays of numbers and calls schedules, name
+        `switch_rate` in the `static_args`.
       scale_free: as in `invadam`.
       weight_decay: λ, decoupled, in [0, inf), or a schedule.
       mask: where to decay: a tree of bools, or a function from the parameters to such a tree.

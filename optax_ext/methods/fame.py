@@ -69,7 +69,8 @@ def fame(
         gradient at b2 >= .99: see `ema_of_squares`.
 
     Returns:
-      The chain. Its state has `mu` (m), `later` (d and e) and `nu` for `optax.tree.get`.
+      The chain. Its state has `mu` (m), `later` (d and e) and `nu` for `optax.tree.get`; with
+      "tema" also `nu_later`, with `amsgrad` also `nu_max`.
 
     Raises:
       ValueError: an argument is out of its range, `amsgrad` is set for "tema", or `params` is

@@ -101,7 +101,7 @@ def novak(
         second moment stops following the gradient at b2 >= .99: see `ema_of_squares`.
 
     Returns:
-      The chain. Its state has `rectification`, `trust_ratio` and `autoscale` where they are on,
+      The optimizer. Its state has `rectification`, `trust_ratio` and `autoscale` where they are on,
       `slow`, `mu` and `nu` for `optax.tree.get`.
 
     Raises:

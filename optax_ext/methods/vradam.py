@@ -65,7 +65,7 @@ def vradam(
         gradient at b2 >= .99: see `ema_of_squares`.
 
     Returns:
-      The chain. Its state has `gate`, `mu` and `nu` for `optax.tree.get`.
+      The optimizer. Its state has `gate`, `mu` and `nu` for `optax.tree.get`.
 
     Raises:
       ValueError: an argument is out of its range, or `params` is missing from the update.

@@ -64,7 +64,7 @@ class CascadeOfSquaresState(NamedTuple):
 
     count: jax.Array
     nu: optax.Updates
-    later: tuple[optax.Updates, ...]
+    nu_later: tuple[optax.Updates, ...]
     response: tuple[jax.Array, ...]
 
 
@@ -212,7 +212,7 @@ def _check(decays, bias_correction, dtype, kind) -> tuple[ArrayLike, ...]:
         raise ValueError(f"decays must be a sequence of decays, got {decays!r}")
     decays = tuple(decays)
     if not decays:
-        raise ValueError("decays must hold at least one decay, got ()")
+        raise ValueError("decays must contain at least one decay, got ()")
     _checks.decay_rate(**{f"decays[{i}]": decay for i, decay in enumerate(decays)})
     _checks.one_of(("adam", "exact", "none"), bias_correction=bias_correction)
     _checks.storage_dtype(kind, dtype=dtype)

@@ -123,7 +123,7 @@ class ScaleByConnectionsState(NamedTuple):
 
     Attributes:
       connection_scale: the factor S on each tensor, a vector in the order of
-        `jax.tree.leaves(params)`.
+        `jax.tree.leaves(params)`, where `None` counts as a leaf.
     """
 
     connection_scale: jax.Array
@@ -172,7 +172,8 @@ def scale_by_connections(
     Args:
       scaling: "additive", "multiplicative", "signed" or "depth".
       strength: s; in [0, 1] for "additive" (default .95), (0, inf) for "multiplicative" and
-        "signed" (default 5), [0, inf) for "depth" (default 1).
+        "signed" (default 5), [0, inf) for "depth" (default 1). S is computed at `init`, and stored
+        in the state, so a later value has no effect.
       units: "module" forms units as above and orders them by path, with conv2 before conv10.
         "leaf" makes every leaf a unit, in tree order. A leaf with at most one axis then has c = 0
         and x > 1. These are the authors' formulas as written.

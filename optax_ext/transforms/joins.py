@@ -182,7 +182,8 @@ def linear_inverse_share(switch_rate: float | jax.Array) -> optax.Schedule:
     The authors decide on the host, in double precision, when the blend ends. For s = 0.05 its last
     step is t = 18, because 1 - 19 s is slightly smaller than s in double precision. If s is a
     Python number, the last step is computed here once, in the same way, and compared as an integer.
-    So the switch is exact in every dtype. If s is traced, `r = max(0, 1 - t s)` at every step.
+    So the switch is exact in every dtype. If s is an array, traced or not, `r = max(0, 1 - t s)` at
+    every step.
 
     Args:
       switch_rate: s, in [0, 1]; 0 never switches, 1 never blends.
@@ -204,7 +205,7 @@ def linear_inverse_share(switch_rate: float | jax.Array) -> optax.Schedule:
     s = float(switch_rate)
     if s == 0:
         return lambda count: jnp.ones_like(count, dtype=float)
-    last = min(int(1 / s) + 1, jnp.iinfo(jnp.int32).max)
+    last = int(min(1 / s + 1, jnp.iinfo(jnp.int32).max))
     while max(0.0, 1 - last * s) < s and last > 0:
         last -= 1
     return lambda count: jnp.where(jnp.asarray(count) < last, fallen(count), 0)
@@ -261,7 +262,7 @@ def _inverse(eps: ArrayLike, scale_free: bool) -> Callable[[jax.Array], jax.Arra
         # Relative to the largest, since a sum of squares overflows long before a square does.
         largest = jnp.max(squares, initial=0)
         largest = jnp.where(largest == 0, 1, largest)
-        mean = jnp.sum(squares / largest) / max(v.size, 1)
+        mean = jnp.sum(squares / largest) / float(max(v.size, 1))  # JAX refuses large integers
         scale = jnp.where(mean == 0, 0, jax.lax.rsqrt(jnp.where(mean == 0, 1, mean)))
         factor = scale / root(largest)
         return jnp.where(overflowed, 0, root(squares) * factor + cast_scalar_like(eps, v))

@@ -104,7 +104,10 @@ def lookahead(
     k: Any = sync_period
     if mode == "rotating":
         if isinstance(k, jax.Array):
-            raise ValueError(f"sync_period must be a Python integer for mode='rotating', got {k}")
+            raise ValueError(
+                f"sync_period must be a Python integer for rotating lookahead, got {k!r}; under"
+                " optax.inject_hyperparams, name sync_period in its static_args"
+            )
         k = int(k)
     inner, a = optax.with_extra_args_support(inner), slow_step_size
 

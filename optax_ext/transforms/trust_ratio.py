@@ -16,7 +16,7 @@ class TrustRatioState(NamedTuple):
 
     Attributes:
       trust_ratio: factor on each tensor of the last update; 1 before the first. It is a vector in
-        the order of `jax.tree.leaves(params)`.
+        the order of `jax.tree.leaves(params)`, where `None` counts as a leaf.
     """
 
     trust_ratio: jax.Array

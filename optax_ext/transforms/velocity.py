@@ -33,7 +33,8 @@ class VelocityRegularizedState(NamedTuple):
     Attributes:
       count: number of updates done.
       gate: factor on the last update, in [1/(1 + lr_cutoff), 1]; 1 before the first. It is a
-        scalar, or for `norm_scope="tensor"` a vector in the order of `jax.tree.leaves(params)`.
+        scalar, or for `norm_scope="tensor"` a vector in the order of `jax.tree.leaves(params)`,
+        where `None` counts as a leaf.
       inner_state: state of the regularized transformation.
     """
 
@@ -72,7 +73,8 @@ def velocity_regularized(
       inner: transformation to regularize, with its learning rate.
       beta3: weight of the penalty, in [0, inf); 0 does not change the updates of `inner`.
       lr_cutoff: c, largest penalty, in [0, inf).
-      power: p, in (0, inf).
+      power: p, in (0, inf). Under `optax.inject_hyperparams`, name it in the `static_args`: for a
+        traced 2, the compiled step computes a power of each element, not a square.
       norm_of: the quantity x: "velocity", "corrected_velocity" (divided by `1 - b1^t`) or
         "gradient".
       norm_scope: "global" has one gate for all tensors together, "tensor" one gate per tensor.
@@ -81,7 +83,7 @@ def velocity_regularized(
 
     Raises:
       ValueError: an argument is out of its range, `inner` is not a transformation, or (at `init`)
-        the state of `inner` has no velocity.
+        the state of `inner` has no velocity, or has it in codes.
 
     >>> import jax.numpy as jnp
     >>> tx = velocity_regularized(optax.adamw(0.1), beta3=1.0, lr_cutoff=10.0)
@@ -106,6 +108,11 @@ def velocity_regularized(
         tensors = len(flatten(params)[0])
         if norm_of != "gradient":
             trees = _velocities(inner_state)
+            if not all(jnp.issubdtype(x.dtype, jnp.inexact) for x in jax.tree.leaves(trees)):
+                raise ValueError(
+                    "inner must keep its velocity in floats: wrap velocity_regularized in"
+                    " quantize_state, not the reverse"
+                )
             if norm_scope == "tensor" and [len(flatten(tree)[0]) for tree in trees] != [tensors]:
                 raise ValueError(
                     "norm_scope must be 'global' where inner keeps its velocities in several"
@@ -145,13 +152,14 @@ def penalty(tree: Any, power: ArrayLike, scope: str, reduction: str, dtype: DTyp
 
     leaves, _ = flatten(tree)
     zero = jnp.zeros((), dtype)
+    # Sizes are divisors as floats, because JAX refuses integers above 2^31.
     sums = [zero if x is None else jnp.sum(powers(x), dtype=dtype) for x in leaves]
     sizes = [0 if x is None else x.size for x in leaves]
     if scope == "global":
         total, size = sum(sums, start=zero), sum(sizes)
-        return total / max(size, 1) if reduction == "mean" else total
+        return total / float(max(size, 1)) if reduction == "mean" else total
     if reduction == "mean":
-        sums = [total / max(size, 1) for total, size in zip(sums, sizes, strict=True)]
+        sums = [total / float(max(size, 1)) for total, size in zip(sums, sizes, strict=True)]
     return jnp.stack(sums) if sums else jnp.zeros((0,), dtype)
 
 

@@ -198,9 +198,9 @@ def test_keywords_by_partial():
     [
         ((by_keyword, PARAMS, X), "apply_fn must take .* raises TypeError: .*missing .* 'train'"),
         ((None, PARAMS, X), "apply_fn must be a function of params and inputs, got None"),
-        ((network, {}, X), "params must hold at least one array, got {}"),
-        ((network, {"a": None}, X), "params must hold at least one array"),
-        ((network, {"a": {"b": "w"}}, X), "params must hold arrays only, got 'w' for a/b"),
+        ((network, {}, X), "params must contain at least one array, got {}"),
+        ((network, {"a": None}, X), "params must contain at least one array"),
+        ((network, {"a": {"b": "w"}}, X), "params must contain arrays only, got 'w' for a/b"),
         ((network, PARAMS), "example_inputs, got no example_inputs, for which .* missing 1"),
         ((network, PARAMS, X, X), "for which it raises TypeError: .* takes 2 .* 3 were given"),
         (

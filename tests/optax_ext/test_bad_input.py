@@ -123,7 +123,7 @@ REAL_DTYPE = dtype("floating", good=(jnp.float16, "float32"), bad=(jnp.complex64
 DECAYS = Range(
     ((0.9,), [0.9, 0.5, 0.5], (0.0,) * 5),
     (
-        ((), "must hold at least one decay, got ()"),
+        ((), "must contain at least one decay, got ()"),
         (0.9, "got 0.9"),
         *(((0.9, value), message) for value, message in DECAY.bad),
     ),
@@ -160,13 +160,18 @@ ARCHITECTURE = Range(
 )
 
 MASK = Range(
-    (None, {"in": True, "out": False}, lambda params: params, True),
+    (None, {"in": True, "out": False}, lambda params: params),
     tuple(
         (
             value,
             f"must be None, a function of the parameters or a tree of Python bools, got {got!r}",
         )
-        for value, got in (("kernel", "kernel"), ({"in": 1}, 1), (jnp.ones(2), jnp.ones(2)))
+        for value, got in (
+            ("kernel", "kernel"),
+            ({"in": 1}, 1),
+            (jnp.ones(2), jnp.ones(2)),
+            (True, True),
+        )
     ),
 )
 ADAM = {
@@ -504,9 +509,14 @@ def test_hyperparameters_rounded_to_the_parameters_name_the_remedy():
     optax.inject_hyperparams(optax_ext.fame, hyperparam_dtype=jnp.float32)(1e-3).init(params)
 
 
-def test_an_injected_mask_names_the_remedy():
+@pytest.mark.parametrize(
+    "mask",
+    [lambda count: count > 1, lambda params: jax.tree.map(lambda p: p.ndim > 1, params)],
+    ids=["array", "bool"],
+)
+def test_an_injected_mask_names_the_remedy(mask):
     """Optax takes a function for a schedule, and passes what it returns."""
-    injected = optax.inject_hyperparams(optax_ext.fame)(1e-3, mask=lambda count: count > 1)
+    injected = optax.inject_hyperparams(optax_ext.fame)(1e-3, mask=mask)
     with pytest.raises(ValueError, match=r"mask must be None, .* name mask in its static_args"):
         injected.init(PARAMS)
     static = optax.inject_hyperparams(optax_ext.fame, static_args="mask")

@@ -374,9 +374,9 @@ def test_does_not_warn_elsewhere(params, options):
 def test_params_must_be_arrays(leaf):
     tx = optax_ext.scale_by_connections(scaling="depth")
     for read in (lambda p: optax_ext.connection_table(p, scaling="depth"), tx.init):
-        with pytest.raises(ValueError, match=r"^params must hold arrays only, got .* for a/b$"):
+        with pytest.raises(ValueError, match=r"^params must contain arrays only, got .* for a/b$"):
             read({"a": {"b": leaf, "c": shape(2)}})
-        with pytest.raises(ValueError, match=r"^params must hold arrays only, got .*[^/]$"):
+        with pytest.raises(ValueError, match=r"^params must contain arrays only, got .*[^/]$"):
             read(leaf)
 
 

@@ -691,3 +691,20 @@ def test_every_case_is_encoded_or_says_why():
         report = optax_ext.quantization_report(case.build(), jnp.ones(KERNEL))
         assert all((leaf.format is None) == bool(leaf.reason) for leaf in report.leaves)
         assert report.bytes < report.bytes_before
+
+
+def test_weights_of_a_mask_that_is_a_prefix():
+    mask = {"a": True, "b": False}
+    tx = optax.masked(optax_ext.master_weights(optax.sgd(1.0)), mask)
+    params = {"a": {"w": jnp.ones(2, jnp.bfloat16)}, "b": {"w": jnp.ones(2)}}
+    weights = optax_ext.float32_weights(params, tx.init(params))
+    assert {leaf.dtype for leaf in jax.tree.leaves(weights)} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize("wrapper", [optax_ext.master_weights, optax_ext.stochastic_rounding])
+def test_float64_updates_are_rounded_to_float32(wrapper, x64):
+    params = jnp.ones(4, jnp.bfloat16)
+    found, expected = (wrapper(optax.sgd(rate)) for rate in (np.float64(1e-2), 1e-2))
+    steps = [tx.update(params, tx.init(params), params)[0] for tx in (found, expected)]
+    assert steps[0].dtype == steps[1].dtype
+    np.testing.assert_allclose(*steps, rtol=1e-6)

@@ -276,3 +276,63 @@ def test_gates_of_tensors_keep_their_places_without_gradient():
     _, without = tx.update(gradient, state, PARAMS)
     assert without.gate[0] == 1
     assert_close(without.gate[1:], with_all.gate[1:])
+
+
+@pytest.mark.parametrize("norm_scope", ["global", "tensor"])
+def test_means_of_more_elements_than_int32_counts(norm_scope):
+    leaf = jax.ShapeDtypeStruct((2**16, 2**16), jnp.float32)
+    for tx in (
+        optax_ext.vradam(1e-3, norm_reduction="mean", norm_scope=norm_scope),
+        optax_ext.dualadam(1e-3, scale_free=True),
+    ):
+        jax.eval_shape(tx.update, leaf, jax.eval_shape(tx.init, leaf), leaf)
+
+
+def test_velocity_in_codes_is_refused():
+    inner = optax_ext.quantize_state(optax.adamw(0.1))
+    tx = optax_ext.velocity_regularized(inner, beta3=1.0, lr_cutoff=10.0)
+    with pytest.raises(ValueError, match="wrap velocity_regularized in quantize_state"):
+        tx.init(jnp.ones((64, 64)))
+
+
+@pytest.mark.parametrize("name", optax_ext.METHODS)
+def test_python_floats_are_parameters(name):
+    tx, params = optax_ext.get(name, 1e-2), {"kernel": 1.0, "bias": 2.0}
+    grads = jax.tree.map(jnp.float32, params)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    arrays = jax.tree.map(jnp.float32, params)
+    expected, _ = tx.update(grads, tx.init(arrays), arrays)
+    jax.tree.map(np.testing.assert_array_equal, updates, expected)
+
+
+def test_numpy_scalars_do_not_promote(x64):
+    tx = optax_ext.fame(1e-2, b1=np.float64(0.9))
+    params = jnp.ones(3, jnp.float32)
+    with jax.numpy_dtype_promotion("strict"):
+        updates, _ = tx.update(params, tx.init(params), params)
+    assert updates.dtype == jnp.float32
+    python, _ = optax_ext.fame(1e-2, b1=0.9).update(params, tx.init(params), params)
+    np.testing.assert_array_equal(updates, python)
+
+
+def test_later_stages_of_both_moments_have_their_names():
+    state = optax_ext.fame(1e-3, second_moment="tema").init(jnp.ones(2))
+    assert len(optax.tree.get(state, "later")) == len(optax.tree.get(state, "nu_later")) == 2
+
+
+def test_a_tiny_switch_rate_never_switches():
+    share = optax_ext.dualadam(1e-2, switch_rate=1e-310)
+    state = share.init(jnp.ones(2))
+    _, state = share.update(jnp.ones(2), state, jnp.ones(2))
+    assert optax.tree.get(state, "inverse_share") == 1
+
+
+def test_real_storage_of_complex_moments_is_refused_at_init():
+    with pytest.raises(ValueError, match="must be None or complex"):
+        optax_ext.ema(decay=0.9, dtype=jnp.bfloat16).init(jnp.ones(2, complex))
+
+
+def test_testing_is_an_attribute():
+    assert callable(optax_ext.testing.check_transformation)
+    with pytest.raises(AttributeError, match="no attribute 'tests'"):
+        _ = optax_ext.tests

@@ -126,13 +126,14 @@ def test_masked_decay(case, callable_mask, tree, seed):
     params, *grads = [filled(tree, seed + t) for t in range(3)]
     rng = np.random.default_rng(seed)
     mask = jax.tree.map(lambda p: bool(rng.integers(2)), params)
+    one = isinstance(mask, bool)  # refused, unless a function returns it
 
     decayed, plain, masked = (
         run(case.build(**options), params, grads)
         for options in (
             {"weight_decay": 0.5},
             {"weight_decay": 0.0},
-            {"weight_decay": 0.5, "mask": (lambda p: mask) if callable_mask else mask},
+            {"weight_decay": 0.5, "mask": (lambda p: mask) if callable_mask or one else mask},
         )
     )
     assert_bitwise(masked, jax.tree.map(lambda m, d, p: d if m else p, mask, decayed, plain))
