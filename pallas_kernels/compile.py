@@ -33,7 +33,7 @@ from pallas_kernels.trace import Traced, is_array, jaxpr_of, paths, read, type_o
 _KEPT = 32
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Compiled:
     """A step that is ready to run.
 
@@ -50,6 +50,11 @@ class Compiled:
     plan: Plan
     backend: str
     fallback_reasons: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        """Return a short text: a jaxpr that is printed contains it."""
+        launches = sum(len(phase.launches) for phase in self.plan.phases)
+        return f"<step by {self.backend} in {launches} launches>"
 
     @property
     def runs_chain(self) -> bool:
@@ -226,6 +231,6 @@ def _fallback_reasons(graph: Graph, planned: Plan) -> list[str]:
 
 def _origin(node: Node) -> str:
     """Return the name of the operation that first made the array, such as random bits."""
-    while sources := [a for a in node.args if a.size > 1 and a.kind is not Kind.BROADCAST]:
+    while sources := [a for a in node.args if a.size > 1 and a.primitive and a.on_leaf]:
         node = sources[0]
-    return "an input" if node.primitive is None else node.primitive.name
+    return node.operation

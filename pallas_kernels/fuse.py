@@ -11,7 +11,7 @@ from optax_ext import _checks
 from pallas_kernels import backends, primitive
 from pallas_kernels.compile import Compiler, whole_step
 from pallas_kernels.eager import ClosesOverTracerError, compile_once
-from pallas_kernels.shardings import Shardings, of_parameters
+from pallas_kernels.shardings import Shardings, in_checked_shard_map, of_parameters
 
 
 class FusedTransformation(optax.GradientTransformationExtraArgs):
@@ -146,6 +146,6 @@ def _run(
         raise ClosesOverTracerError
     if strict and compiled.fallback_reasons:
         raise ValueError(f"strict=True, but {'; '.join(compiled.fallback_reasons)}")
-    if compiled.runs_chain:
+    if compiled.runs_chain or in_checked_shard_map(arrays):
         return compiler.function(*arguments)
     return primitive.call(compiled, arrays)

@@ -36,7 +36,7 @@ class Kind(enum.Enum):
 _LEAF_KINDS = (Kind.INPUT, Kind.ELEMENTWISE, Kind.XLA)
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, slots=True, repr=False)
 class Node:
     """One value of the step.
 
@@ -97,7 +97,7 @@ class Operation(NamedTuple):
     types: Sequence[Any]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Graph:
     """All values of one step; equal values share a node.
 

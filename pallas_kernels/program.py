@@ -15,7 +15,7 @@ from jax import lax
 from jax.extend.core import Primitive
 
 from pallas_kernels.graph import Kind, Node, dtype_name, number_of
-from pallas_kernels.ops import REDUCTIONS, SAME_ORDER
+from pallas_kernels.ops import REDUCTIONS, ROW_REDUCTIONS, SAME_ORDER
 
 # The bodies of a few steps.
 BODY_CACHE_SIZE = 256
@@ -284,6 +284,8 @@ class _Code:
             operands = tuple([self.ref(a) for a in node.args])
             # A kernel works on the elements of one device.
             params = node.params | {"sharding": None} if "sharding" in node.params else node.params
+            if node.operation in ROW_REDUCTIONS or node.primitive is lax.broadcast_in_dim_p:
+                params = {}  # those are of the whole array; `Op.row` has what a block needs
             row = self._whole // node.size
             self.ops.append(Op(node.primitive, tuple(sorted(params.items())), operands, row))
             return Result(len(self.ops) - 1)

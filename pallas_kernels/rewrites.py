@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from pallas_kernels.graph import Kind, Node, Operation
 
@@ -26,13 +27,21 @@ def inner_product(build: Builder, op: Operation) -> Node | None:
     """Return the inner product of two leaves of equal shape as a sum of products, or `None`."""
     (left, right), (result,) = op.args, op.types
     (left_axes, right_axes), (batch, _) = op.params["dimension_numbers"]
-    whole = result.size == 1 and left.shape == right.shape and not batch
+    whole = result.shape == () and left.shape == right.shape and not batch
     if not whole or tuple(left_axes) != tuple(right_axes) or not (left.on_leaf and right.on_leaf):
         return None
-    total = build.bind(jnp.sum, build.bind(lax.mul, left, right))
-    if total.dtype == result.dtype:
-        return total
-    return build.bind(lax.convert_element_type, total, static=(result.dtype,))
+    # XLA, too, multiplies and adds narrow floats in float32.
+    wide = jnp.promote_types(result.dtype, jnp.float32)
+    if not jnp.issubdtype(result.dtype, jnp.floating):
+        wide = result.dtype
+    left, right = (_converted(build, x, wide) for x in (left, right))
+    return _converted(build, build.bind(jnp.sum, build.bind(lax.mul, left, right)), result.dtype)
+
+
+def _converted(build: Builder, x: Node, dtype: DTypeLike) -> Node:
+    if x.dtype == dtype:
+        return x
+    return build.bind(lax.convert_element_type, x, static=(dtype,))
 
 
 def select_branches(

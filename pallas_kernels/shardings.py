@@ -1,9 +1,11 @@
 """The shardings of leaves, from arrays, from types or from the user."""
 
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
 import jax
+from jax import lax
 from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -31,6 +33,15 @@ def of_value(x: Any) -> NamedSharding | None:
     if isinstance(x, Tracer) or sharding.mesh.size == 1:
         return None  # unknown inside of `jit`, or only one device
     return sharding
+
+
+def in_checked_shard_map(arrays: Iterable[Any]) -> bool:
+    """Return whether a `shard_map` around the step checks how values vary (`check_vma=True`).
+
+    A kernel's results don't say how they vary, so such a step has to run the chain.
+    """
+    axes = {axis for x in arrays for axis in jax.typeof(x).sharding.mesh.manual_axes}
+    return any(jax.typeof(lax.axis_index(axis)).manual_axis_type.varying for axis in axes)
 
 
 def of_parameters(params: Any, shardings: Shardings) -> dict[str, NamedSharding]:

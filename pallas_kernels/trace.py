@@ -25,7 +25,7 @@ _MOVED_SELECTS = 2
 _HOST = jax.memory.Space.Host
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Traced:
     """A step as a graph, and as the jaxpr from which the graph was read.
 
@@ -115,6 +115,8 @@ class _Reader:
         if primitive is lax.cond_p and (
             any(a.on_leaf for a in args) or any(t.size > 1 for t in op.types)
         ):
+            if eqn.effects or not all(map(_is_cheap, eqn.params["branches"])):
+                return self._escape(op, "cond has branches with effects or work for XLA")
             index, *rest = args
             branches = [functools.partial(self.call, b, rest) for b in eqn.params["branches"]]
             return rewrites.select_branches(self, index, branches)
@@ -127,7 +129,8 @@ class _Reader:
 
     def constant(self, value: Any) -> Node:
         """Return the node of a value that an inner function closes over."""
-        if np.ndim(value) == 0 and not isinstance(value, Tracer):
+        is_key = jnp.issubdtype(jax.typeof(value).dtype, jax.dtypes.extended)
+        if np.ndim(value) == 0 and not isinstance(value, Tracer) and not is_key:
             return self.graph.literal(value)
         return self.array(value)
 
@@ -256,6 +259,10 @@ def _is_in_host_memory(type_: Any) -> bool:
 _NO_ARITHMETIC = frozenset(("mesh_cast", "optimization_barrier", "reshard", "sharding_constraint"))
 
 
+# Operations that make an array of a scalar.
+_CREATED = frozenset(("broadcast_in_dim", "iota"))
+
+
 _CALLS = {
     "jit": "jaxpr",
     "closed_call": "call_jaxpr",
@@ -269,6 +276,21 @@ def _changes_width(op: Operation) -> bool:
     """Return whether the operation is a bitcast that changes the number of elements."""
     bitcast = op.primitive is lax.bitcast_convert_type_p
     return bitcast and op.args[0].dtype.itemsize != op.types[0].dtype.itemsize
+
+
+def _is_cheap(jaxpr: Any) -> bool:
+    """Return whether a branch contains only what kernels compute, so that it may always run."""
+
+    def is_cheap(eqn: Any) -> bool:
+        name = eqn.primitive.name
+        if eqn.primitive is lax.cond_p:
+            return all(map(_is_cheap, eqn.params["branches"]))
+        if name in _CALLS:
+            return _is_cheap(eqn.params[_CALLS[name]])
+        computed = ELEMENTWISE | SAME_ORDER | REDUCTIONS.keys() | _NO_ARITHMETIC | _CREATED
+        return name in computed or all(v.aval.size <= 1 for v in (*eqn.invars, *eqn.outvars))
+
+    return all(map(is_cheap, getattr(jaxpr, "jaxpr", jaxpr).eqns))
 
 
 def _reduces_rows(op: Operation) -> bool:

@@ -149,7 +149,7 @@ def _call_in_place(
 def reduce_partials(
     work: PartialReduction, parts: Sequence[jax.Array], *, interpret: bool
 ) -> jax.Array:
-    """Add up partial statistics, as `protocol.Kernels` says."""
+    """Combine partial statistics, as `protocol.Kernels` says."""
 
     def kernel(*refs: Any) -> None:
         table, *sources, results = refs

@@ -46,7 +46,7 @@ def launch(
 def reduce_partials(
     work: PartialReduction, parts: Sequence[jax.Array], *, interpret: bool
 ) -> jax.Array:
-    """Add up partial statistics, as `protocol.Kernels` says."""
+    """Combine partial statistics, as `protocol.Kernels` says."""
     add_up = _make_reduction(work.rows, work.kinds, len(work.table), interpret)
     (results,) = add_up(jnp.asarray(work.table, jnp.int32).reshape(-1), *parts)
     return results
@@ -108,7 +108,7 @@ class _Block:
         parts = [(root.reduction, root.row, x) for root, x in pairs if root.reduction]
         for k, (reduction, row, value) in enumerate(parts):
             neutral = jnp.full(value.shape, identity_of(reduction), jnp.float32)
-            inside = jnp.arange(value.size) * row < valid
+            inside = lax.iota(jnp.int32, value.size) * row < valid
             kept = jnp.where(inside, value.astype(jnp.float32), neutral)
             self.targets[-1][k * self.layout.starts[-1] + self.me] = REDUCE[reduction](kept)
         stored = [value.astype(root.dtype) for root, value in pairs if not root.reduction]
@@ -177,7 +177,7 @@ class _Block:
             if size < BLOCK or size % vector == 0:
                 return access(leaf, ragged)
             return lax.cond(
-                first + BLOCK <= size,
+                first <= size - BLOCK,  # the sum would overflow near 2^31
                 lambda: access(leaf, whole),
                 lambda: access(leaf, ragged),
             )
@@ -198,7 +198,7 @@ def _make_reduction(
             neutral = jnp.full((_PARTS,), identity_of(reduction), jnp.float32)
 
             def step(i: jax.Array, total: jax.Array) -> jax.Array:
-                row = i * _PARTS + jnp.arange(_PARTS)
+                row = i * _PARTS + lax.iota(jnp.int32, _PARTS)
                 x = plt.load(source.at[first + row], mask=row < count, other=neutral)
                 return COMBINE[reduction](total, x)
 
@@ -269,7 +269,7 @@ class _Access:
         """Return the mask of an access, or `None` if all elements are always accessed."""
         inside = None
         if self.size is not None:
-            inside = self._first(row) + jnp.arange(BLOCK // row) < self.size // row
+            inside = self._first(row) + lax.iota(jnp.int32, BLOCK // row) < self.size // row
         if needed is None:
             return inside
         wanted = jnp.broadcast_to(holds(needed, scalars), (BLOCK // row,))

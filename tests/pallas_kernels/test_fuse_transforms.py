@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 from flax.training import train_state
 from jax import lax
+from jax.sharding import PartitionSpec as P
 
 import optax_ext
 from pallas_kernels import explain, fuse
@@ -396,3 +397,68 @@ def test_operations_that_only_have_effects():
     jax.effects_barrier()
     assert seen == [float(GRADS[1]["kernel"][0, 0])]
     assert_close(ours, chain_step(tx)(PARAMS, state, GRADS[1]), SUMMED)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("backend", ["auto", "interpret"])
+def test_inside_of_a_shard_map(backend, check_vma):
+    """Kernels don't say how their results vary, so the chain runs where that is checked."""
+    mesh = jax.make_mesh((1,), ("device",))
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.1))
+    params = {"kernel": jnp.ones((64, 64)), "bias": jnp.ones(3)}
+    state = tx.init(params)
+    specs = {"mesh": mesh, "in_specs": P(), "out_specs": P(), "check_vma": check_vma}
+    step = jax.jit(jax.shard_map(fuse(tx, backend=backend).step, **specs))
+    expected = fuse(tx, backend="xla").step(params, state, params)
+    found = step(params, state, params)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5), found, expected)
+
+
+def test_a_jaxpr_with_a_fused_step_is_short():
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.lamb(0.1))
+    params = {str(i): jnp.ones((8, 8)) for i in range(20)}
+    jaxpr = jax.make_jaxpr(fuse(tx).step)(params, tx.init(params), params)
+    assert len(str(jaxpr)) < 20_000
+
+
+def test_a_branch_with_work_for_xla_stays_a_branch():
+    """Otherwise both branches would run at every step."""
+
+    def often(count, g):
+        return jax.lax.cond(count > 5, lambda g: jnp.sort(g, axis=0), lambda g: g, g)
+
+    tx = optax.stateless(lambda updates, _: jax.tree.map(partial(often, jnp.array(3)), updates))
+    params = jnp.ones((64, 64))
+    (reason,) = explain(tx, params).fallback_reasons
+    assert "cond" in reason
+    halved = optax.stateless(
+        lambda updates, _: jax.tree.map(
+            lambda g: jax.lax.cond(jnp.sum(g) > 5, lambda g: g / 2, jnp.zeros_like, g), updates
+        )
+    )
+    assert not explain(halved, params).fallback_reasons
+
+
+def test_inner_products_of_two_dtypes_are_float32():
+    """As `optax.contrib.momo` has them."""
+
+    def project(updates, params):
+        return jax.tree.map(lambda g, p: g * optax.tree.vdot(g, p).astype(g.dtype), updates, params)
+
+    tx = optax.stateless(project)
+    params = jnp.linspace(0.0, 1.0, 4096)
+    grads = params.astype(jnp.bfloat16)
+    found, expected = (
+        fuse(tx, backend=backend).update(grads, tx.init(params), params)[0]
+        for backend in ("interpret", "xla")
+    )
+    np.testing.assert_allclose(*(x.astype(jnp.float32) for x in (found, expected)), rtol=1e-2)
+
+
+def test_a_key_that_an_inner_function_closes_over():
+    key = jax.random.key(0)
+    noise = jax.jit(lambda g: g + jax.random.normal(key, g.shape))
+    tx = optax.stateless(lambda updates, _: jax.tree.map(noise, updates))
+    params = jnp.ones((8, 64))
+    found = fuse(tx, backend="interpret").update(params, tx.init(params), params)[0]
+    np.testing.assert_allclose(found, noise(params), rtol=1e-6)

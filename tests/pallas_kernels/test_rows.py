@@ -254,3 +254,9 @@ def test_rows_on_shards(spec, fits):
     assert (reasons == ()) == fits
     expected, ours = race(tx, params, placed, backend="interpret", shardings=sharding)
     assert_same_codes(expected, ours)
+
+
+def test_leaves_with_other_numbers_of_rows_share_a_body():
+    params = {name: shape(rows, 256) for name, rows in (("a", 64), ("b", 128))}
+    report = explain(optax_ext.quantize_state(optax.adamw(1e-2)), params)
+    assert [phase.bodies for phase in report.phases] == [1]
