@@ -66,8 +66,9 @@ def fuse(
       tx: the optimizer, including its learning rate.
       backend: "auto" runs kernels on NVIDIA GPUs and the chain elsewhere. "triton" and "mosaic"
         always run these kernels, whatever the platform. "interpret" (Triton) and "interpret-mosaic"
-        run them in Pallas' interpreter, for tests. "xla" runs the chain.
-      strict: whether to raise an error if a leaf falls back to XLA.
+        run them in Pallas' interpreter, for tests. "xla" runs the chain as it is, operation by
+        operation outside of `jit`.
+      strict: whether to raise an error if a leaf falls back to XLA; nothing falls back from "xla".
       shardings: the shardings of the parameters on a mesh of devices. Give one `NamedSharding` (or,
         under `jax.set_mesh`, one `PartitionSpec`) for all parameters, or a tree of them with the
         structure of the parameters; one sharding may replace a subtree. Kernels then run on each
@@ -108,7 +109,8 @@ def fuse(
     run_update = _runner(compile_update, backend, strict)
 
     def given_for(position: int, params: Any) -> dict[str, NamedSharding]:
-        given = {} if shardings is None else of_parameters(params, shardings)
+        missing = shardings is None or params is None  # `None` has its own error later
+        given = {} if missing else of_parameters(params, shardings)
         return {f"{position}/{path}".rstrip("/"): sharding for path, sharding in given.items()}
 
     def step(params: Any, state: Any, grads: Any, **extra_args: Any) -> Any:
@@ -116,7 +118,9 @@ def fuse(
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
         arguments = (state, updates, params, extra_args)
-        state, updates = run_update(arguments, given_for(1, updates))
+        # A gradient can be `None`; its parameter has a sharding all the same.
+        like = updates if params is None else params
+        state, updates = run_update(arguments, given_for(1, like))
         return updates, state
 
     fused = FusedTransformation(tx.init, update)

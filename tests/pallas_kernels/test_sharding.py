@@ -346,6 +346,16 @@ def test_updates_of_a_fused_chain():
     assert largest_error(updates, expected) <= SUMMED
 
 
+def test_a_parameter_without_a_gradient_has_a_sharding():
+    layout, tx = LAYOUTS["fully and by tensor"], optax.sgd(0.1)
+    fused = fuse(tx, backend="interpret", shardings=layout.shardings)
+    params = jax.device_put(arrays(0), layout.shardings)
+    absent = sorted(params)[0]
+    grads = params | {absent: None}
+    updates, _ = jax.jit(fused.update)(grads, tx.init(params), params)
+    assert updates[absent] is None
+
+
 def test_arrays_that_a_chain_closes_over():
     """They know their devices, where the types of arguments know the mesh's axes only."""
     layout = LAYOUTS["explicit"]
