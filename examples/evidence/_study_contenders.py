@@ -53,18 +53,19 @@ def _stored(factory: Factory, schedule: optax.Schedule, decay: Any) -> Any:
 
 WARMED_UP = "AdamW, DualAdam's warm-up"
 RADAM = "RAdam, lookahead"
+NADAMW = "NAdamW"
 
 # All but two have Adam's default. InvAdam's rate is per unit of squared gradient, so it has another
 # size: the authors publish none for InvAdam alone, and this is a round one that trains.
 RATE, RATE_OF_LION, RATE_OF_INVADAM = 1e-3, 1e-4, 1.0
 FLOAT32 = {
     "AdamW": Contender(_decay_by_keyword(optax.adamw), RATE),
-    "NAdamW": Contender(_decay_by_keyword(optax.nadamw), RATE),
+    NADAMW: Contender(_decay_by_keyword(optax.nadamw), RATE),
     RADAM: Contender(_radam_with_lookahead, RATE),
     "Lion": Contender(_decay_by_keyword(optax.lion), RATE_OF_LION),
     # The released FAME has L2 decay, with which it would be compared for its decay.
-    "FAME": Contender(_decay_added(fame), RATE),
-    "FAME .9 .3 .7": Contender(_decay_added(fame, b3=0.3, b5=0.7), RATE),
+    "FAME": Contender(_decay_added(fame), RATE, control=NADAMW),
+    "FAME .9 .3 .7": Contender(_decay_added(fame, b3=0.3, b5=0.7), RATE, control=NADAMW),
     "VRAdam": Contender(_decay_by_keyword(vradam), RATE),
     "InvAdam": Contender(_decay_by_keyword(invadam), RATE_OF_INVADAM),
     "DualAdam": Contender(

@@ -97,9 +97,12 @@ def compare(study: Study, workload: str, title: str, judged: list[str]) -> Outco
 
 
 def describe_runs(study: Study, workloads: Mapping[str, Workload]) -> dict[str, Any]:
-    """Return on which machines, with which versions and for how long everything ran."""
+    """Return on which machines, with which versions and for how long everything ran.
+
+    A training that had one core counts half, because two ran side by side.
+    """
     seconds = sum(
-        result["step_ms"] * workloads[run.workload].steps / 1e3
+        result["step_ms"] * workloads[run.workload].steps / 1e3 / (2 if on_one_core(result) else 1)
         for run, result in study.results.items()
     )
     found: dict[str, set[str]] = {}
@@ -109,6 +112,11 @@ def describe_runs(study: Study, workloads: Mapping[str, Workload]) -> dict[str, 
     texts = {name: " and ".join(sorted(values)) for name, values in found.items()}
     device = f"{texts.pop('device')} ({texts.pop('processor')})"
     return {"seconds": round(seconds), "device": device, "versions": texts}
+
+
+def on_one_core(result: Mapping[str, Any]) -> bool:
+    where = result["environment"]
+    return where["device"] == "cpu" and where["processor"].startswith("1 × ")
 
 
 def make_tables(
