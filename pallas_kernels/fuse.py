@@ -67,7 +67,8 @@ def fuse(
       backend: "auto" runs kernels on NVIDIA GPUs and the chain elsewhere. "triton" and "mosaic"
         always run these kernels, whatever the platform. "interpret" (Triton) and "interpret-mosaic"
         run them in Pallas' interpreter, for tests. "xla" runs the chain as it is, operation by
-        operation outside of `jit`.
+        operation outside of `jit`. Inside of a `shard_map` with `check_vma=True`, the chain runs,
+        whatever the backend.
       strict: whether to raise an error if a leaf falls back to XLA; nothing falls back from "xla".
       shardings: the shardings of the parameters on a mesh of devices. Give one `NamedSharding` (or,
         under `jax.set_mesh`, one `PartitionSpec`) for all parameters, or a tree of them with the
@@ -80,7 +81,8 @@ def fuse(
       ValueError: `tx` is not a transformation, `strict` is not a flag, or `backend` is unknown.
         `step` raises it if parameters, state and gradients don't fit each other. `step` and
         `update` raise it if `shardings` does not fit the parameters, and, with `strict`, if a leaf
-        can't be fused; the message then has the path and the reason.
+        can't be fused (the message then has the path and the reason), or inside of a `shard_map`
+        with `check_vma=True`.
 
     >>> import jax, jax.numpy as jnp, optax
     >>> tx = fuse(optax.adamw(1e-3))
@@ -150,6 +152,9 @@ def _run(
         raise ClosesOverTracerError
     if strict and compiled.fallback_reasons:
         raise ValueError(f"strict=True, but {'; '.join(compiled.fallback_reasons)}")
-    if compiled.runs_chain or in_checked_shard_map(arrays):
+    checked = in_checked_shard_map(arrays)
+    if strict and checked:
+        raise ValueError("strict=True, but kernels need a shard_map with check_vma=False")
+    if compiled.runs_chain or checked:
         return compiler.function(*arguments)
     return primitive.call(compiled, arrays)

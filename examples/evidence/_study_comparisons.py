@@ -72,7 +72,7 @@ class Outcome(NamedTuple):
       title: of the workload.
       judged: all that may be judged.
       from_baseline: comparisons with the baseline.
-      p: of those with trials of their own, multiplied for their number.
+      p: p-values of all but the baseline and the 8-bit forms, after Holm.
     """
 
     title: str

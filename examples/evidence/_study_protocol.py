@@ -21,7 +21,7 @@ from _tuning import SEARCH_SEED
 
 # Decades between the lowest and the highest rate of a contender.
 RATE_DECADES = 3.0
-# The factor of rates if their ends were chosen.
+# The factor by which a range of rates moves up.
 MOVED_BY = 10.0
 # The product of rate and decay, which is the share of a weight that a step removes. Its range is
 # the same for all, whatever the size of their rates.
@@ -93,7 +93,7 @@ class Run(NamedTuple):
     seed: int
 
 
-# What a training came to, by name.
+# The numbers that a training ended with, by name.
 Result = Mapping[str, Any]
 
 

@@ -97,9 +97,10 @@ def compare(study: Study, workload: str, title: str, judged: list[str]) -> Outco
 
 
 def describe_runs(study: Study, workloads: Mapping[str, Workload]) -> dict[str, Any]:
-    """Return on which machines, with which versions and for how long everything ran.
+    """Return on which machines and with which versions everything ran, and the time of its steps.
 
-    A training that had one core counts half, because two ran side by side.
+    The time is without compilation. A training that had one core counts half, because two ran side
+    by side.
     """
     seconds = sum(
         result["step_ms"] * workloads[run.workload].steps / 1e3 / (2 if on_one_core(result) else 1)
@@ -270,7 +271,9 @@ def finding(study: Study, outcomes: Mapping[str, Outcome], method: str) -> Findi
         judge(seen, explained),
         f"Test loss less AdamW's, and the smallest difference that would have been seen: {shown}."
         f" Lower in {seen.count(-1)} of {len(seen)}, higher in {seen.count(1)}.",
-        tuned=f"test loss {min(means):+.3f} to {max(means):+.3f} at {len(means)} workloads",
+        tuned=f"test loss {min(means):+.3f} to {max(means):+.3f}; lower at {seen.count(-1)} of"
+        f" {len(seen)} workloads{f', as {control} is' if explained else ''}, higher at"
+        f" {seen.count(1)}",
     )
 
 
@@ -299,11 +302,15 @@ def compare_with(study: Study, workload: str, method: str, other: str) -> Compar
 def judge(seen: Sequence[int], explained: bool) -> Verdict:
     """Return the verdict: what was seen at most workloads, if the opposite was seen at none.
 
-    A lower loss that the method's control explains does not count.
+    A claim whose gain the method's control explains does not hold.
     """
     lower, higher = seen.count(-1), seen.count(1)
     if 2 * lower > len(seen) and not higher and not explained:
         return Verdict.HOLDS
     if 2 * higher > len(seen) and not lower:
         return Verdict.OPPOSITE
-    return Verdict.NOT_SEEN
+    if lower and higher:
+        return Verdict.NOT_SEEN
+    if lower:
+        return Verdict.PARTLY
+    return Verdict.PARTLY_OPPOSITE if higher else Verdict.NOT_SEEN

@@ -227,7 +227,7 @@ def apply_convnet(params: Any, x: jax.Array) -> jax.Array:
 
 
 SIZES = {
-    "0.25M": Size(width=64, layers=4, heads=4, length=64),
+    "0.23M": Size(width=64, layers=4, heads=4, length=64),
     "10M": Size(width=384, layers=6, heads=6, length=256, dtype=jnp.bfloat16),
     "124M": Size(width=832, layers=15, heads=13, length=512, dtype=jnp.bfloat16),
 }
@@ -283,7 +283,7 @@ ON_CPU = with_horizons(
         rules=IMAGES._replace(forms=False, moved=(RADAM, "NOVAK", "CaAdam")),
     ),
     text=make_text_workload(
-        "0.25M",
+        "0.23M",
         batch=16,
         steps=160,
         step_ms=27,

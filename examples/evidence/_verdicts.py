@@ -8,13 +8,15 @@ from _estimates import Estimate
 
 
 class Verdict(StrEnum):
-    """The verdict on a claim. `judge` returns all but `REFUTED`, which is for other claims."""
+    """The verdict on a claim; `judge` returns those about one difference."""
 
     HOLDS = "holds"
     ONLY_UNTUNED = "holds only against an untuned baseline"
     REVERSED = "holds against an untuned baseline, reversed against a tuned one"
     NOT_SEEN = "not seen at this scale"
     OPPOSITE = "the opposite was seen"
+    PARTLY = "seen at some workloads only"
+    PARTLY_OPPOSITE = "the opposite was seen at some workloads only"
     REFUTED = "does not hold"
 
 

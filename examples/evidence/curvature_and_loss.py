@@ -203,7 +203,7 @@ def judge_curvature(
     curvatures: Mapping[str, Mapping[str, Any]], at_one_loss: Mapping[str, Estimate]
 ) -> Finding:
     as_shown, fair = compare_curvatures(curvatures)
-    seen = curvatures[FIGURE_ADAM][OF_OWN_EDGE], curvatures[FIGURE][OF_OWN_EDGE]
+    seen = curvatures[SAME_RATE][OF_OWN_EDGE], curvatures[FIGURE][OF_OWN_EDGE]
     at = [f"{estimates.mean(x).mean:.2g}" for x in seen]
     return Finding(
         "VRAdam: it trains at a lower curvature than Adam",
@@ -211,8 +211,8 @@ def judge_curvature(
         verdicts.judge([-x for x in fair.values()]),
         f"Difference from Adam in decades. As in the authors' figure, VRAdam's H at rate .002"
         f" and Adam's P^-1 H at .001: {signed(as_shown, 2)}. Both at .002: {in_both(fair)}."
-        f" Where their losses are equal: {in_both(at_one_loss)}. Neither is near its edge here:"
-        f" Adam at {at[0]} of it, VRAdam at {at[1]}."
+        f" Where their losses are equal: {in_both(at_one_loss)}. Neither is near its edge at"
+        f" .002: Adam at {at[0]} of it, VRAdam at {at[1]}."
         f" {estimates.sensitivity(fair[OF_H], ' decades', 2)}",
         untuned=f"curvature {signed(as_shown, 2)} decades, with two measures",
         tuned=f"curvature {in_both(fair, ' decades')}",

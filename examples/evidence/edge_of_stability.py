@@ -8,16 +8,17 @@ below (2 + 2 b1) / ((1 - b1) α): 38 / α at b1 = .9 (Cohen et al. 2022, arXiv 2
 increases the curvature up to there. VRAdam divides α by 1 + min(beta3 |u|², cutoff). No optimizer
 decays weights.
 
-Three controls start at the rate of the gated run: AdamW, AdamW at the gated run's mean rate, and
-AdamW with the rates that the gate made in the training of another seed, which is the schedule
-without the feedback. Three more controls have a low rate late in training: AdamW with a cosine
-decay from α to 0, and AdamW at a quarter and at an eighth of α.
+Three controls copy rates of the gated run: AdamW at α, at the run's mean rate, and at the rates
+that the gate made with another seed, which is the schedule without the feedback. Three more
+controls have a low rate late in training: AdamW with a cosine decay from α to 0, and AdamW at a
+quarter and at an eighth of α.
 
 In the tables, a curvature is the largest eigenvalue of P^-1 H divided by the edge 38 / α, or by the
-run's own edge, 38 / its rate at that time, gate and schedule included. The highest is that of the
-whole training. The curvature of H is the eigenvalue itself. A peak is the distance in decades from
-the median loss of 50 steps to the largest, on average. Steps uphill are the share of steps at which
-the loss rises. All these are of the second half of the steps; the loss is of the last tenth.
+run's own edge, 38 / its rate at that time, gate and schedule included. The curvature of H is the
+eigenvalue itself. A peak is the distance in decades from the median loss of 50 steps to the
+largest, on average. Steps uphill are the share of steps at which the loss rises. The mean rate and
+the highest curvature are of the whole training, the loss is of the last tenth, and all else is of
+the second half.
 
 The rate α, the squared error and the larger beta3 were chosen to make an edge and a gate visible.
 With cross-entropy the curvature falls instead, which the tables show. The share of steps uphill was

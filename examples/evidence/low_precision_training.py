@@ -398,8 +398,8 @@ def bytes_of_state(task: str, tx: optax.GradientTransformation, prepare: Prepare
     key = jax.eval_shape(partial(jax.random.key, impl="rbg"), 0)
     params = jax.eval_shape(lambda key: prepare(make_task(task).network.init(key)), key)
     state = jax.eval_shape(tx.init, params)
-    held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-    return held / sum(leaf.size for leaf in jax.tree.leaves(params))
+    bytes_ = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    return bytes_ / sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 DIFFERENCE, SPREAD = "difference", "spread of seeds"

@@ -3,7 +3,7 @@
     python examples/evidence/study.py
 
 What it can show: whether a method ends at another loss than AdamW, if both get the same number of
-trials, on networks of 5 thousand to 0.25 million parameters. A difference that is not seen may
+trials, on networks of 5 thousand to 0.23 million parameters. A difference that is not seen may
 exist. The tables give the smallest true difference that a study like this detects with a
 probability of 80 %.
 
@@ -15,23 +15,23 @@ A transformer learns the bytes of Python's standard library, and a perceptron an
 MNIST-1D. Each contender is searched eight times. Every search tries other points of learning rate,
 decay and warm-up; the points are the same for all contenders. The setting with the lowest
 validation loss is chosen, and judged by a seed that no search used. So the intervals include the
-variance of the search. (AlgoPerf repeats its search five times, too, but scores the chosen trials
+variance of the search. (AlgoPerf repeats its search, too, five times, but scores the chosen trials
 themselves.)
 
 Each range of rates has three decades. On MNIST-1D and for the small transformer its center is ten
-times the default rate: 1e-2 for methods like Adam, 1e-3 for Lion, 10 for InvAdam, whose rate is per
-unit of squared gradient. If two or more of the eight searches choose the highest rate that they
-tried, the range moves up by a decade, once, and all trials are repeated. The tables have the
-ranges, and how many searches chose a rate at an end.
+times the published rate: 1e-2 for methods like Adam, 1e-3 for Lion, and 10 for InvAdam, for which
+none is published. If at least two of the eight searches choose the highest rate that they tried,
+the range moves up by a decade, once, and all trials run again. So these contenders had two ranges,
+and AdamW one. The tables have the ranges, and how many searches chose a rate at an end.
 
 The rate warms up and then follows a cosine to 0, for a number of steps, and for four times as many.
 The longer training is not tuned: it takes the settings of the shorter one, as they would be taken
 from a small experiment. Only losses at the end count, on data that neither training nor search
-used. A loss above that of a uniform guess counts as that of a guess, also if the training diverged.
-A difference is seen if its p-value is below 5 %. It is that of a paired t-test, corrected by Holm's
-method for the number of contenders. The intervals are not corrected. A claim holds if a lower loss
-is seen at more than half of the workloads and a higher one at none, and if the method is also below
-its control there. The two horizons of a network are not independent.
+used. A loss above that of a uniform guess counts as that of a guess, and so does a training that
+diverged. A difference is seen if its p-value is below 5 %. It is that of a paired t-test, corrected
+by Holm's method for the contenders of one workload. The intervals are not corrected. A claim holds
+if a lower loss is seen at more than half of the workloads and a higher one at none, and if the
+method is also below its control there. The two horizons of a network are not independent.
 
 The control of NOVAK is RAdam with lookahead, of which it is made. That of DualAdam is AdamW with an
 additional linear warm-up of as many steps. That of FAME is NAdamW, whose momentum also lags less
@@ -39,7 +39,10 @@ than AdamW's; it was chosen as FAME's control after the results were seen. CaAda
 AdamW's search contains other rates. FAME has decoupled decay here, and L2 decay elsewhere. 8-bit
 state is not searched. It uses the settings of float32 state, which favors float32.
 
-The time of a step is that of the fastest call of a training, its evaluation included.
+8-bit state has intervals and smallest visible differences that are not corrected.
+
+The time of a step is that of the fastest call of a training, its evaluation included. Calls ran on
+one core or on two, so these times do not rank methods.
 
 Runs are added to study.jsonl as they end. Ctrl-C or `--minutes` interrupts, and the same command
 continues. The text depends on Python's version and build, and results from another are ignored. For

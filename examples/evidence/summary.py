@@ -108,7 +108,7 @@ def with_rates(readme: str, rates: Mapping[str, list[float]]) -> str:
     """Return README, its table filled with the best rates of each method relative to AdamW's."""
     for name in METHODS:
         ratios = sorted(x / y for x, y in zip(rates[name], rates["adamw"], strict=True))
-        words = "–".join(dict.fromkeys(f"{float(f'{x:.2g}'):g}" for x in (ratios[0], ratios[-1])))
+        words = "–".join(dict.fromkeys(f"{float(f'{x:.1g}'):g}" for x in (ratios[0], ratios[-1])))
         row = rf"^(\| \[`{name}`\].*? \| .*? \| )[^|]* ×"
         readme, rows = re.subn(row, rf"\g<1>{words} ×", readme, flags=re.M)
         if rows != 1:

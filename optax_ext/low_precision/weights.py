@@ -44,7 +44,7 @@ def master_weights(
     """Train float32 weights whose upper half are bfloat16 parameters.
 
     The parameters are the weights, rounded to bfloat16. The state stores the missing bits: 16
-    (`bits=32`) or 8 (`bits=24`). So `bits=32` gives, to the bit, the weights that `tx` computes in
+    (`bits=32`) or 8 (`bits=24`). So `bits=32` gives bit-exactly the weights that `tx` computes in
     float32 from the same gradients, in 4 bytes a weight. A float32 copy beside bfloat16 parameters
     takes 6. `bits=24` takes 3 bytes, with a relative error below 2^-15 at each step. It rounds at
     random, as `quantize_state` does, so that smaller updates are not lost.

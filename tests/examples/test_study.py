@@ -342,8 +342,10 @@ def test_smoke_does_not_replace_results(load_module, capsys):
     ("seen", "explained", "verdict"),
     [
         ([-1, -1, 0], False, "HOLDS"),
-        ([-1, -1, 0], True, "NOT_SEEN"),
-        ([-1, 0, 0], False, "NOT_SEEN"),
+        ([-1, -1, 0], True, "PARTLY"),
+        ([-1, 0, 0], False, "PARTLY"),
+        ([1, 0, 0], False, "PARTLY_OPPOSITE"),
+        ([0, 0, 0], False, "NOT_SEEN"),
         ([-1, -1, 1], False, "NOT_SEEN"),
         ([1, 1, 0], False, "OPPOSITE"),
         ([1, 1, -1], False, "NOT_SEEN"),

@@ -412,6 +412,10 @@ def test_inside_of_a_shard_map(backend, check_vma):
     expected = fuse(tx, backend="xla").step(params, state, params)
     found = step(params, state, params)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5), found, expected)
+    if check_vma:
+        strict = jax.shard_map(fuse(tx, backend=backend, strict=True).step, **specs)
+        with pytest.raises(ValueError, match="kernels need a shard_map with check_vma=False"):
+            strict(params, state, params)
 
 
 def test_a_jaxpr_with_a_fused_step_is_short():
