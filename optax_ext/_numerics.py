@@ -56,18 +56,12 @@ def upcast(tree: Any) -> Any:
 
 def to_storage_dtype(x: jax.Array, dtype: DTypeLike) -> jax.Array:
     """Cast `x` to the dtype that stores it; refuse a real dtype for complex `x`."""
-    _require_complex(dtype, x.dtype)
-    return x.astype(dtype)
-
-
-def _require_complex(stored: DTypeLike, computed: DTypeLike) -> None:
-    """Refuse to store complex numbers in a real dtype, which would drop their imaginary part."""
-    complex_ = jnp.complexfloating
-    if jnp.issubdtype(computed, complex_) and not jnp.issubdtype(stored, complex_):
+    if jnp.iscomplexobj(x) and not jnp.issubdtype(dtype, jnp.complexfloating):
         raise ValueError(
             "mu_dtype and slow_dtype must be None or complex for complex parameters, got"
-            f" {jnp.dtype(stored).name}"
+            f" {jnp.dtype(dtype).name}"
         )
+    return x.astype(dtype)
 
 
 def zeros_like(params: optax.Params, dtype: DTypeLike | None) -> optax.Updates:
@@ -76,13 +70,9 @@ def zeros_like(params: optax.Params, dtype: DTypeLike | None) -> optax.Updates:
     The zeros are never weakly typed, even if the parameters are, as `jnp.full(2, 0.5)` is. The
     first step would make weakly typed zeros strongly typed, so the second would compile again.
     """
-
-    def zeros(p):
-        stored = jnp.result_type(p) if dtype is None else dtype
-        _require_complex(stored, jnp.result_type(p))
-        return jnp.zeros_like(p, dtype=stored)
-
-    return jax.tree.map(zeros, params)
+    return jax.tree.map(
+        lambda p: jnp.zeros_like(p, dtype=jnp.result_type(p) if dtype is None else dtype), params
+    )
 
 
 def real_zeros_like(params: optax.Params, dtype: DTypeLike | None) -> optax.Updates:

@@ -327,11 +327,6 @@ def test_a_tiny_switch_rate_never_switches():
     assert optax.tree.get(state, "inverse_share") == 1
 
 
-def test_real_storage_of_complex_moments_is_refused_at_init():
-    with pytest.raises(ValueError, match="must be None or complex"):
-        optax_ext.ema(decay=0.9, dtype=jnp.bfloat16).init(jnp.ones(2, complex))
-
-
 def test_testing_is_an_attribute():
     assert callable(optax_ext.testing.check_transformation)
     with pytest.raises(AttributeError, match="no attribute 'tests'"):

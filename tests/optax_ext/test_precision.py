@@ -61,7 +61,7 @@ def test_squares_are_never_narrow_by_default(case):
         for _, tree in optax.tree.get_all_with_path(state, name):
             assert {x.dtype for x in jax.tree.leaves(tree)} == {jnp.dtype(jnp.float32)}
     for _, cascade in optax.tree.get_all_with_path(state, "CascadeOfSquaresState"):
-        assert {x.dtype for x in jax.tree.leaves(cascade.later)} == {jnp.dtype(jnp.float32)}
+        assert {x.dtype for x in jax.tree.leaves(cascade.nu_later)} == {jnp.dtype(jnp.float32)}
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,12 @@ PAIR = {"kernel": shape(2, 3), "bias": shape(3)}
 
 def mask_as_tree(case: Case, params: Any) -> dict[str, Any]:
     """Optax calls a mask that is a function with the updates, which lack the missing gradients."""
-    return {"mask": case.options["mask"](params)} if "mask" in case.options else {}
+    if "mask" not in case.options:
+        return {}
+    mask = case.options["mask"](params)
+    if isinstance(mask, bool):  # refused, unless a function returns it
+        return {"mask": lambda updates: jax.tree.map(lambda _: mask, updates)}
+    return {"mask": mask}
 
 
 def problem(tree: Any, seed: int, steps: int) -> tuple[Any, list[Any]]:
