@@ -65,7 +65,7 @@ FLOAT32 = {
     "Lion": Contender(_decay_by_keyword(optax.lion), RATE_OF_LION),
     # The released FAME has L2 decay, with which it would be compared for its decay.
     "FAME": Contender(_decay_added(fame), RATE, control=NADAMW),
-    "FAME .9 .3 .7": Contender(_decay_added(fame, b3=0.3, b5=0.7), RATE, control=NADAMW),
+    "FAME .9 .3 .7": Contender(_decay_added(fame, b3=0.3, b5=0.7), RATE),
     "VRAdam": Contender(_decay_by_keyword(vradam), RATE),
     "InvAdam": Contender(_decay_by_keyword(invadam), RATE_OF_INVADAM),
     "DualAdam": Contender(
